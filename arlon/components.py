@@ -1,0 +1,306 @@
+"""Component folders: one model as `config.json` + `model.safetensors`.
+
+`config.json` holds the fields of the model's config dataclass, `_class_name` and `_format`; weights may be
+sharded (`model.safetensors.index.json`), and the `diffusion_pytorch_model` spelling is read too. Released
+Hugging Face folders are component folders: their extra config keys are ignored.
+
+Everything is written to a temporary name and renamed, so that a reader never finds half a file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from arlon.config import config_from_dict, config_to_dict, write_text
+
+M = TypeVar("M", bound=nn.Module)
+
+FORMAT = 1
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "model.safetensors"
+WEIGHTS_STEMS = ("model.safetensors", "diffusion_pytorch_model.safetensors")
+HASHED_SUFFIXES = (".json", ".safetensors", ".model", ".txt")
+MAX_NAMED = 4
+"""How many offending tensors a message names."""
+
+HUGGING_FACE_KEYS = frozenset(
+    {
+        "architectures",
+        "auto_map",
+        "dtype",
+        "model_type",
+        "name_or_path",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+    }
+)
+"""Keys of released config.json files that are not fields of the model; keys with a leading `_` neither."""
+
+
+FULL_PRECISION = frozenset({"rope.freqs"})
+"""Parameters that are constants: rounding rotary frequencies turns late frames by a visible angle."""
+
+
+class CheckpointError(ValueError):
+    """Weights or a model folder that cannot be used; the message names the file and what is wrong."""
+
+
+def save_component(module: nn.Module, folder: str | Path, dtype: torch.dtype | None = None) -> Path:
+    """Write `config.json` and `model.safetensors` of a model; an existing component is replaced.
+
+    The new weights are complete on disk before the old ones go, and the two renames follow at once. Other
+    files in the folder are left alone; weights under another name would be stale and are deleted.
+
+    Args:
+        module: A model with its config dataclass in `module.config`.
+        folder: The component folder; parents are created.
+        dtype: Parameters are stored in it, buffers and constants as they are; None stores all as they are.
+
+    Returns:
+        The folder.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    values = {"_class_name": type(module).__name__, "_format": FORMAT, **config_to_dict(module.config)}
+    temporary = folder / f".{WEIGHTS_NAME}.{os.getpid()}.tmp"
+    try:
+        save_file(_storable(module, dtype), temporary, metadata={"format": "pt"})
+        _sync(temporary)
+        temporary.replace(folder / WEIGHTS_NAME)
+        write_text(folder / CONFIG_NAME, json.dumps(values, indent=2) + "\n")
+    finally:
+        temporary.unlink(missing_ok=True)
+    for file in folder.glob("*.safetensors*"):
+        if file.name != WEIGHTS_NAME:
+            file.unlink()
+    _sync(folder)
+    return folder
+
+
+def load_component(
+    model_class: type[M],
+    folder: str | Path,
+    *,
+    strict: bool = True,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    **config_overrides: Any,
+) -> M:
+    """Build a model from a component folder and load its weights; the model is returned in eval mode.
+
+    The model is constructed as usual, so that buffers which are not stored are right, and the global random
+    state is put back afterwards. Stored floating-point weights of any precision are accepted.
+
+    Args:
+        model_class: The class, with its config dataclass in the class attribute `config_class`.
+        folder: A component folder, ours or a released one.
+        strict: Refuse missing and unexpected tensors. Wrong shapes are always refused.
+        device: Where the model goes.
+        dtype: Of its floating-point parameters; buffers keep the precision they were constructed in.
+        **config_overrides: Fields of the config that win over `config.json`.
+
+    Raises:
+        FileNotFoundError: If the folder, its config or its weights are missing.
+        CheckpointError: If the folder holds another class, or the weights are damaged or do not fit.
+        ConfigError: If `config.json` or an override does not fit the config class.
+    """
+    folder = Path(folder)
+    config = config_from_dict(
+        model_class.config_class, component_config(folder, model_class) | config_overrides
+    )
+    with torch.random.fork_rng(devices=[]):
+        model = model_class(config)
+    _load_weights(model, find_weights(folder), strict=strict)
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and name not in FULL_PRECISION:
+            parameter.data = parameter.data.to(dtype)
+    return model.to(device).eval()
+
+
+def component_config(folder: str | Path, model_class: type[nn.Module] | None = None) -> dict[str, Any]:
+    """Values of `config.json` without the keys that only Hugging Face libraries or this module read.
+
+    Args:
+        folder: A component folder.
+        model_class: If given, a folder that says it holds another class is refused.
+
+    Raises:
+        FileNotFoundError: If the folder or its `config.json` is missing.
+        CheckpointError: If the file is not JSON or names another class.
+    """
+    folder = Path(folder)
+    values = read_json(folder / CONFIG_NAME, "a component folder with config.json and *.safetensors")
+    # Only our own files have a format number; released ones may name the class of another code base.
+    if model_class is not None and "_format" in values and values.get("_class_name") != model_class.__name__:
+        raise CheckpointError(
+            f"{str(folder)!r} holds a {values.get('_class_name')}, expected a {model_class.__name__}"
+        )
+    own = {field.name for field in fields(model_class.config_class)} if model_class is not None else set()
+    ignored = HUGGING_FACE_KEYS - own
+    return {k: v for k, v in values.items() if not k.startswith("_") and k not in ignored}
+
+
+def find_weights(folder: str | Path) -> list[Path]:
+    """The safetensors files of a component: one, or the shards its index names.
+
+    Raises:
+        FileNotFoundError: If there are none, or a shard is missing.
+        CheckpointError: If the index is damaged.
+    """
+    folder = Path(folder)
+    for stem in WEIGHTS_STEMS:
+        if (folder / stem).is_file():
+            return [folder / stem]
+        index = folder / f"{stem}.index.json"
+        if index.is_file():
+            return _shards(index)
+    raise FileNotFoundError(
+        f"no weights in {str(folder)!r}: expected {' or '.join(WEIGHTS_STEMS)}, or a shard index"
+    )
+
+
+def hash_component(folder: str | Path) -> str:
+    """SHA-256 over the names and contents of the files of a component (config, weights, tokenizer)."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(folder).iterdir()):
+        if path.suffix in HASHED_SUFFIXES and not path.name.startswith("."):
+            with path.open("rb") as file:
+                content = hashlib.file_digest(file, "sha256").hexdigest()
+            digest.update(f"{path.name}:{content}\n".encode())
+    return digest.hexdigest()
+
+
+def _shards(index: Path) -> list[Path]:
+    weight_map = read_json(index, "a shard index").get("weight_map")
+    if not isinstance(weight_map, Mapping) or not weight_map:
+        raise CheckpointError(f"{str(index)!r} has no 'weight_map' from tensors to files")
+    names = sorted({str(name) for name in weight_map.values()})
+    if outside := [name for name in names if Path(name).name != name]:
+        raise CheckpointError(f"{str(index)!r} names files outside its folder: {_some(outside)}")
+    if missing := [name for name in names if not (index.parent / name).is_file()]:
+        raise FileNotFoundError(
+            f"{str(index.parent)!r} lacks {len(missing)} of {len(names)} shards: {_some(missing)}"
+        )
+    return [index.parent / name for name in names]
+
+
+def _load_weights(model: nn.Module, files: Iterable[Path], *, strict: bool) -> None:
+    """Copy stored tensors into the model, file by file; the headers are checked before anything is copied."""
+    files = list(files)
+    expected = model.state_dict()
+    stored = {name: file for file in files for name in _open(file, lambda f: list(f.keys()))}
+    where = repr(str(files[0].parent))
+    if strict:
+        _refuse(where, "lacks", [name for name in expected if name not in stored], len(expected))
+        _refuse(where, "has unexpected", [name for name in stored if name not in expected], len(stored))
+    names = [name for name in stored if name in expected]
+    problems = [p for file in files for p in _open(file, lambda f, e=expected: _misfits(f, e))]
+    if problems:
+        raise CheckpointError(
+            f"{where} does not fit {type(model).__name__} in {len(problems)} tensors: {_some(problems)}"
+        )
+    for file in files:
+        _open(file, lambda f, file=file: _copy(f, {n: expected[n] for n in names if stored[n] == file}))
+
+
+def _misfits(file: Any, expected: Mapping[str, Tensor]) -> list[str]:
+    """What is wrong in shape or kind with the tensors of one open safetensors file."""
+    problems = []
+    for name in file.keys():  # noqa: SIM118 (a safetensors file is not a dict)
+        if name not in expected:
+            continue
+        stored, wanted = file.get_slice(name), expected[name]
+        if tuple(stored.get_shape()) != tuple(wanted.shape):
+            problems.append(f"{name} is {tuple(stored.get_shape())}, expected {tuple(wanted.shape)}")
+        elif stored.get_dtype().startswith(("F", "BF")) != wanted.is_floating_point():
+            problems.append(f"{name} is stored as {stored.get_dtype()}, expected {wanted.dtype}")
+    return problems
+
+
+@torch.no_grad()
+def _copy(file: Any, targets: Mapping[str, Tensor]) -> None:
+    for name, target in targets.items():
+        target.copy_(file.get_tensor(name))
+
+
+def _open(path: Path, read: Callable[[Any], Any]) -> Any:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return read(file)
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{str(path)!r} is damaged or cut off ({path.stat().st_size} bytes): {error}; "
+            "copy or export it again"
+        ) from error
+
+
+def _storable(module: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """State dict on the CPU, contiguous, trained parameters cast, shared storage copied (safetensors refuses aliases).
+
+    Buffers and frozen parameters (codebooks, rotary frequencies, statistics) are small and keep their precision.
+    """
+    tensors: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    trained = {name for name, _ in module.named_parameters(remove_duplicate=False)} - FULL_PRECISION
+    for name, tensor in module.state_dict().items():
+        wanted = dtype if dtype is not None and name in trained else tensor.dtype
+        tensor = tensor.detach().to("cpu", wanted).contiguous()
+        pointer = tensor.untyped_storage().data_ptr()
+        tensors[name] = tensor.clone() if pointer in seen else tensor
+        seen.add(pointer)
+    return tensors
+
+
+def _refuse(where: str, what: str, names: list[str], total: int) -> None:
+    if names:
+        raise CheckpointError(f"{where} {what} tensors, {len(names)} of {total}: {_some(names)}")
+
+
+def _some(names: list[str]) -> str:
+    rest = len(names) - MAX_NAMED
+    return ", ".join(names[:MAX_NAMED]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def read_json(path: Path, expectation: str) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Args:
+        path: The file.
+        expectation: What the error of a missing file says was expected.
+
+    Raises:
+        FileNotFoundError: If the file or its folder is missing.
+        CheckpointError: If it is not a JSON object.
+    """
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"no folder {str(path.parent)!r}: expected {expectation}")
+    if not path.is_file():
+        raise FileNotFoundError(f"no {path.name} in {str(path.parent)!r}: expected {expectation}")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{str(path)!r} is not valid JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{str(path)!r} must hold a JSON object, got {type(values).__name__}")
+    return values
+
+
+def _sync(path: Path) -> None:
+    """Flush a file or a folder entry to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
