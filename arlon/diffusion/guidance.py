@@ -1,0 +1,79 @@
+"""Classifier-free guidance: v = v_null + g (v_cond - v_null), both halves in one batch.
+
+Source: arXiv:2207.12598, eq. 6, for velocities as in Open-Sora v1.2; the conditional half comes first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from arlon.diffusion.samplers import VelocityFn
+
+
+def guide(
+    model: Callable[..., Tensor],
+    text: Tensor,
+    null_text: Tensor,
+    *,
+    guidance_scale: float,
+    text_mask: Tensor | None = None,
+    null_mask: Tensor | None = None,
+    **conditions: Any,
+) -> VelocityFn:
+    """Bind a model to its conditions and guide it.
+
+    Only the text differs between the halves: every other condition, injected features included, is in both.
+
+    Args:
+        model: Called as model(latent, t, text, text_mask=..., **conditions) -> velocity, such as an STDiT3.
+        text: Text features of the prompts, (B, L, E).
+        null_text: Features to move away from, (L, E) or (B, L, E): `STDiT3.null_text` or a negative prompt.
+        guidance_scale: g. 1 is the conditional velocity itself, for half the work.
+        text_mask: True = real text token, (B, L).
+        null_mask: The same for `null_text`, (B, L). That of the prompts if None: released models expect it.
+        **conditions: Further arguments of the model. Tensors with B rows are given twice, all else as it is.
+
+    Returns:
+        velocity_fn(x (B, ...), t (B,)) -> (B, ...), for `samplers.sample`.
+
+    Raises:
+        ValueError: If the two texts have not the same length and width.
+    """
+    if guidance_scale == 1:
+        return lambda x, t: model(x, t, text, text_mask=text_mask, **conditions)
+    if null_text.shape[-2:] != text.shape[-2:]:
+        raise ValueError(
+            f"text and null text must agree in (L, E), got {tuple(text.shape[-2:])} and "
+            f"{tuple(null_text.shape[-2:])}. Pad both to one length."
+        )
+    batch = text.shape[0]
+    both_texts = torch.cat((text, null_text.to(text).expand_as(text)))
+    both_masks = _both_masks(text_mask, null_mask, text)
+    doubled = {name: _twice(value, batch) for name, value in conditions.items()}
+
+    def velocity_fn(x: Tensor, t: Tensor) -> Tensor:
+        both = model(torch.cat((x, x)), torch.cat((t, t)), both_texts, text_mask=both_masks, **doubled)
+        conditional, null = both.chunk(2)
+        return null + guidance_scale * (conditional - null)
+
+    return velocity_fn
+
+
+def _both_masks(text_mask: Tensor | None, null_mask: Tensor | None, text: Tensor) -> Tensor | None:
+    """Masks (2 B, L) of [conditional; null]; None if neither half has one."""
+    if text_mask is None and null_mask is None:
+        return None
+    if text_mask is None:
+        text_mask = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)
+    return torch.cat((text_mask, text_mask if null_mask is None else null_mask))
+
+
+def _twice(value: Any, batch: int) -> Any:
+    """A tensor with one row a sample repeated for both halves; anything else unchanged."""
+    if isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == batch:
+        return torch.cat((value, value))
+    return value

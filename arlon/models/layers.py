@@ -1,0 +1,346 @@
+"""Layers of STDiT3: embeddings, attention, MLP. Names of parameters are those of the released weights.
+
+Source: Open-Sora v1.2 (PixArt blocks, rotary time attention, RMS norm of queries and keys).
+
+Positions, times and rotations are computed in float32 whatever the precision of the weights.
+
+Dimension key
+    B  batch    T H W  latent grid    nT nH nW  patch grid    S  nH * nW    N  nT * S    L  text tokens
+    D  width    A  heads    d  width of a head, D / A    E  width of text features    M  rows attended in
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from arlon.grids import ceil_div
+
+NORM_EPS = 1e-6
+ROPE_BASE = 10_000.0
+NUM_FREQUENCIES = 128
+"""Frequencies of a scalar embedding; it is 256 wide."""
+
+
+def layer_norm(x: Tensor) -> Tensor:
+    """Normalise the last axis of x (..., D) to mean 0 and variance 1, without affine parameters."""
+    return F.layer_norm(x, x.shape[-1:], eps=NORM_EPS)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Adaptive norm: LN(x) (1 + scale) + shift; shift and scale broadcast against x (..., D)."""
+    return torch.addcmul(shift, layer_norm(x), 1 + scale)
+
+
+def pad_to_patches(latent: Tensor, patch_size: tuple[int, int, int]) -> Tensor:
+    """Append zeros to latent (B, C, T, H, W) at the high end of axes that are no multiple of their patch."""
+    missing = [-size % patch for size, patch in zip(latent.shape[2:], patch_size, strict=True)]
+    if not any(missing):
+        return latent
+    return F.pad(latent, (0, missing[2], 0, missing[1], 0, missing[0]))
+
+
+def patch_grid(latent: Tensor, patch_size: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Patch grid (nT, nH, nW) of latent (B, C, T, H, W), every axis rounded up."""
+    t, h, w = (ceil_div(size, patch) for size, patch in zip(latent.shape[2:], patch_size, strict=True))
+    return t, h, w
+
+
+def sinusoid(values: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+    """Sines and cosines of values (...) times frequencies (F,): two float32 tensors (..., F)."""
+    angles = values.float().unsqueeze(-1) * frequencies
+    return angles.sin(), angles.cos()
+
+
+def spatial_position(
+    height: Tensor, width: Tensor, grid: tuple[int, int], dim: int, base_size: int
+) -> Tensor:
+    """Position embedding of the patches of one frame.
+
+    With s = sqrt(height width) / base_size and b = round(sqrt(S)), row i lies at (i / s) (b / nH), column j
+    at (j / s) (b / nW), so that pictures of any size and shape cover about the same range. A token holds the
+    embedding of its column, then that of its row; each holds all its sines, then all its cosines.
+
+    Args:
+        height: Height of the video in pixels, (B,).
+        width: Width of the video in pixels, (B,).
+        grid: Patches (nH, nW) of a frame.
+        dim: Width D, a multiple of 4.
+        base_size: Side in pixels at which s is 1.
+
+    Returns:
+        (B, S, D), float32.
+    """
+    rows, columns = grid
+    base = round(math.sqrt(rows * columns))
+    scale = ((height.float() * width.float()).sqrt() / base_size).unsqueeze(-1)  # (B, 1)
+    exponent = torch.arange(0, dim // 2, 2, device=height.device, dtype=torch.float32) / (dim // 2)
+    frequencies = 1.0 / ROPE_BASE**exponent
+
+    def embed(count: int) -> Tensor:
+        places = torch.arange(count, device=height.device, dtype=torch.float32) / scale * (base / count)
+        return torch.cat(sinusoid(places, frequencies), dim=-1)  # (B, count, D / 2)
+
+    by_column = embed(columns).unsqueeze(1).expand(-1, rows, -1, -1)
+    by_row = embed(rows).unsqueeze(2).expand(-1, -1, columns, -1)
+    return torch.cat((by_column, by_row), dim=-1).flatten(1, 2)
+
+
+class PatchEmbed(nn.Module):
+    """Latent (B, C, T, H, W) to tokens (B, nT, S, D): a convolution whose stride is its kernel."""
+
+    def __init__(self, in_channels: int, patch_size: tuple[int, int, int], dim: int) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.proj = nn.Conv3d(in_channels, dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, latent: Tensor) -> Tensor:
+        """Embed latent (B, C, T, H, W), zero-padded where needed, as tokens (B, nT, S, D)."""
+        patches = self.proj(pad_to_patches(latent, self.patch_size))  # (B, D, nT, nH, nW)
+        return patches.flatten(3).permute(0, 2, 3, 1).contiguous()
+
+
+class ScalarEmbedder(nn.Module):
+    """A number per sample (flow time, frame rate) to a vector: 128 cosines and sines, then two Linears."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(2 * NUM_FREQUENCIES, dim), nn.SiLU(), nn.Linear(dim, dim))
+
+    def forward(self, values: Tensor) -> Tensor:
+        """Embed values (B,) as (B, D); cosines come first."""
+        steps = torch.arange(NUM_FREQUENCIES, device=values.device, dtype=torch.float32)
+        frequencies = torch.exp(steps * (-math.log(ROPE_BASE) / NUM_FREQUENCIES))
+        sines, cosines = sinusoid(values, frequencies)
+        return self.mlp(torch.cat((cosines, sines), dim=-1).to(self.mlp[0].weight.dtype))
+
+
+class Mlp(nn.Module):
+    """Linear, tanh-GELU, Linear."""
+
+    def __init__(self, in_dim: int, hidden_dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(in_dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, out_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x (..., in_dim) to (..., out_dim)."""
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class CaptionEmbedder(nn.Module):
+    """Text features to the width of the model, and the null caption that stands for "no prompt".
+
+    `y_embedding` is a buffer: it is stored with the weights but not trained.
+    """
+
+    def __init__(self, in_dim: int, dim: int, max_length: int) -> None:
+        super().__init__()
+        self.register_buffer("y_embedding", torch.randn(max_length, in_dim) / math.sqrt(in_dim))
+        self.y_proj = Mlp(in_dim, dim, dim)
+
+    def forward(self, text: Tensor) -> Tensor:
+        """Project text (B, L, E) to (B, L, D)."""
+        return self.y_proj(text)
+
+
+class RotaryTime(nn.Module):
+    """Angles of the temporal attention: latent frame p turns the pair i of a head by p 10000^(-2i/d).
+
+    `freqs` is a parameter without gradient because released weights hold it. It stays in float32 when the
+    module is converted: rounded to bfloat16, a rotated component would be off by up to 0.17 after 120 frames.
+    """
+
+    def __init__(self, head_dim: int) -> None:
+        super().__init__()
+        exponent = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+        self.freqs = nn.Parameter(1.0 / ROPE_BASE**exponent, requires_grad=False)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> RotaryTime:
+        before = self.freqs.detach()
+        super()._apply(fn, recurse)
+        if self.freqs.dtype != before.dtype and not before.is_meta:
+            self.freqs.data = before.to(self.freqs.device)
+        return self
+
+    def forward(self, num_frames: int) -> Tensor:
+        """Rotations of frames 0..num_frames-1 as unit complex64 numbers, (num_frames, 1, 1, d / 2)."""
+        places = torch.arange(num_frames, device=self.freqs.device, dtype=torch.float32)
+        angles = torch.outer(places, self.freqs.float())[:, None, None, :]
+        return torch.complex(angles.cos(), angles.sin())
+
+
+def rotate_pairs(x: Tensor, rotation: Tensor) -> Tensor:
+    """Turn the adjacent pairs (a, b) of x (..., d) to (a cos - b sin, b cos + a sin) in float32.
+
+    Args:
+        x: Values, (M, n, ..., d), float32.
+        rotation: Unit complex numbers that broadcast against (M, n, ..., d / 2).
+    """
+    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * rotation).flatten(-2)
+
+
+class SelfAttention(nn.Module):
+    """Full attention with RMS-normalised queries and keys, which are rotated after the norm where asked."""
+
+    def __init__(self, dim: int, num_heads: int, qk_norm: bool) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+        self.q_norm = nn.RMSNorm(dim // num_heads, eps=NORM_EPS) if qk_norm else None
+        self.k_norm = nn.RMSNorm(dim // num_heads, eps=NORM_EPS) if qk_norm else None
+
+    def forward(self, x: Tensor, rotation: Tensor | None = None) -> Tensor:
+        """Attend within every row of x (M, n, D); rotation (n, 1, 1, d / 2) turns queries and keys."""
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (M, n, 3, A, d)
+        qk, v = qkv[:, :, :2], qkv[:, :, 2]
+        qk = self._normalise(qk)
+        if rotation is not None:
+            qk = rotate_pairs(qk.float(), rotation)
+        q, k = qk.to(v.dtype).transpose(1, 3).unbind(2)  # (M, A, n, d) each
+        y = F.scaled_dot_product_attention(q, k, v.transpose(1, 2))
+        return self.proj(y.transpose(1, 2).flatten(2))
+
+    def _normalise(self, qk: Tensor) -> Tensor:
+        """RMS norm of qk (M, n, 2, A, d) over d in float32, for queries and keys at once."""
+        if self.q_norm is None or self.k_norm is None:
+            return qk
+        qk = qk.float()
+        weight = torch.stack((self.q_norm.weight, self.k_norm.weight)).float().unsqueeze(1)  # (2, 1, d)
+        square = torch.linalg.vector_norm(qk, dim=-1, keepdim=True).square()
+        return qk * (torch.rsqrt(square / qk.shape[-1] + NORM_EPS) * weight)
+
+
+class CrossAttention(nn.Module):
+    """Attention of the tokens to the text; every sample sees only its own kept text tokens."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.q_linear = nn.Linear(dim, dim)
+        self.kv_linear = nn.Linear(dim, 2 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, text: Tensor, text_mask: Tensor | None = None) -> Tensor:
+        """Attend from x (B, N, D) to text (B, L, D).
+
+        Args:
+            x: Tokens, (B, N, D).
+            text: Projected text, (B, L, D).
+            text_mask: True where a text token counts, (B, L). All count if None. A sample without any text
+                token attends to nothing: its values are zero.
+
+        Returns:
+            (B, N, D).
+        """
+        q = self.q_linear(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, A, N, d)
+        k, v = self.kv_linear(text).unflatten(-1, (2, self.num_heads, -1)).transpose(1, 3).unbind(2)
+        if text_mask is not None:
+            has_text = text_mask.any(dim=1)[:, None]
+            v = v * has_text[:, :, None, None]
+            text_mask = (text_mask | ~has_text)[:, None, None]  # a row without any key would be 0 / 0
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=text_mask)
+        return self.proj(y.transpose(1, 2).flatten(2))
+
+
+class STDiT3Block(nn.Module):
+    """Self-attention within a frame or along time, cross-attention to text, MLP; gated by the flow time."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        mlp_ratio: float = 4.0,
+        qk_norm: bool = True,
+        temporal: bool = False,
+    ) -> None:
+        super().__init__()
+        self.temporal = temporal
+        self.scale_shift_table = nn.Parameter(torch.empty(6, dim))
+        self.attn = SelfAttention(dim, num_heads, qk_norm)
+        self.cross_attn = CrossAttention(dim, num_heads)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), dim)
+
+    def forward(
+        self,
+        x: Tensor,
+        time: Tensor,
+        text: Tensor,
+        text_mask: Tensor | None = None,
+        *,
+        rotation: Tensor | None = None,
+        inject: Callable[[Tensor], Tensor] | None = None,
+        keep: Tensor | None = None,
+    ) -> Tensor:
+        """Apply the block.
+
+        Args:
+            x: Tokens, (B, nT, S, D).
+            time: Six vectors of the flow time, (B, nT or 1, 6, D).
+            text: Projected text, (B, L, D).
+            text_mask: True where a text token counts, (B, L).
+            rotation: Rotations of the frames for the temporal attention; see `RotaryTime`.
+            inject: Replaces the output of the self-attention, (B, N, D) -> (B, N, D), before its gate.
+            keep: Factors of stochastic depth for the two gated branches, (2, B); 1 if None.
+
+        Returns:
+            (B, nT, S, D).
+        """
+        table = (self.scale_shift_table + time).unsqueeze(2)  # (B, nT or 1, 1, 6, D)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = table.unbind(-2)
+        if keep is not None:
+            gate_a, gate_m = (
+                gate * factor.view(-1, 1, 1, 1) for gate, factor in zip((gate_a, gate_m), keep, strict=True)
+            )
+        y = self._attend(modulate(x, shift_a, scale_a), rotation)
+        if inject is not None:
+            y = inject(y.reshape(y.shape[0], -1, y.shape[-1])).view(x.shape)
+        x = torch.addcmul(x, gate_a, y)
+        x = x + self.cross_attn(x.flatten(1, 2), text, text_mask).view(x.shape)
+        return torch.addcmul(x, gate_m, self.mlp(modulate(x, shift_m, scale_m)))
+
+    def _attend(self, x: Tensor, rotation: Tensor | None) -> Tensor:
+        """Self-attention of x (B, nT, S, D) over S, or over nT in a temporal block."""
+        if not self.temporal:
+            return self.attn(x.flatten(0, 1)).view(x.shape)
+        by_place = x.transpose(1, 2)  # (B, S, nT, D)
+        return self.attn(by_place.flatten(0, 1), rotation).view(by_place.shape).transpose(1, 2)
+
+
+class FinalLayer(nn.Module):
+    """Adaptive norm by the embedded time, then a Linear to the values of a patch."""
+
+    def __init__(self, dim: int, num_values: int) -> None:
+        super().__init__()
+        self.scale_shift_table = nn.Parameter(torch.empty(2, dim))
+        self.linear = nn.Linear(dim, num_values)
+
+    def forward(
+        self, x: Tensor, time: Tensor, clean_time: Tensor | None, frame_mask: Tensor | None
+    ) -> Tensor:
+        """Map tokens (B, nT, S, D) to patches (B, nT, S, patch values).
+
+        Released weights were trained with clean frames normalised twice: by the noisy time, then by time 0.
+
+        Args:
+            x: Tokens, (B, nT, S, D).
+            time: Embedded flow time, (B, D).
+            clean_time: Embedded time 0, (B, D); needed with a frame mask.
+            frame_mask: True = noisy frame, (B, nT).
+        """
+        out = self._modulate(x, time)
+        if frame_mask is not None and clean_time is not None:
+            out = torch.where(frame_mask[:, :, None, None], out, self._modulate(out, clean_time))
+        return self.linear(out)
+
+    def _modulate(self, x: Tensor, time: Tensor) -> Tensor:
+        shift, scale = (self.scale_shift_table + time[:, None])[:, None, None].unbind(-2)  # (B, 1, 1, D) each
+        return modulate(x, shift, scale)

@@ -1,0 +1,372 @@
+"""STDiT3, the diffusion transformer of Open-Sora v1.2: spatial and temporal blocks in turn.
+
+Source: Open-Sora v1.2 (`STDiT3`); state-dict keys and config fields are the released ones.
+
+Ours differ from the released code in that
+    - time runs over [0, 1] and the output is d noisy / dt = noise - clean; weights predict clean - noise, so
+      that the last line of `forward` negates;
+    - height and width count for each sample, not the first one's for the whole batch;
+    - text is masked, not packed, and a sample without text tokens attends to nothing;
+    - times, positions and rotations are float32 even where the weights are bfloat16;
+    - captions shorter than `model_max_length` can be dropped in training.
+
+Dimension key
+    B  batch    C  latent channels    T H W  latent grid    nT nH nW  patch grid    S  nH * nW    N  nT * S
+    D  width    L  text tokens    E  width of the text features
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from arlon.models.layers import (
+    CaptionEmbedder,
+    FinalLayer,
+    PatchEmbed,
+    RotaryTime,
+    ScalarEmbedder,
+    STDiT3Block,
+    patch_grid,
+    spatial_position,
+)
+
+TIME_SCALE = 1000.0
+"""Released weights embed times between 0 and 1000."""
+
+SIZES = (
+    "input_sq_size",
+    "in_channels",
+    "hidden_size",
+    "depth",
+    "num_heads",
+    "caption_channels",
+    "model_max_length",
+)
+"""Fields of the config that count something."""
+
+Inject = Callable[[int, Tensor], Tensor]
+"""(temporal block i, output of its self-attention (B, N, D)) -> what takes its place, (B, N, D)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class STDiT3Config:
+    """Shape of an STDiT3; the defaults are XL/2. Fields are those of a released `config.json`.
+
+    Raises:
+        ValueError: If sizes do not divide or are out of range; all problems are listed.
+    """
+
+    input_size: tuple[int | None, int | None, int | None] = (None, None, None)
+    """Not used: sizes come with the latent."""
+    input_sq_size: int = 512
+    """Side in pixels of the video at which the spatial positions have scale 1."""
+    in_channels: int = 4
+    """Latent channels C."""
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    """Latent frames, rows and columns of a patch."""
+    hidden_size: int = 1152
+    """Width D."""
+    depth: int = 28
+    """Number of spatial blocks, and of temporal blocks."""
+    num_heads: int = 16
+    """Attention heads."""
+    mlp_ratio: float = 4.0
+    """Width of an MLP over D."""
+    class_dropout_prob: float = 0.1
+    """Probability of training on the null caption instead of the caption."""
+    pred_sigma: bool = True
+    """Whether the last layer has 2 C outputs; the second half is not used."""
+    drop_path: float = 0.0
+    """Probability of skipping a branch of the last block in training; rises linearly from 0 in the first."""
+    caption_channels: int = 4096
+    """Width E of the text features."""
+    model_max_length: int = 300
+    """Most text tokens, and rows of the null caption."""
+    qk_norm: bool = True
+    """Whether queries and keys of the self-attention are RMS-normalised."""
+    enable_flash_attn: bool = False
+    """Read and not used: PyTorch chooses the attention kernel."""
+    enable_layernorm_kernel: bool = False
+    """Read and not used."""
+    enable_sequence_parallelism: bool = False
+    """Read and not used."""
+    only_train_temporal: bool = False
+    """Whether everything but the temporal blocks is frozen."""
+    freeze_y_embedder: bool = False
+    """Whether the projection of the text is frozen."""
+    skip_y_embedder: bool = False
+    """Whether text arrives projected already, (B, L, D)."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "patch_size", tuple(self.patch_size))
+        object.__setattr__(self, "input_size", tuple(self.input_size))
+        problems = self._problems()
+        if problems:
+            raise ValueError("STDiT3Config: " + "; ".join(problems))
+
+    def _problems(self) -> list[str]:
+        found = [
+            f"{name} ({getattr(self, name)}) must be at least 1" for name in SIZES if getattr(self, name) < 1
+        ]
+        for name in ("class_dropout_prob", "drop_path"):
+            if not 0 <= getattr(self, name) <= 1:
+                found.append(f"{name} ({getattr(self, name)}) is a probability in [0, 1]")
+        if len(self.patch_size) != 3 or min(self.patch_size) < 1:
+            found.append(f"patch_size {self.patch_size} must hold three sizes of at least 1")
+        if self.mlp_ratio <= 0:
+            found.append(f"mlp_ratio ({self.mlp_ratio}) must be positive")
+        if not found and self.hidden_size % (2 * self.num_heads):
+            found.append(
+                f"hidden_size ({self.hidden_size}) must be a multiple of 2 num_heads ({2 * self.num_heads})"
+            )
+        if self.hidden_size % 4:
+            found.append(f"hidden_size ({self.hidden_size}) must be a multiple of 4")
+        return found
+
+    @property
+    def out_channels(self) -> int:
+        """Channels the last layer writes."""
+        return self.in_channels * (2 if self.pred_sigma else 1)
+
+
+class STDiT3(nn.Module):
+    """Velocity of a noisy latent, given flow time, text, frame rate and size.
+
+    Attributes:
+        gradient_checkpointing: Recompute every block in the backward pass instead of keeping its parts.
+    """
+
+    config_class = STDiT3Config
+
+    def __init__(self, config: STDiT3Config) -> None:
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = False
+        dim = config.hidden_size
+        self.rope = RotaryTime(dim // config.num_heads)
+        self.x_embedder = PatchEmbed(config.in_channels, config.patch_size, dim)
+        self.t_embedder = ScalarEmbedder(dim)
+        self.fps_embedder = ScalarEmbedder(dim)
+        self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.y_embedder = CaptionEmbedder(config.caption_channels, dim, config.model_max_length)
+        block = partial(
+            STDiT3Block, dim, config.num_heads, mlp_ratio=config.mlp_ratio, qk_norm=config.qk_norm
+        )
+        self.spatial_blocks = nn.ModuleList(block(temporal=False) for _ in range(config.depth))
+        self.temporal_blocks = nn.ModuleList(block(temporal=True) for _ in range(config.depth))
+        self.final_layer = FinalLayer(dim, math.prod(config.patch_size) * config.out_channels)
+        self._init_weights()
+        self._freeze()
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, **config_overrides: Any) -> STDiT3:
+        """Load a component folder, ours or released, strictly; see `arlon.checkpoint.load_component`."""
+        from arlon.checkpoint import load_component
+
+        return load_component(cls, folder, **config_overrides)
+
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Write a component folder; see `arlon.checkpoint.save_component`."""
+        from arlon.checkpoint import save_component
+
+        save_component(self, folder, dtype=dtype)
+
+    def null_text(self, length: int) -> Tensor:
+        """Null caption for the unconditional half of guidance: the first `length` rows, (length, E).
+
+        Raises:
+            ValueError: If the model has no null caption of that length.
+        """
+        if not 1 <= length <= self.config.model_max_length:
+            raise ValueError(
+                f"a null caption of {length} tokens is not in the model: expected 1 to "
+                f"{self.config.model_max_length} (model_max_length). Shorten the prompt to that length."
+            )
+        return self.y_embedder.y_embedding[:length]
+
+    def forward(
+        self,
+        latent: Tensor,
+        t: Tensor,
+        text: Tensor,
+        text_mask: Tensor | None = None,
+        frame_mask: Tensor | None = None,
+        *,
+        fps: Tensor | float,
+        height: Tensor | float,
+        width: Tensor | float,
+        inject: Inject | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Predict the velocity d noisy / dt = noise - clean.
+
+        Args:
+            latent: Noisy latent, (B, C, T, H, W); any T, H, W.
+            t: Flow time, (B,), 1 = noise, 0 = data.
+            text: Text features, (B, L, E); (B, L, D) if the config says `skip_y_embedder`.
+            text_mask: True = real text token, (B, L). All are real if None.
+            frame_mask: True = noisy frame, False = clean frame, a condition, (B, T). Noisy if None.
+            fps: Frames a second, (B,) or a number.
+            height: Height of the video in pixels, (B,) or a number.
+            width: Width of the video in pixels, (B,) or a number.
+            inject: Called in temporal block i on the output y (B, N, D) of its self-attention, tokens in
+                order of time, row, column; what it returns goes on to the gate and the residual.
+            generator: Draws which captions and branches are dropped, in training only. Global if None.
+
+        Returns:
+            Velocity, (B, C, T, H, W), float32.
+
+        Raises:
+            ValueError: If shapes do not fit the config or each other.
+        """
+        self._check_inputs(latent, t, text, text_mask, frame_mask)
+        dtype, grid = self.x_embedder.proj.weight.dtype, patch_grid(latent, self.config.patch_size)
+        fps, height, width = (_per_sample(value, latent) for value in (fps, height, width))
+
+        x = self.x_embedder(latent.to(dtype))  # (B, nT, S, D)
+        position = spatial_position(height, width, grid[1:], x.shape[-1], self.config.input_sq_size)
+        x = x + position.to(dtype).unsqueeze(1)
+        time, clean_time, six = self._embed_time(t, fps, frame_mask)
+        text = self._embed_text(text.to(dtype), generator)
+        x = self._run_blocks(x, six, text, text_mask, inject, generator)
+        patches = self.final_layer(x, time, clean_time, frame_mask)
+        return -self._unpatchify(patches, grid, latent.shape[2:]).float()
+
+    def _embed_time(
+        self, t: Tensor, fps: Tensor, frame_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Embedded time (B, D), embedded time 0 or None, six vectors for the blocks (B, nT or 1, 6, D)."""
+        rate = self.fps_embedder(fps)
+        time = self.t_embedder(TIME_SCALE * t.float()) + rate
+        six = self.t_block(time).unflatten(-1, (1, 6, -1))
+        if frame_mask is None:
+            return time, None, six
+        clean_time = self.t_embedder(torch.zeros_like(fps)) + rate
+        clean_six = self.t_block(clean_time).unflatten(-1, (1, 6, -1))
+        return time, clean_time, torch.where(frame_mask[:, :, None, None], six, clean_six)
+
+    def _embed_text(self, text: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Text (B, L, E) as (B, L, D); in training some captions become the null caption, mask unchanged."""
+        if self.config.skip_y_embedder:
+            return text
+        if self.training and self.config.class_dropout_prob > 0:
+            drop = _draw(text.shape[0], text.device, generator) < self.config.class_dropout_prob
+            text = torch.where(drop[:, None, None], self.null_text(text.shape[1]).to(text.dtype), text)
+        return self.y_embedder(text)
+
+    def _run_blocks(
+        self,
+        x: Tensor,
+        six: Tensor,
+        text: Tensor,
+        text_mask: Tensor | None,
+        inject: Inject | None,
+        generator: torch.Generator | None,
+    ) -> Tensor:
+        """Tokens (B, nT, S, D) through spatial block 0, temporal block 0, spatial block 1, ..."""
+        rotation = self.rope(x.shape[1])
+        for i in range(self.config.depth):
+            hook = None if inject is None else partial(inject, i)
+            for block in (self.spatial_blocks[i], self.temporal_blocks[i]):
+                extra = {"rotation": rotation, "inject": hook} if block.temporal else {}
+                extra["keep"] = self._draw_keep(i, x, generator)
+                if self.gradient_checkpointing and torch.is_grad_enabled():
+                    x = checkpoint(block, x, six, text, text_mask, use_reentrant=False, **extra)
+                else:
+                    x = block(x, six, text, text_mask, **extra)
+        return x
+
+    def _draw_keep(self, i: int, x: Tensor, generator: torch.Generator | None) -> Tensor | None:
+        """Stochastic depth of block i: 0 for a skipped branch, else 1 / probability of keeping it, (2, B)."""
+        if not self.training or self.config.drop_path == 0:
+            return None
+        probability = self.config.drop_path * i / max(1, self.config.depth - 1)
+        if probability >= 1:
+            return x.new_zeros(2, x.shape[0])
+        kept = _draw(2 * x.shape[0], x.device, generator).view(2, -1) >= probability
+        return kept.to(x.dtype) / (1 - probability)
+
+    def _unpatchify(self, patches: Tensor, grid: tuple[int, int, int], size: torch.Size) -> Tensor:
+        """Patches (B, nT, S, pt ph pw Cout) to the first C channels of a latent (B, C, T, H, W), cropped."""
+        pt, ph, pw = self.config.patch_size
+        values = patches.unflatten(-1, (pt, ph, pw, -1))[..., : self.config.in_channels]
+        pattern = "b t (h w) pt ph pw c -> b c (t pt) (h ph) (w pw)"
+        latent = rearrange(values, pattern, h=grid[1], w=grid[2])
+        return latent[:, :, : size[0], : size[1], : size[2]]
+
+    def _init_weights(self) -> None:
+        """Initialise for training from scratch; temporal blocks and frame rate start without effect."""
+        std = 1 / math.sqrt(self.config.hidden_size)
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+                if name.startswith("temporal_blocks") and name.endswith((".proj", ".fc2")):
+                    nn.init.zeros_(module.weight)
+            elif isinstance(module, STDiT3Block | FinalLayer):
+                nn.init.normal_(module.scale_shift_table, std=std)
+        nn.init.normal_(self.fps_embedder.mlp[0].weight, std=0.02)
+        nn.init.zeros_(self.fps_embedder.mlp[2].weight)
+
+    def _freeze(self) -> None:
+        """Freeze what the config says."""
+        if self.config.only_train_temporal:
+            self.requires_grad_(False)
+            self.temporal_blocks.requires_grad_(True)
+        if self.config.freeze_y_embedder:
+            self.y_embedder.requires_grad_(False)
+
+    def _check_inputs(
+        self, latent: Tensor, t: Tensor, text: Tensor, text_mask: Tensor | None, frame_mask: Tensor | None
+    ) -> None:
+        config = self.config
+        if latent.ndim != 5 or latent.shape[1] != config.in_channels:
+            raise ValueError(f"latent must be (B, {config.in_channels}, T, H, W), got {tuple(latent.shape)}")
+        batch, frames = latent.shape[0], latent.shape[2]
+        width = config.hidden_size if config.skip_y_embedder else config.caption_channels
+        if t.shape != (batch,):
+            raise ValueError(f"t must hold one flow time a sample, ({batch},), got {tuple(t.shape)}")
+        if text.ndim != 3 or text.shape[0] != batch or text.shape[2] != width:
+            raise ValueError(f"text must be (B, L, E) = ({batch}, L, {width}), got {tuple(text.shape)}")
+        if text.shape[1] > config.model_max_length:
+            raise ValueError(
+                f"text has {text.shape[1]} tokens, at most {config.model_max_length} (model_max_length)"
+            )
+        _check_mask("text_mask", text_mask, (batch, text.shape[1]))
+        _check_mask("frame_mask", frame_mask, (batch, frames))
+        if frame_mask is not None and config.patch_size[0] != 1:
+            raise ValueError(
+                f"a frame_mask needs patches of one latent frame, patch_size is {config.patch_size}"
+            )
+
+
+def _check_mask(name: str, mask: Tensor | None, shape: tuple[int, int]) -> None:
+    if mask is not None and (mask.shape != shape or mask.dtype != torch.bool):
+        raise ValueError(f"{name} must be bool {shape}, got {mask.dtype} {tuple(mask.shape)}")
+
+
+def _per_sample(value: Tensor | float, latent: Tensor) -> Tensor:
+    """A number, or one number a sample, as float32 (B,) on the device of the latent."""
+    numbers = torch.as_tensor(value, dtype=torch.float32, device=latent.device)
+    if numbers.shape not in {(), (1,), (latent.shape[0],)}:
+        raise ValueError(
+            f"fps, height and width must be numbers or tensors ({latent.shape[0]},), "
+            f"got shape {tuple(numbers.shape)}"
+        )
+    return numbers.expand(latent.shape[0])
+
+
+def _draw(count: int, device: torch.device, generator: torch.Generator | None) -> Tensor:
+    """Uniform numbers (count,) from the generator, wherever it lives, or the global CPU one; on `device`."""
+    source = torch.device("cpu") if generator is None else generator.device
+    return torch.rand(count, generator=generator, device=source).to(device)

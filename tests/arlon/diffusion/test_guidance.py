@@ -1,0 +1,71 @@
+"""Classifier-free guidance: the formula, one call, and what each half sees."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from arlon.diffusion.guidance import guide
+
+
+class Recorder:
+    """A model that returns the mean of its kept text; keeps the arguments of its calls."""
+
+    def __init__(self) -> None:
+        self.calls: list[dict] = []
+
+    def __call__(
+        self, x: Tensor, t: Tensor, text: Tensor, text_mask: Tensor | None = None, **conditions
+    ) -> Tensor:
+        self.calls.append({"x": x, "t": t, "text": text, "text_mask": text_mask, **conditions})
+        kept = text if text_mask is None else text * text_mask[..., None]
+        return x + kept.sum(dim=(1, 2))[:, None]
+
+
+X, T = torch.randn(2, 3), torch.tensor([0.3, 0.8])
+TEXT, NULL = torch.randn(2, 4, 5), torch.randn(4, 5)
+MASK = torch.tensor([[True, True, False, False], [True, False, False, False]])
+
+
+def test_guidance_is_the_formula():
+    model = Recorder()
+    got = guide(model, TEXT, NULL, guidance_scale=3.0, text_mask=MASK)(X, T)
+    conditional = Recorder()(X, T, TEXT, MASK)
+    null = Recorder()(X, T, NULL.expand(2, -1, -1), MASK)
+    torch.testing.assert_close(got, null + 3 * (conditional - null))
+    assert len(model.calls) == 1
+
+
+def test_null_half_uses_the_token_count_of_the_prompt():
+    model = Recorder()
+    guide(model, TEXT, NULL, guidance_scale=2.0, text_mask=MASK)(X, T)
+    assert torch.equal(model.calls[0]["text_mask"], torch.cat((MASK, MASK)))
+    negative = torch.tensor([[True] * 4, [False] * 4])
+    guide(model, TEXT, TEXT.flip(0), guidance_scale=2.0, text_mask=MASK, null_mask=negative)(X, T)
+    assert torch.equal(model.calls[1]["text_mask"], torch.cat((MASK, negative)))
+    guide(model, TEXT, NULL, guidance_scale=2.0, null_mask=negative)(X, T)
+    assert torch.equal(model.calls[2]["text_mask"], torch.cat((torch.ones_like(MASK), negative)))
+
+
+def test_scale_one_costs_one_forward_of_the_batch():
+    model = Recorder()
+    got = guide(model, TEXT, NULL, guidance_scale=1, text_mask=MASK, fps=8.0)(X, T)
+    torch.testing.assert_close(got, Recorder()(X, T, TEXT, MASK))
+    assert len(model.calls) == 1
+    assert model.calls[0]["x"].shape[0] == 2
+
+
+def test_other_conditions_are_in_both_halves():
+    model, inject = Recorder(), object()
+    mask, fps = torch.tensor([[True], [False]]), torch.tensor([8.0, 24.0])
+    guide(model, TEXT, NULL, guidance_scale=2.0, frame_mask=mask, fps=fps, height=64, inject=inject)(X, T)
+    call = model.calls[0]
+    assert torch.equal(call["frame_mask"], torch.cat((mask, mask)))
+    assert call["fps"].tolist() == [8, 24, 8, 24]
+    assert call["t"].tolist() == pytest.approx([0.3, 0.8, 0.3, 0.8])
+    assert call["height"] == 64
+    assert call["inject"] is inject
+
+
+def test_texts_of_two_lengths_are_refused():
+    with pytest.raises(ValueError, match="Pad both to one length"):
+        guide(Recorder(), TEXT, NULL[:3], guidance_scale=2.0)

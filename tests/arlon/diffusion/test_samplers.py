@@ -1,0 +1,161 @@
+"""Sampling against closed forms and figures of the released code; noise by address."""
+
+import hashlib
+import math
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from arlon.diffusion import flow, samplers
+from arlon.diffusion.guidance import guide
+
+DATA = Path(__file__).parents[2] / "data"
+
+
+def released_network(seen: list[Tensor]):
+    """The stand-in network of the golden files in our convention; records its input."""
+
+    def model(x: Tensor, t: Tensor, text: Tensor, text_mask: Tensor | None = None) -> Tensor:
+        seen.append(x)
+        t = flow.expand_time(t, x)
+        mean = text.flatten(1).mean(dim=1).view(-1, 1, 1, 1, 1)
+        return -(torch.tanh(x) * (1 - t) - 0.5 * x * t + mean * torch.cos(3 * t))
+
+    return model
+
+
+SHIFTS = {
+    "plain": None,
+    "transform": partial(flow.shift_times, height=240, width=426, num_frames=51),
+    "discrete": lambda t: torch.round(1000 * t) / 1000,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "scale", "steps"), [("plain", 4, 10), ("transform", 7, 12), ("discrete", 3, 7)]
+)
+def test_guided_sampling_equals_the_released_code(name: str, scale: float, steps: int):
+    case, seen = load_file(DATA / f"flow_sample_{name}.safetensors"), []
+    velocity_fn = guide(
+        released_network(seen), case["in.y"][:, 0], case["in.y_null"][:, 0], guidance_scale=scale
+    )
+    times = samplers.make_times(steps, SHIFTS[name])
+    torch.testing.assert_close(1000 * times[:-1], case["steps.t"][:, 0], rtol=1e-5, atol=1e-4)
+    out = samplers.sample(velocity_fn, case["in.z"], times)
+    torch.testing.assert_close(torch.stack(seen), case["steps.z_in"], rtol=1e-5, atol=2e-5)
+    assert (out - case["out"]).norm() / case["out"].norm() <= 1e-5
+
+
+def test_straight_flow_is_exact_in_any_number_of_steps():
+    clean, noise = torch.randn(2, 3, 4, 2, 2, 2)
+    for steps in (1, 3, 10):
+        got = samplers.sample(lambda x, t: noise - clean, noise, samplers.make_times(steps))
+        torch.testing.assert_close(got, clean, rtol=1e-5, atol=1e-5)
+
+
+def test_euler_converges_to_the_exponential_at_first_order():
+    x = torch.tensor([[2.0]])
+    errors = [
+        abs(float(samplers.sample(lambda x, t: x, x, samplers.make_times(n))) - 2 * math.exp(-1))
+        for n in (20, 40)
+    ]
+    assert errors[0] / errors[1] == pytest.approx(2, rel=0.05)
+
+
+def test_time_reaches_the_model_once_a_sample_and_the_callback_sees_every_step():
+    times, progress = [], []
+
+    def velocity_fn(x: Tensor, t: Tensor) -> Tensor:
+        times.append(t.clone())
+        return torch.ones_like(x, dtype=torch.bfloat16)
+
+    out = samplers.sample(
+        velocity_fn,
+        torch.zeros(3, 2),
+        samplers.make_times(4),
+        callback=lambda i, n, x: progress.append((i, n)),
+    )
+    torch.testing.assert_close(torch.stack(times), torch.tensor([1, 0.75, 0.5, 0.25])[:, None].expand(4, 3))
+    assert progress == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert out.dtype == torch.float32
+
+
+def test_times_fall_from_one_to_zero():
+    times = samplers.make_times(30, partial(flow.shift_times, height=64, width=64, num_frames=8))
+    assert times[0] == 1
+    assert times[-1] == 0
+    assert (times.diff() < 0).all()
+
+
+def test_bad_times_and_solvers_are_refused():
+    x = torch.zeros(1, 2)
+    with pytest.raises(ValueError, match="unknown solver 'hun', choose from 'euler'"):
+        samplers.sample(lambda x, t: x, x, samplers.make_times(2), solver="hun")
+    with pytest.raises(ValueError, match="must fall"):
+        samplers.sample(lambda x, t: x, x, torch.tensor([0.0, 1.0]))
+    with pytest.raises(ValueError, match="at least one step"):
+        samplers.sample(lambda x, t: x, x, torch.tensor([1.0]))
+    with pytest.raises(ValueError, match="num_steps must be at least 1, got 0"):
+        samplers.make_times(0)
+    with pytest.raises(ValueError, match="must return the shape of x"):
+        samplers.sample(lambda x, t: x[:, :1], x, samplers.make_times(2))
+    with pytest.raises(ValueError, match="already registered"):
+        samplers.register_solver("euler")
+
+
+def test_registered_solver_is_used(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(samplers, "SOLVERS", dict(samplers.SOLVERS))
+
+    @samplers.register_solver("midpoint")
+    def midpoint(velocity_fn, x: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
+        half = x + (t_next - t) / 2 * samplers.velocity_at(velocity_fn, x, t)
+        return x + (t_next - t) * samplers.velocity_at(velocity_fn, half, (t + t_next) / 2)
+
+    x = torch.tensor([[2.0]])
+    times = samplers.make_times(20)
+    errors = [
+        abs(float(samplers.sample(lambda x, t: x, x, times, solver=name)) - 2 * math.exp(-1))
+        for name in ("euler", "midpoint")
+    ]
+    assert errors[1] < errors[0] / 20
+
+
+def test_noise_depends_on_its_address_alone():
+    one = samplers.draw_noise((2, 3), 42, "refine", 7, 0)
+    torch.manual_seed(1)
+    torch.randn(5)
+    torch.testing.assert_close(samplers.draw_noise((2, 3), 42, "refine", 7, 0), one, rtol=0, atol=0)
+    others = [
+        (42, "refine", 7, 1),
+        (42, "refine", 70),
+        (42, "refine", "7", 0),
+        (43, "refine", 7, 0),
+        (42, "coarse", 7, 0),
+    ]
+    seeds = {samplers.address_seed(*address) for address in [*others, (42, "refine", 7, 0)]}
+    assert len(seeds) == 6
+
+
+def test_address_seed_is_what_is_documented():
+    digest = hashlib.sha256(b'[42,"refine",7]').hexdigest()
+    assert samplers.address_seed(42, "refine", 7) == int(digest[:16], 16) >> 1
+
+
+def test_noise_leaves_the_global_generator_alone_and_is_normal():
+    state = torch.get_rng_state()
+    noise = samplers.draw_noise((100, 100), 0, "noise")
+    assert torch.equal(torch.get_rng_state(), state)
+    assert abs(float(noise.mean())) < 0.03
+    assert abs(float(noise.std()) - 1) < 0.03
+    half = samplers.draw_noise((100, 100), 0, "noise", dtype=torch.bfloat16)
+    torch.testing.assert_close(half, noise.to(torch.bfloat16), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("part", [1.0, True, None, ("a",)])
+def test_addresses_of_other_kinds_are_refused(part: object):
+    with pytest.raises(TypeError, match="int and str only"):
+        samplers.address_seed(1, part)
