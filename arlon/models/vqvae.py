@@ -1,0 +1,516 @@
+"""Latent VQ-VAE: a latent as a small grid of codes and back, blurry by design.
+
+Source: ARLON, arXiv:2410.20502, latent VQ-VAE: a 3D encoder, one codebook and a decoder nested between the
+encoder and the decoder of the frozen video VAE. One class serves both ratios, the fine one (codes that the AR
+model writes) and the coarser one (reconstructions that the DiT is trained on).
+
+Choices of ours, where the paper's text is not known:
+- 3D convolutions are factorised into 1x3x3 and 3x1x1; grids change by non-overlapping patches, so that a code
+  frame covers exactly `ratio[0]` latent frames.
+- Norms see one position at a time. Nothing has statistics over time or space, so decoding a window with a
+  halo of `receptive_halo` code frames gives what decoding the whole film gives.
+- The codebook is an exponential moving average with restart of dead codes and, by default, cosine look-up in
+  few dimensions (van den Oord et al., arXiv:1711.00937; Yu et al., arXiv:2110.04627).
+
+Dimension key
+    B batch    C latent channels    T, H, W latent grid    cT, cH, cW code grid    K codebook size
+    D width of the level at hand    d code dimension
+Inside, features are (B, T, H, W, D): channels last, the fast layout of convolutions and linear maps on a CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from vector_quantize_pytorch import VectorQuantize
+
+from arlon.grids import ceil_div, code_grid
+
+MIN_WIDTH = 32
+"""Narrowest level of the encoder and decoder (if `hidden_dim` is not narrower still)."""
+NORM_EPS = 1e-6
+LOOKUP_ROWS = 4096
+"""Positions compared with the codebook at a time: bounds the similarity matrix of a long film."""
+
+Stride = tuple[int, int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentVQVAEConfig:
+    """Shape of a latent VQ-VAE and of its codebook."""
+
+    latent_channels: int = 16
+    """C, channels of the normalised latent."""
+    ratio: tuple[int, int, int] = (2, 2, 2)
+    """Latent positions a code covers along (t, h, w); powers of two."""
+    hidden_dim: int = 96
+    """Width on the code grid; every finer level is half as wide, down to 32."""
+    num_res_blocks: int = 3
+    """Residual blocks on the code grid; each finer level has one."""
+    codebook_size: int = 1024
+    """K."""
+    code_dim: int = 16
+    """Width in which codes are looked up."""
+    commitment_weight: float = 0.25
+    """Weight of the commitment term in the loss (beta)."""
+    decay: float = 0.99
+    """Decay of the moving averages behind the codebook."""
+    use_cosine_sim: bool = True
+    """Compare directions (codes on the unit sphere) rather than Euclidean distance."""
+    dead_code_threshold: float = 0.1
+    """Codes whose moving average of uses a batch falls below this restart from the batch; 0 never restarts.
+
+    Choose it well below the mean number of uses, B * cT * cH * cW / K.
+    """
+    kmeans_init: bool = True
+    """Start the codebook from k-means of the first training batch rather than at random."""
+    kmeans_iters: int = 10
+    """Rounds of that k-means."""
+    rotation_trick: bool = True
+    """Pass gradients through the look-up by rotation (arXiv:2410.06424) rather than straight through."""
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"{name} must be at least 1, got {value}"
+            for name in (
+                "latent_channels",
+                "hidden_dim",
+                "num_res_blocks",
+                "codebook_size",
+                "code_dim",
+                "kmeans_iters",
+            )
+            if (value := getattr(self, name)) < 1
+        ]
+        if len(self.ratio) != 3 or any(r < 1 or r & (r - 1) for r in self.ratio):
+            problems.append(
+                f"ratio must be three powers of two (t, h, w), such as (2, 4, 4), got {tuple(self.ratio)}"
+            )
+        if not 0 < self.decay < 1:
+            problems.append(f"decay must lie between 0 and 1, such as 0.99, got {self.decay}")
+        if self.commitment_weight < 0 or self.dead_code_threshold < 0:
+            problems.append(
+                "commitment_weight and dead_code_threshold must not be negative, "
+                f"got {self.commitment_weight} and {self.dead_code_threshold}"
+            )
+        if problems:
+            raise ValueError("LatentVQVAEConfig: " + "; ".join(problems))
+
+
+@dataclass(frozen=True)
+class VQVAEOutput:
+    """What one pass through the VQ-VAE gives."""
+
+    reconstruction: Tensor
+    """Coarse latent, (B, C, T, H, W)."""
+    codes: Tensor
+    """(B, cT, cH, cW) int64."""
+    loss: Tensor
+    """Scalar: reconstruction_loss + commitment_weight * commitment_loss."""
+    reconstruction_loss: Tensor
+    """Scalar: mean squared error on the latent."""
+    commitment_loss: Tensor
+    """Scalar: mean squared distance of the encoder output to its code, unweighted."""
+
+
+@dataclass(frozen=True)
+class CodebookUsage:
+    """How much of a codebook a set of codes uses."""
+
+    used_share: float
+    """Share of the codebook that occurs at all, 0..1."""
+    perplexity: float
+    """exp(entropy of the code frequencies in nats), 1..K."""
+
+
+def codebook_usage(codes: Tensor, codebook_size: int) -> CodebookUsage:
+    """Measure how many of `codebook_size` codes occur in `codes` (any shape, int64) and how evenly.
+
+    Raises:
+        ValueError: If there are no codes, or one lies outside [0, codebook_size).
+    """
+    if codes.numel() == 0:
+        raise ValueError("codebook usage needs at least one code, got none")
+    _check_codes(codes, codebook_size)
+    frequency = torch.bincount(codes.flatten(), minlength=codebook_size).double() / codes.numel()
+    entropy = -torch.special.xlogy(frequency, frequency).sum()
+    return CodebookUsage((frequency > 0).double().mean().item(), entropy.exp().item())
+
+
+class SpatialConv(nn.Conv2d):
+    """3x3 convolution of every frame of (B, T, H, W, D)."""
+
+    def __init__(self, dim_in: int, dim_out: int) -> None:
+        super().__init__(dim_in, dim_out, kernel_size=3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve over height and width, zeros outside."""
+        y = super().forward(rearrange(x, "b t h w d -> (b t) d h w"))
+        return rearrange(y, "(b t) d h w -> b t h w d", b=x.shape[0])
+
+
+class TemporalConv(nn.Conv2d):
+    """Convolution with a kernel of 3 over the frames of (B, T, H, W, D), at every position by itself."""
+
+    def __init__(self, dim_in: int, dim_out: int) -> None:
+        super().__init__(dim_in, dim_out, kernel_size=(3, 1), padding=(1, 0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve over time, zeros before the first and after the last frame."""
+        y = super().forward(rearrange(x, "b t h w d -> b d t (h w)"))
+        return rearrange(y, "b d t (h w) -> b t h w d", h=x.shape[2])
+
+
+class ResBlock(nn.Module):
+    """Pre-activation residual block: norm, SiLU, 1x3x3; norm, SiLU, 3x1x1. The identity when fresh."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.spatial_norm = nn.RMSNorm(dim, eps=NORM_EPS)
+        self.spatial = SpatialConv(dim, dim)
+        self.temporal_norm = nn.RMSNorm(dim, eps=NORM_EPS)
+        self.temporal = TemporalConv(dim, dim)
+        nn.init.zeros_(self.temporal.weight)
+        nn.init.zeros_(self.temporal.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Transform (B, T, H, W, D)."""
+        y = self.spatial(F.silu(self.spatial_norm(x)))
+        return x + self.temporal(F.silu(self.temporal_norm(y)))
+
+
+class Downsample(nn.Module):
+    """Merge every patch of `stride` positions by one linear map: a convolution whose kernel is its stride."""
+
+    def __init__(self, dim_in: int, dim_out: int, stride: Stride) -> None:
+        super().__init__()
+        self.stride = stride
+        self.linear = nn.Linear(dim_in * stride[0] * stride[1] * stride[2], dim_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, H, W, D) -> (B, T/t, H/h, W/w, D')."""
+        t, h, w = self.stride
+        return self.linear(rearrange(x, "b (T t) (H h) (W w) d -> b T H W (t h w d)", t=t, h=h, w=w))
+
+
+class Upsample(nn.Module):
+    """Split every position into a patch of `stride` positions by one linear map: `Downsample` mirrored."""
+
+    def __init__(self, dim_in: int, dim_out: int, stride: Stride) -> None:
+        super().__init__()
+        self.stride = stride
+        self.linear = nn.Linear(dim_in, dim_out * stride[0] * stride[1] * stride[2])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, H, W, D) -> (B, T*t, H*h, W*w, D')."""
+        t, h, w = self.stride
+        return rearrange(self.linear(x), "b T H W (t h w d) -> b (T t) (H h) (W w) d", t=t, h=h, w=w)
+
+
+class LatentVQVAE(nn.Module):
+    """Encode a latent into codes and decode codes into a coarse latent of the same shape.
+
+    Sizes that the ratio does not divide are padded at the end by repeating the last frame, row or column, and
+    cropped again by `decode`. `encode` and `decode` are deterministic in either mode; the codebook changes
+    only in `forward` in training mode.
+    """
+
+    config_class: ClassVar[type[LatentVQVAEConfig]] = LatentVQVAEConfig
+
+    def __init__(self, config: LatentVQVAEConfig) -> None:
+        super().__init__()
+        self.config = config
+        strides = _level_strides(config.ratio)
+        widths = _level_widths(config.hidden_dim, len(strides))
+        self.encoder = _build_encoder(config, widths, strides)
+        self.quantizer = _build_quantizer(config)
+        self.decoder = _build_decoder(config, widths, strides)
+
+    @property
+    def receptive_halo(self) -> int:
+        """Code frames on either side of a code frame that its decoded latent frames depend on."""
+        halo = 0
+        for t, _, _ in _level_strides(self.config.ratio):
+            halo = ceil_div(halo + 1, t)  # one block on this level, then one patch of the next coarser level
+        return halo + self.config.num_res_blocks
+
+    def forward(self, latent: Tensor, generator: torch.Generator | None = None) -> VQVAEOutput:
+        """Reconstruct a latent through the codebook, with the losses of training.
+
+        loss = mean (latent - reconstruction)^2 + beta mean (z - sg(e))^2: arXiv:1711.00937 eq. 3 with moving
+        averages for the codebook term. In training mode they are updated and dead codes restarted.
+
+        Args:
+            latent: Normalised latent, (B, C, T, H, W).
+            generator: CPU generator that k-means and restarts draw from in training; the global one if None.
+
+        Raises:
+            ValueError: If `latent` has the wrong shape.
+        """
+        z = self._encode(latent)
+        with _full_precision(z.device):
+            quantized, codes, commitment = self._quantize(z.float(), generator)
+        reconstruction = self._decode(quantized.to(z.dtype), latent.shape[2:])
+        error = (reconstruction.float() - latent.float()).square().mean()
+        loss = error + self.config.commitment_weight * commitment
+        return VQVAEOutput(reconstruction, codes, loss, error, commitment)
+
+    @torch.no_grad()
+    def encode(self, latent: Tensor) -> Tensor:
+        """Codes (B, cT, cH, cW) int64 of a normalised latent (B, C, T, H, W); ratios round up.
+
+        Raises:
+            ValueError: If `latent` has the wrong shape.
+        """
+        z = self._encode(latent)
+        with _full_precision(z.device):
+            return self._nearest(z.float())
+
+    def decode(
+        self, codes: Tensor, num_latent_frames: int | None = None, *, grid: tuple[int, int] | None = None
+    ) -> Tensor:
+        """Decode codes of a whole film at once.
+
+        Args:
+            codes: (B, cT, cH, cW) int64 in [0, K).
+            num_latent_frames: T, where it is not a multiple of the ratio; cT * ratio if None.
+            grid: (H, W), where they are not multiples of the ratio; (cH, cW) * ratio if None.
+
+        Returns:
+            Coarse latent, (B, C, T, H, W).
+
+        Raises:
+            ValueError: If codes have the wrong shape or range, or do not belong to a latent of that size.
+        """
+        size = self._latent_size(codes, num_latent_frames, grid)
+        return self._decode(self._look_up(codes), size)
+
+    def decode_frames(
+        self,
+        codes: Tensor,
+        start: int,
+        stop: int,
+        *,
+        num_latent_frames: int | None = None,
+        grid: tuple[int, int] | None = None,
+    ) -> Tensor:
+        """Latent frames [start, stop) of what `decode` gives, from just the codes that matter for them.
+
+        Args:
+            codes: Codes of the whole film, (B, cT, cH, cW) int64.
+            start: First latent frame.
+            stop: One past the last latent frame.
+            num_latent_frames: T of the whole film; cT * ratio if None.
+            grid: (H, W); (cH, cW) * ratio if None.
+
+        Returns:
+            (B, C, stop - start, H, W).
+
+        Raises:
+            ValueError: As `decode`, or if [start, stop) is empty or reaches outside the film.
+        """
+        num_frames, height, width = self._latent_size(codes, num_latent_frames, grid)
+        if not 0 <= start < stop <= num_frames:
+            raise ValueError(
+                f"latent frames [{start}, {stop}) are empty or outside the film of {num_frames} frames"
+            )
+        ratio = self.config.ratio[0]
+        first = max(0, start // ratio - self.receptive_halo)
+        last = min(codes.shape[1], ceil_div(stop, ratio) + self.receptive_halo)
+        window = self._decode(self._look_up(codes[:, first:last]), ((last - first) * ratio, height, width))
+        return window[:, :, start - first * ratio : stop - first * ratio]
+
+    def decode_windowed(
+        self,
+        codes: Tensor,
+        num_latent_frames: int | None = None,
+        *,
+        window: int,
+        grid: tuple[int, int] | None = None,
+    ) -> Tensor:
+        """Decode like `decode`, `window` code frames at a time: working memory does not grow with the film.
+
+        Raises:
+            ValueError: As `decode`, or if `window` is not positive.
+        """
+        if window < 1:
+            raise ValueError(f"window counts code frames and must be at least 1, got {window}")
+        num_frames, height, width = self._latent_size(codes, num_latent_frames, grid)
+        step = window * self.config.ratio[0]
+        pieces = [
+            self.decode_frames(
+                codes,
+                start,
+                min(start + step, num_frames),
+                num_latent_frames=num_frames,
+                grid=(height, width),
+            )
+            for start in range(0, num_frames, step)
+        ]
+        return torch.cat(pieces, dim=2)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, **config_overrides: Any) -> LatentVQVAE:
+        """Load from a component folder; see `arlon.checkpoint.load_component`."""
+        from arlon.checkpoint import load_component
+
+        return load_component(cls, folder, **config_overrides)
+
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Write a component folder; see `arlon.checkpoint.save_component`."""
+        from arlon.checkpoint import save_component
+
+        save_component(self, folder, dtype=dtype)
+
+    def _encode(self, latent: Tensor) -> Tensor:
+        """Encoder output (B, cT, cH, cW, d) of a latent (B, C, T, H, W)."""
+        channels = self.config.latent_channels
+        if latent.ndim != 5 or latent.shape[1] != channels or latent.numel() == 0:
+            raise ValueError(f"expected a latent (B, {channels}, T, H, W), got {tuple(latent.shape)}")
+        pad = [-size % r for size, r in zip(latent.shape[2:], self.config.ratio, strict=True)]
+        if any(pad):
+            latent = F.pad(latent, (0, pad[2], 0, pad[1], 0, pad[0]), mode="replicate")
+        return self.encoder(rearrange(latent, "b c t h w -> b t h w c"))
+
+    def _decode(self, quantized: Tensor, size: tuple[int, ...]) -> Tensor:
+        """Coarse latent (B, C, *size) of code vectors (B, cT, cH, cW, d), cropped at the end."""
+        num_frames, height, width = size
+        x = self.decoder(quantized)[:, :num_frames, :height, :width]
+        return rearrange(x, "b t h w c -> b c t h w")
+
+    def _quantize(self, z: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Code vectors of z (B, cT, cH, cW, d) with gradients passed through, codes, commitment loss."""
+        if not self.training:
+            codes = self._nearest(z)
+            quantized = self.quantizer.codebook[codes]
+            return quantized, codes, (self._compared(z) - quantized).square().mean()
+        with _global_generator_from(generator):
+            quantized, codes, commitment = self.quantizer(z.flatten(1, 3))
+        return quantized.view(z.shape), codes.view(z.shape[:-1]), commitment
+
+    def _nearest(self, z: Tensor) -> Tensor:
+        """Codes of z (..., d): as the quantizer's own look-up gives, without its memory and effects."""
+        codebook = self.quantizer.codebook.float()
+        bias = None if self.config.use_cosine_sim else -0.5 * codebook.square().sum(-1)
+        rows = self._compared(z).flatten(0, -2).split(LOOKUP_ROWS)
+        codes = torch.cat([F.linear(chunk, codebook, bias).argmax(-1) for chunk in rows])
+        return codes.view(z.shape[:-1])
+
+    def _compared(self, z: Tensor) -> Tensor:
+        """The form of z in which it is compared with codes: on the unit sphere for cosine similarity."""
+        return F.normalize(z, dim=-1) if self.config.use_cosine_sim else z
+
+    def _look_up(self, codes: Tensor) -> Tensor:
+        """Code vectors (B, cT, cH, cW, d) of codes (B, cT, cH, cW)."""
+        return self.quantizer.codebook[codes]
+
+    def _latent_size(
+        self, codes: Tensor, num_latent_frames: int | None, grid: tuple[int, int] | None
+    ) -> tuple[int, int, int]:
+        """Check codes and the size (T, H, W) of the latent they stand for."""
+        if codes.ndim != 4 or codes.numel() == 0:
+            raise ValueError(f"expected codes (B, cT, cH, cW), got {tuple(codes.shape)}")
+        _check_codes(codes, self.config.codebook_size)
+        t, h, w = (n * r for n, r in zip(codes.shape[1:], self.config.ratio, strict=True))
+        size = (t if num_latent_frames is None else num_latent_frames, *(grid or (h, w)))
+        if code_grid(size, self.config.ratio) != tuple(codes.shape[1:]):
+            raise ValueError(
+                f"a latent of (T, H, W) = {size} has a code grid of {code_grid(size, self.config.ratio)} at "
+                f"ratio {tuple(self.config.ratio)}, but the codes have {tuple(codes.shape[1:])}"
+            )
+        return size
+
+
+def _full_precision(device: torch.device) -> AbstractContextManager[None]:
+    """Inside, autocast is off: code look-up in bfloat16 would pick wrong codes."""
+    if not torch.amp.is_autocast_available(device.type):  # the meta device
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
+@contextmanager
+def _global_generator_from(generator: torch.Generator | None) -> Iterator[None]:
+    """Inside, the global generators are seeded from `generator`; afterwards as before. None: no change.
+
+    The quantizer draws from the global generators and takes no other.
+    """
+    if generator is None:
+        yield
+        return
+    seed = int(torch.randint(2**62, (), generator=generator))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+def _check_codes(codes: Tensor, codebook_size: int) -> None:
+    """Refuse codes that are not int64 in [0, codebook_size); ranges are not read on the meta device."""
+    if codes.dtype != torch.int64:
+        raise ValueError(f"codes must be int64, got {codes.dtype}")
+    if codes.is_meta:
+        return
+    low, high = codes.aminmax()
+    if low < 0 or high >= codebook_size:
+        raise ValueError(f"codes must lie in [0, {codebook_size}), got {int(low)}..{int(high)}")
+
+
+def _level_strides(ratio: tuple[int, int, int]) -> list[Stride]:
+    """Strides between levels, finest first; halvings end at the code grid: (2, 4, 4) -> (1,2,2), (2,2,2)."""
+    halvings = [r.bit_length() - 1 for r in ratio]
+    deepest = max(halvings)
+    strides = [[2 if level >= deepest - n else 1 for n in halvings] for level in range(deepest)]
+    return [(t, h, w) for t, h, w in strides]
+
+
+def _level_widths(hidden_dim: int, num_strides: int) -> list[int]:
+    """Width of every level, finest first; the last is the code grid's."""
+    narrowest = min(MIN_WIDTH, hidden_dim)
+    return [max(hidden_dim >> (num_strides - level), narrowest) for level in range(num_strides + 1)]
+
+
+def _build_encoder(config: LatentVQVAEConfig, widths: list[int], strides: list[Stride]) -> nn.Sequential:
+    """(B, T, H, W, C) -> (B, cT, cH, cW, d)."""
+    layers: list[nn.Module] = [SpatialConv(config.latent_channels, widths[0])]
+    for level, stride in enumerate(strides):
+        layers += [ResBlock(widths[level]), Downsample(widths[level], widths[level + 1], stride)]
+    layers += [ResBlock(widths[-1]) for _ in range(config.num_res_blocks)]
+    return nn.Sequential(
+        *layers, nn.RMSNorm(widths[-1], eps=NORM_EPS), nn.SiLU(), nn.Linear(widths[-1], config.code_dim)
+    )
+
+
+def _build_decoder(config: LatentVQVAEConfig, widths: list[int], strides: list[Stride]) -> nn.Sequential:
+    """(B, cT, cH, cW, d) -> (B, T, H, W, C)."""
+    layers: list[nn.Module] = [nn.Linear(config.code_dim, widths[-1])]
+    layers += [ResBlock(widths[-1]) for _ in range(config.num_res_blocks)]
+    for level, stride in reversed(list(enumerate(strides))):
+        layers += [Upsample(widths[level + 1], widths[level], stride), ResBlock(widths[level])]
+    return nn.Sequential(
+        *layers,
+        nn.RMSNorm(widths[0], eps=NORM_EPS),
+        nn.SiLU(),
+        SpatialConv(widths[0], config.latent_channels),
+    )
+
+
+def _build_quantizer(config: LatentVQVAEConfig) -> VectorQuantize:
+    """The codebook; its commitment term is left unweighted."""
+    return VectorQuantize(
+        dim=config.code_dim,
+        codebook_size=config.codebook_size,
+        decay=config.decay,
+        commitment_weight=1.0,
+        use_cosine_sim=config.use_cosine_sim,
+        threshold_ema_dead_code=config.dead_code_threshold,
+        kmeans_init=config.kmeans_init,
+        kmeans_iters=config.kmeans_iters,
+        rotation_trick=config.rotation_trick,
+    )
