@@ -1,0 +1,309 @@
+"""Manifests: which video files to train on, and what each one shows.
+
+A manifest is a table, one row a clip, with the column names of Open-Sora's data tools (v1.2,
+`docs/data_processing.md`):
+
+    path         video file; a relative path starts at the folder of the manifest
+    text         caption
+    num_frames   frames in the file
+    height       pixels
+    width        pixels
+    fps          frames a second; optional, taken from the file if absent
+
+Other columns (`aes`, `flow`, `id`, ...) are kept as they are and not used. Two formats, by suffix: JSON lines
+(`.jsonl`, one object a line) and CSV (`.csv`, header in the first line, UTF-8).
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from arlon.data import video_io
+
+log = logging.getLogger(__name__)
+
+REQUIRED_COLUMNS = ("path", "text", "num_frames", "height", "width")
+VIDEO_SUFFIXES = frozenset({".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".gif"})
+MAX_LISTED = 20
+
+
+class ManifestError(ValueError):
+    """A manifest, or the folder it should be made of, is not usable; the message lists every problem."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clip:
+    """One row of a manifest."""
+
+    path: Path
+    """Video file, absolute or relative to the working directory."""
+    text: str
+    """Caption."""
+    num_frames: int
+    """Frames in the file."""
+    height: int
+    """Pixels."""
+    width: int
+    """Pixels."""
+    fps: float
+    """Frames a second of the file."""
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """Columns this project does not use."""
+
+
+def read_manifest(path: str | Path, *, check_files: bool = True) -> list[Clip]:
+    """Read and validate a manifest.
+
+    Args:
+        path: A `.jsonl` or `.csv` file.
+        check_files: Open every video file and hold its size and length against the row. Without it, files are
+            opened only where a row has no `fps`.
+
+    Returns:
+        The clips, at least one, in the order of the file.
+
+    Raises:
+        FileNotFoundError: If there is no such manifest.
+        ManifestError: If anything in it is wrong: format, a missing column, a value, no row, a file that is
+            missing, unreadable, no video or other than its row says. All problems are listed.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no such manifest: '{path}'")
+    rows = _read_rows(path)
+    if not rows:
+        raise ManifestError(f"manifest '{path}' has no rows: it must name at least one clip")
+    clips, problems = [], []
+    for label, row in rows:
+        try:
+            clips.append(_row_to_clip(row, path.parent, check_file=check_files))
+        except ValueError as error:
+            problems += [f"{label}: {line}" for line in str(error).splitlines()]
+    if problems:
+        raise _listed(f"manifest '{path}'", problems)
+    return clips
+
+
+def write_manifest(clips: Sequence[Clip], path: str | Path) -> None:
+    """Write a manifest that `read_manifest` reads back; the file appears at once, by renaming.
+
+    Paths below the folder of the manifest are written relative to it, so that the folder can be moved.
+
+    Raises:
+        ManifestError: If there is no clip, or the suffix is neither `.jsonl` nor `.csv`.
+    """
+    path = Path(path)
+    if not clips:
+        raise ManifestError(f"manifest '{path}' would have no rows: give at least one clip")
+    writer = _format_of(path, {".jsonl": _write_json_lines, ".csv": _write_csv})
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        writer(partial, [_clip_to_row(clip, path.parent) for clip in clips])
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def build_manifest(folder: str | Path, *, skip_bad: bool = False) -> list[Clip]:
+    """Describe all captioned videos below a folder, in the order of their paths.
+
+    The caption of `name.mp4` is the content of `name.txt` beside it, with white space collapsed.
+
+    Args:
+        folder: Searched through all its subfolders; hidden ones are left out.
+        skip_bad: Leave unusable files out, with a warning each, instead of refusing the folder.
+
+    Returns:
+        The clips, at least one.
+
+    Raises:
+        FileNotFoundError: If there is no such folder.
+        ManifestError: If there is no usable video, or (without `skip_bad`) any is unreadable or has no
+            caption.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no such folder: '{folder}'")
+    clips, problems = [], []
+    for path in sorted(folder.rglob("*")):
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if hidden or path.suffix.lower() not in VIDEO_SUFFIXES or not path.is_file():
+            continue
+        try:
+            clips.append(_describe(path))
+        except ValueError as error:
+            problems.append(str(error))
+            if skip_bad:
+                log.warning("left out: %s", error)
+    if problems and not skip_bad:
+        raise _listed(f"folder '{folder}'", problems)
+    if not clips:
+        raise ManifestError(f"folder '{folder}' holds no usable video ({', '.join(sorted(VIDEO_SUFFIXES))})")
+    return clips
+
+
+# --- rows ---------------------------------------------------------------------------------------------------
+
+
+def _row_to_clip(row: Mapping[str, Any], folder: Path, *, check_file: bool) -> Clip:
+    """Turn a row into a clip.
+
+    Raises:
+        ValueError: One line for each problem of the row.
+    """
+    problems: list[str] = [f"missing value or column {name!r}" for name in REQUIRED_COLUMNS if _is_empty(row.get(name))]
+
+    def number(name: str) -> float:
+        try:
+            value = float(row[name])
+        except (TypeError, ValueError):
+            value = math.nan
+        if not (math.isfinite(value) and value > 0 and (name == "fps" or value == int(value))):
+            kind = "positive number" if name == "fps" else "positive whole number"
+            problems.append(f"{name} must be a {kind}, got {row[name]!r}")
+        return value
+
+    given = {name: number(name) for name in ("num_frames", "height", "width", "fps") if not _is_empty(row.get(name))}
+    path = folder / str(row.get("path") or "")
+    info = None
+    if not _is_empty(row.get("path")) and (check_file or "fps" not in given):
+        try:
+            info = video_io.probe(path)
+        except (FileNotFoundError, ValueError) as error:
+            problems.append(str(error))
+    if info is not None and check_file:
+        problems += _mismatches(given, info, path)
+    if info is not None:
+        given.setdefault("fps", info.fps)
+    if problems:
+        raise ValueError("\n".join(problems))
+    return Clip(
+        path=path,
+        text=str(row["text"]).strip(),
+        num_frames=int(given["num_frames"]),
+        height=int(given["height"]),
+        width=int(given["width"]),
+        fps=given["fps"],
+        extra={name: value for name, value in row.items() if name not in (*REQUIRED_COLUMNS, "fps")},
+    )
+
+
+def _mismatches(given: Mapping[str, float], info: video_io.VideoInfo, path: Path) -> list[str]:
+    """Problems of a row that says something else than the file."""
+    return [
+        f"{name} is {given[name]:g}, but '{path}' has {getattr(info, name)}"
+        for name in ("num_frames", "height", "width")
+        if name in given and given[name] != getattr(info, name)
+    ]
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and not value.strip())
+
+
+def _describe(path: Path) -> Clip:
+    caption_path = path.with_suffix(".txt")
+    if not caption_path.is_file():
+        raise ManifestError(f"'{path}' has no caption: write it into '{caption_path.name}' beside it")
+    text = " ".join(caption_path.read_text(encoding="utf-8", errors="replace").split())
+    if not text:
+        raise ManifestError(f"'{path}' has no caption: '{caption_path.name}' is empty")
+    info = video_io.probe(path)
+    return Clip(path=path, text=text, num_frames=info.num_frames, height=info.height, width=info.width, fps=info.fps)
+
+
+def _clip_to_row(clip: Clip, folder: Path) -> dict[str, Any]:
+    path, home = clip.path.resolve(), folder.resolve()
+    return {
+        "path": str(path.relative_to(home) if path.is_relative_to(home) else path),
+        "text": clip.text,
+        "num_frames": clip.num_frames,
+        "height": clip.height,
+        "width": clip.width,
+        "fps": clip.fps,
+        **clip.extra,
+    }
+
+
+def _listed(what: str, problems: Sequence[str]) -> ManifestError:
+    more = [f"... and {len(problems) - MAX_LISTED} more"] if len(problems) > MAX_LISTED else []
+    lines = "\n".join(f"  {line}" for line in [*problems[:MAX_LISTED], *more])
+    return ManifestError(f"{what} has {len(problems)} problem{'s' * (len(problems) > 1)}:\n{lines}")
+
+
+# --- files --------------------------------------------------------------------------------------------------
+
+
+def _format_of(path: Path, formats: Mapping[str, Callable]) -> Callable:
+    if path.suffix.lower() not in formats:
+        raise ManifestError(f"manifest '{path}' must end in {' or '.join(formats)}, got {path.suffix!r}: convert it")
+    return formats[path.suffix.lower()]
+
+
+def _read_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Pairs (where in the file, row)."""
+    reader = _format_of(path, {".jsonl": _read_json_lines, ".csv": _read_csv})
+    try:
+        return reader(path)
+    except UnicodeDecodeError as error:
+        raise ManifestError(f"manifest '{path}' is not UTF-8 text: {error.reason} at byte {error.start}") from None
+
+
+def _read_json_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    rows, problems = [], []
+    with path.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                problems.append(f"line {number}: not JSON: {error.msg}")
+                continue
+            if not isinstance(row, dict):
+                problems.append(f"line {number}: expected one object a line, got {type(row).__name__}")
+                continue
+            rows.append((f"line {number}", row))
+    if problems:
+        raise _listed(f"manifest '{path}'", problems)
+    return rows
+
+
+def _read_csv(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file)
+        columns = reader.fieldnames or []
+        missing = [name for name in REQUIRED_COLUMNS if name not in columns]
+        if missing and columns:
+            raise ManifestError(
+                f"manifest '{path}' lacks the column{'s' * (len(missing) > 1)} "
+                f"{', '.join(map(repr, missing))}; it has {', '.join(map(repr, columns))}"
+            )
+        rows = []
+        for row in reader:
+            if None in row:
+                raise ManifestError(
+                    f"manifest '{path}', line {reader.line_num}: more values than columns; quote a text that has commas"
+                )
+            rows.append((f"line {reader.line_num}", row))
+        return rows
+
+
+def _write_json_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)

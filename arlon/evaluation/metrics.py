@@ -1,0 +1,259 @@
+"""Figures of merit that need no network: fidelity, flicker, seams, drift and code statistics.
+
+Videos are (..., 3, pT, pH, pW) float in [-1, 1], as everywhere; sums are taken in float64. Every function
+returns plain floats, so that a figure can be logged or written to JSON as it is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+VIDEO_RANGE = 2.0
+"""Largest minus smallest value of a video in [-1, 1]."""
+
+
+def psnr(video: Tensor, reference: Tensor, *, data_range: float = VIDEO_RANGE) -> float:
+    """Peak signal-to-noise ratio in dB: 10 log10(data_range^2 / mean squared error).
+
+    Args:
+        video: Any shape; a video in [-1, 1] by default.
+        reference: The shape of `video`.
+        data_range: Largest minus smallest possible value.
+
+    Returns:
+        Decibels over all elements together; infinity for equal inputs.
+
+    Raises:
+        ValueError: If the shapes differ or there is nothing to compare.
+    """
+    _check_pair(video, reference, "psnr")
+    error = (video.double() - reference.double()).square().mean().item()
+    return math.inf if error == 0 else 10 * math.log10(data_range**2 / error)
+
+
+def ssim(
+    video: Tensor,
+    reference: Tensor,
+    *,
+    data_range: float = VIDEO_RANGE,
+    window_size: int = 11,
+    sigma: float = 1.5,
+) -> float:
+    """Structural similarity, averaged over all frames and channels.
+
+    Gaussian window, population moments, K1 = 0.01, K2 = 0.03, only windows that lie fully inside the frame.
+    Source: Wang et al., "Image quality assessment: from error visibility to structural similarity", 2004, eq.
+        13.
+
+    Args:
+        video: (..., pH, pW), each side at least `window_size` pixels.
+        reference: The shape of `video`.
+        data_range: Largest minus smallest possible value.
+        window_size: Side of the window, pixels.
+        sigma: Standard deviation of the window, pixels.
+
+    Returns:
+        A value up to 1; 1 for equal inputs.
+
+    Raises:
+        ValueError: If the shapes differ or a frame is smaller than the window.
+    """
+    _check_pair(video, reference, "ssim")
+    if min(video.shape[-2:]) < window_size:
+        raise ValueError(f"ssim needs frames of at least {window_size} x {window_size}, got {tuple(video.shape[-2:])}")
+    x, y = (a.double().reshape(-1, 1, *a.shape[-2:]) for a in (video, reference))
+    offsets = torch.arange(window_size, dtype=torch.double, device=x.device) - (window_size - 1) / 2
+    window = torch.softmax(-offsets.square() / (2 * sigma**2), dim=0)
+
+    def local_mean(a: Tensor) -> Tensor:
+        return F.conv2d(F.conv2d(a, window.view(1, 1, 1, -1)), window.view(1, 1, -1, 1))
+
+    mean_x, mean_y = local_mean(x), local_mean(y)
+    var_x, var_y = local_mean(x * x) - mean_x.square(), local_mean(y * y) - mean_y.square()
+    covariance = local_mean(x * y) - mean_x * mean_y
+    c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
+    likeness = (2 * mean_x * mean_y + c1) * (2 * covariance + c2)
+    return (likeness / ((mean_x.square() + mean_y.square() + c1) * (var_x + var_y + c2))).mean().item()
+
+
+def r_squared(latent: Tensor, reconstruction: Tensor) -> float:
+    """Share of the variance of a latent that its reconstruction explains: 1 - SSE / SSE of the channel means.
+
+    Args:
+        latent: (B, C, ...).
+        reconstruction: The shape of `latent`.
+
+    Returns:
+        1 for a perfect reconstruction, 0 for one no better than the mean of each channel, below 0 for a worse
+        one; NaN if every channel is constant.
+
+    Raises:
+        ValueError: If the shapes differ or there is no channel axis.
+    """
+    error, variance = _channel_errors(latent, reconstruction)
+    return (1 - error.sum() / variance.sum()).item() if variance.sum() > 0 else math.nan
+
+
+def r_squared_by_channel(latent: Tensor, reconstruction: Tensor) -> list[float]:
+    """`r_squared` of each channel by itself, C values; NaN for a constant channel."""
+    error, variance = _channel_errors(latent, reconstruction)
+    return torch.where(variance > 0, 1 - error / variance, math.nan).tolist()
+
+
+def temporal_flickering(video: Tensor) -> float:
+    """VBench's temporal flickering: (255 - mean absolute difference of consecutive frames) / 255, at 0..255.
+
+    Source: VBench, arXiv:2311.17982, supplement on temporal flickering. Higher is steadier: a still video has
+        1.
+
+    Args:
+        video: (..., 3, pT, pH, pW) in [-1, 1], at least two frames.
+
+    Raises:
+        ValueError: If there are fewer than two frames.
+    """
+    return 1 - frame_differences(video).mean().item()
+
+
+def frame_differences(video: Tensor) -> Tensor:
+    """Mean absolute difference of each two consecutive frames, (pT - 1,) float64, in units of the full range.
+
+    Raises:
+        ValueError: If `video` is not (..., 3, pT, pH, pW) or has fewer than two frames.
+    """
+    _check_video(video)
+    if video.shape[-3] < 2:
+        raise ValueError(f"a difference of frames needs at least 2 frames, got {video.shape[-3]}")
+    steps = video.double().diff(dim=-3).abs() / VIDEO_RANGE
+    return steps.movedim(-3, 0).flatten(1).mean(1)
+
+
+def seam_strength(video: Tensor, joins: Sequence[int]) -> float:
+    """How much more the picture changes at the joins of segments than elsewhere.
+
+    Mean frame difference across the joins over the mean of all other frame differences.
+
+    Args:
+        video: (..., 3, pT, pH, pW) in [-1, 1].
+        joins: Index of the first frame after each join, each in [1, pT).
+
+    Returns:
+        1 where a join cannot be told from other frames; infinity if only the joins change; NaN if nothing
+        does.
+
+    Raises:
+        ValueError: If there is no join, a join is outside the video, or every frame is a join.
+    """
+    steps = frame_differences(video)
+    outside = sorted(join for join in set(joins) if not 1 <= join <= len(steps))
+    if not joins or outside:
+        raise ValueError(f"joins must name frames in [1, {len(steps)}], got {outside or 'none'}")
+    at_join = torch.zeros(len(steps), dtype=torch.bool)
+    at_join[[join - 1 for join in joins]] = True
+    if at_join.all():
+        raise ValueError(f"every one of the {len(steps)} frame changes is a join: nothing to compare with")
+    seam, inner = steps[at_join].mean().item(), steps[~at_join].mean().item()
+    if inner == 0:
+        return math.inf if seam > 0 else math.nan
+    return seam / inner
+
+
+@dataclass(frozen=True)
+class Drift:
+    """How far the end of a film has moved from its start, in units of the full range of a pixel."""
+
+    colour: float
+    """Euclidean distance of the mean (red, green, blue) of the two ends, [0, sqrt 3]."""
+    contrast: float
+    """Mean standard deviation of luma in a frame, at the end minus at the start; negative = washed out."""
+
+
+def start_end_drift(video: Tensor, *, window: int | None = None) -> Drift:
+    """Compare the mean colour and the contrast of the first and the last frames.
+
+    Args:
+        video: (..., 3, pT, pH, pW) in [-1, 1].
+        window: Frames at each end, [1, pT // 2]. A tenth of the video, at least one, if None.
+
+    Raises:
+        ValueError: If the two windows would overlap.
+    """
+    _check_video(video)
+    num_frames = video.shape[-3]
+    window = max(1, num_frames // 10) if window is None else window
+    if not 1 <= window <= num_frames // 2:
+        raise ValueError(f"drift window must be in [1, {num_frames // 2}] for {num_frames} frames, got {window}")
+    colour_start, contrast_start = _colour_and_contrast(video[..., :window, :, :])
+    colour_end, contrast_end = _colour_and_contrast(video[..., num_frames - window :, :, :])
+    return Drift(colour=(colour_end - colour_start).norm().item(), contrast=contrast_end - contrast_start)
+
+
+def unigram_entropy(codes: Tensor) -> float:
+    """Entropy of the empirical distribution of codes, -sum p ln p, in nats.
+
+    A model that knows only how frequent each code is cannot have a lower loss on these codes.
+
+    Args:
+        codes: Integers >= 0, any shape, not empty.
+
+    Raises:
+        ValueError: If there are no codes, or they are not integers.
+    """
+    counts = _code_counts(codes).double()
+    share = counts[counts > 0] / counts.sum()
+    return max(0.0, -(share * share.log()).sum().item())
+
+
+def codebook_usage(codes: Tensor, codebook_size: int) -> float:
+    """Fraction of the codebook that occurs in `codes`, (0, 1].
+
+    Raises:
+        ValueError: If there are no codes, or one is outside [0, codebook_size).
+    """
+    counts = _code_counts(codes)
+    if len(counts) > codebook_size:
+        raise ValueError(f"codes must be below the codebook size {codebook_size}, got {len(counts) - 1}")
+    return (counts > 0).sum().item() / codebook_size
+
+
+def _check_pair(a: Tensor, b: Tensor, name: str) -> None:
+    if a.shape != b.shape or a.numel() == 0:
+        raise ValueError(
+            f"{name} compares two tensors of one non-empty shape, got {tuple(a.shape)} and {tuple(b.shape)}"
+        )
+
+
+def _check_video(video: Tensor) -> None:
+    if video.ndim < 4 or video.shape[-4] != 3 or video.numel() == 0:
+        raise ValueError(f"expected a video (..., 3, pT, pH, pW) with values in [-1, 1], got {tuple(video.shape)}")
+
+
+def _channel_errors(latent: Tensor, reconstruction: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared error and squared deviation from the mean, summed per channel, both (C,) float64."""
+    _check_pair(latent, reconstruction, "r_squared")
+    if latent.ndim < 2:
+        raise ValueError(f"r_squared needs a latent (B, C, ...), got {tuple(latent.shape)}")
+    target, guess = (a.double().movedim(1, 0).flatten(1) for a in (latent, reconstruction))
+    deviation = target - target.mean(1, keepdim=True)
+    return (guess - target).square().sum(1), deviation.square().sum(1)
+
+
+def _colour_and_contrast(video: Tensor) -> tuple[Tensor, float]:
+    """Mean colour (3,) and mean per-frame standard deviation of luma (BT.601), in units of the full range."""
+    rgb = video.double().movedim(-4, 0) / VIDEO_RANGE  # (3, ..., pT, pH, pW)
+    weights = torch.tensor([0.299, 0.587, 0.114], dtype=torch.double, device=video.device)
+    luma = torch.tensordot(weights, rgb, dims=1)
+    return rgb.flatten(1).mean(1), luma.flatten(-2).std(-1, correction=0).mean().item()
+
+
+def _code_counts(codes: Tensor) -> Tensor:
+    """Occurrences of 0, 1, ... up to the largest code."""
+    if codes.numel() == 0 or codes.is_floating_point() or codes.is_complex() or codes.min() < 0:
+        raise ValueError(f"codes must be integers >= 0, at least one, got {codes.dtype} of shape {tuple(codes.shape)}")
+    return torch.bincount(codes.flatten().long())

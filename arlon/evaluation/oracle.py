@@ -1,0 +1,316 @@
+"""The oracle of the shapes world: reads what is in a clip from its frames alone, and scores it against truth.
+
+No learned weights. Background: nearest known picture. Objects: blobs of palette colours followed through time
+(`arlon.evaluation.tracking`). Colour: vote over frames. Shape: which harmonic moment is there (three-, four-
+or fivefold; none for a disc), blind to blur, place, scale and angle. Motion: path, then radius, then angle.
+How often it is right on rendered truth is measured by `benchmarks/oracle_validation.py`.
+
+A reading describes one shot: give it the frames of one prompt. Lengths are in heights, times in seconds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from arlon.data import shapes_world as world
+from arlon.evaluation import motion, tracking
+from arlon.evaluation.tracking import Track
+
+ATTRIBUTES = ("colour", "shape", "size", "motion", "speed")
+
+SHAPE_THRESHOLD = 0.5
+"""Share of a shape's own moment from which a blob is that shape and no disc."""
+MAX_ELONGATION = 0.4
+"""Every shape of the world has 0; a longer blob is none of them."""
+SIZE_THRESHOLD = math.sqrt(world.SIZES["small"] * world.SIZES["large"])
+
+SAME_RADIUS = 1.25
+SAME_PLACE = 0.12
+
+
+@dataclass(frozen=True)
+class ObjectReading:
+    """What one object is and does; None where that could not be read, and for the speed of a still object.
+
+    colour_confidence: share of the frames that voted for the colour. shape_confidence: distance from the
+    decision threshold, [0, 1]. presence: share of the frames in which it was seen. x, y (unwrapped), radius:
+    (F,), NaN where not seen.
+    """
+
+    colour: str
+    shape: str | None
+    size: str
+    motion: str | None
+    speed: str | None
+    colour_confidence: float
+    shape_confidence: float
+    presence: float
+    x: np.ndarray
+    y: np.ndarray
+    radius: np.ndarray
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What is in a clip: background, how sure it is ([0, 1]), and its objects, the most visible first."""
+
+    background: str
+    background_confidence: float
+    objects: tuple[ObjectReading, ...]
+    aspect: float
+    """Frame width over height."""
+
+
+@dataclass(frozen=True)
+class ObjectScore:
+    """Which attributes of one expected object were found; speed is None where it cannot be seen."""
+
+    colour: bool
+    shape: bool
+    size: bool
+    motion: bool
+    speed: bool | None
+
+
+@dataclass(frozen=True)
+class Score:
+    """A reading held against a shot. `objects` follows the expected ones; one not found is all False."""
+
+    background: bool
+    count: bool
+    objects: tuple[ObjectScore, ...]
+
+    def share(self, attribute: str) -> float:
+        """Share of expected objects of which `attribute` is right, [0, 1]; NaN if it can be seen of none."""
+        values = [getattr(o, attribute) for o in self.objects if getattr(o, attribute) is not None]
+        return sum(values) / len(values) if values else math.nan
+
+
+@dataclass(frozen=True)
+class ObjectKept:
+    """What one object kept across a join of two clips: all False if it is gone."""
+
+    place: bool
+    colour: bool
+    shape: bool
+    size: bool
+
+
+@dataclass(frozen=True)
+class IdentityKept:
+    """What stayed across a join; `objects` follows the order of the reading before it."""
+
+    background: bool
+    objects: tuple[ObjectKept, ...]
+
+    def share(self, attribute: str) -> float:
+        """Share of objects that kept `attribute`, [0, 1]; NaN without objects."""
+        return sum(getattr(o, attribute) for o in self.objects) / len(self.objects) if self.objects else math.nan
+
+
+# --- reading ------------------------------------------------------------------------------------------------
+
+
+def read_clip(
+    frames: np.ndarray | Tensor, *, fps: float = 8.0, backgrounds: Mapping[str, np.ndarray] | None = None
+) -> Reading:
+    """Read background and objects of one shot.
+
+    Args:
+        frames: (pT, pH, pW, 3) uint8, or a video (3, pT, pH, pW) float in [-1, 1].
+        fps: Frames a second.
+        backgrounds: Name to (pH, pW, 3) in 0..255. The world's own at this size if None.
+
+    Returns:
+        The reading; without objects if none is seen in at least 30 % of the frames.
+
+    Raises:
+        ValueError: If `frames` is neither of the two, or fps is not positive.
+    """
+    if not fps > 0:
+        raise ValueError(f"fps must be positive, got {fps}")
+    pixels = _to_levels(frames)
+    height, width = pixels.shape[1:3]
+    if backgrounds is None:
+        backgrounds = tracking.default_backgrounds(height, width)
+    name, confidence = tracking.find_background(pixels, backgrounds)
+    tracks = tracking.find_tracks(pixels, np.asarray(backgrounds[name], np.float32))
+    return Reading(name, confidence, tuple(_read_object(track, fps) for track in tracks), width / height)
+
+
+def _to_levels(frames: np.ndarray | Tensor) -> np.ndarray:
+    """Either layout as (F, pH, pW, 3) float32 in 0..255."""
+    array = frames.detach().cpu() if isinstance(frames, Tensor) else torch.from_numpy(np.ascontiguousarray(frames))
+    if array.ndim == 4 and array.numel():
+        if array.dtype == torch.uint8 and array.shape[-1] == 3:
+            return array.numpy().astype(np.float32)
+        if array.is_floating_point() and array.shape[0] == 3:
+            return ((array.float().permute(1, 2, 3, 0) + 1) * 127.5).contiguous().numpy()
+    raise ValueError(
+        "expected frames (pT, pH, pW, 3) uint8 or a video (3, pT, pH, pW) float in [-1, 1], "
+        f"got {tuple(array.shape)} {array.dtype}"
+    )
+
+
+def _read_object(track: Track, fps: float) -> ObjectReading:
+    votes = np.bincount(track.colour[track.seen])
+    good = _trusted(track)
+    shape, shape_confidence = _read_shape(track, good)
+    radius = np.sqrt(track.area / (math.pi * _area_factor(shape or "circle")))
+    does, speed = motion.read_motion(track, radius, good, shape, fps)
+    start = radius[good][:5] if does in ("grow", "shrink") else radius[good]
+    return ObjectReading(
+        colour=tracking.COLOUR_NAMES[int(votes.argmax())],
+        shape=shape,
+        size="small" if np.median(start) < SIZE_THRESHOLD else "large",
+        motion=does,
+        speed=speed,
+        colour_confidence=float(votes.max() / votes.sum()),
+        shape_confidence=shape_confidence,
+        presence=float(track.seen.mean()),
+        x=track.x,
+        y=track.y,
+        radius=radius,
+    )
+
+
+def _trusted(track: Track) -> np.ndarray:
+    """Frames in which no other object is near, or all if those are too few, (F,) bool."""
+    measured = track.seen & np.isfinite(track.area)
+    alone = measured & ~track.touched
+    return alone if alone.sum() >= max(4, 0.2 * measured.sum()) else measured
+
+
+@lru_cache(maxsize=1)
+def _ideal_shapes() -> Mapping[str, tuple[float, float]]:
+    """Area over that of a disc of the same radius, and size of its own harmonic moment (0 for the disc)."""
+    grid = (np.arange(801) + 0.5) / 801 * 4 - 2  # in radii; no shape reaches further than 1.5
+    x, y = np.meshgrid(grid, grid)
+    ideal = {}
+    for shape in world.SHAPES:
+        cover = (world.signed_distance(shape, x, y, np.float64(1.0)) < 0).astype(float).ravel()
+        z = (x + 1j * y).ravel() / (grid[1] - grid[0])
+        moments = np.abs(tracking.harmonic_moments(cover, z, np.zeros(cover.size, int), 1)[0])
+        own = moments[tracking.MOMENT_ORDER[shape] - 3] if shape in tracking.MOMENT_ORDER else 0.0
+        ideal[shape] = (cover.sum() * (grid[1] - grid[0]) ** 2 / math.pi, float(own))
+    return ideal
+
+
+def _area_factor(shape: str) -> float:
+    return _ideal_shapes()[shape][0]
+
+
+def _read_shape(track: Track, good: np.ndarray) -> tuple[str | None, float]:
+    """Shape and confidence: the strongest moment relative to the shape that should have it.
+
+    The strength comes from products of consecutive frames: they cancel noise, but not a steady rotation.
+    """
+    if np.median(track.elongation[good]) > MAX_ELONGATION:
+        return None, 0.0
+    strength = {}
+    for shape, order in tracking.MOMENT_ORDER.items():
+        moments = track.moments[:, order - 3]
+        product = abs(track.moment_product(order, good))
+        size = math.sqrt(product) if product else float(np.median(np.abs(moments[good])))
+        strength[shape] = size / _ideal_shapes()[shape][1]
+    best = max(strength, key=strength.__getitem__)
+    margin = strength[best] / SHAPE_THRESHOLD - 1
+    return (best if margin > 0 else "circle"), min(1.0, abs(margin))
+
+
+# --- scoring ------------------------------------------------------------------------------------------------
+
+
+def score_clip(
+    clip: Reading | np.ndarray | Tensor,
+    expected: world.Shot | Sequence[world.ObjectLook],
+    *,
+    fps: float = 8.0,
+) -> Score:
+    """Hold a clip against what it should show.
+
+    Objects are matched so that most agrees, colour before shape before the rest. `size` is that at the start
+    of the clip.
+
+    Args:
+        clip: A reading, or frames as `read_clip` takes them.
+        expected: The shot, or just its objects (the background then counts as right).
+        fps: Frames a second, if `clip` holds frames.
+
+    Returns:
+        The score, one entry an expected object.
+
+    Raises:
+        ValueError: If nothing is expected, or the frames are of a wrong kind.
+    """
+    reading = clip if isinstance(clip, Reading) else read_clip(clip, fps=fps)
+    looks = expected.objects if isinstance(expected, world.Shot) else tuple(expected)
+    if not looks:
+        raise ValueError("nothing is expected of this clip: give a shot or at least one object")
+    found = reading.objects[: len(looks) + 2]
+    agreement = np.array([[_agreement(look, seen) for seen in found] for look in looks]).reshape(len(looks), len(found))
+    match = dict(zip(*(i.tolist() for i in linear_sum_assignment(-agreement)), strict=True))
+    return Score(
+        background=not isinstance(expected, world.Shot) or reading.background == expected.background,
+        count=len(reading.objects) == len(looks),
+        objects=tuple(_score_object(look, found[match[i]] if i in match else None) for i, look in enumerate(looks)),
+    )
+
+
+def _agreement(look: world.ObjectLook, seen: ObjectReading) -> float:
+    weights = {"colour": 8.0, "shape": 4.0, "motion": 2.0, "size": 1.0, "speed": 0.5}
+    return sum(weight for name, weight in weights.items() if getattr(look, name) == getattr(seen, name))
+
+
+def _score_object(look: world.ObjectLook, seen: ObjectReading | None) -> ObjectScore:
+    right = {name: seen is not None and getattr(look, name) == getattr(seen, name) for name in ATTRIBUTES}
+    return ObjectScore(**{**right, "speed": None if look.motion == "still" else right["speed"]})
+
+
+def identity_kept(before: Reading, after: Reading) -> IdentityKept:
+    """What the objects at the end of one clip still are at the start of the next, matched by place.
+
+    Place is kept within 0.12 heights on the torus, size within a factor of 1.25; the caller drops the
+    attribute that the new prompt changes. Clips must be adjacent and of one frame size.
+
+    Raises:
+        ValueError: If the two readings are of frames of different proportions.
+    """
+    if not math.isclose(before.aspect, after.aspect):
+        raise ValueError(f"cannot compare frames of width / height {before.aspect:.3f} and {after.aspect:.3f}")
+    distance = np.array([[_jump(a, b, before.aspect) for b in after.objects] for a in before.objects])
+    distance = distance.reshape(len(before.objects), len(after.objects))
+    match = dict(zip(*(i.tolist() for i in linear_sum_assignment(distance)), strict=True))
+    kept = [
+        _keep(a, after.objects[match[i]], distance[i, match[i]]) if i in match else ObjectKept(*[False] * 4)
+        for i, a in enumerate(before.objects)
+    ]
+    return IdentityKept(before.background == after.background, tuple(kept))
+
+
+def _keep(a: ObjectReading, b: ObjectReading, distance: float) -> ObjectKept:
+    ratio = _seen(b.radius)[:3].mean() / _seen(a.radius)[-3:].mean()
+    return ObjectKept(
+        place=bool(distance < SAME_PLACE),
+        colour=a.colour == b.colour,
+        shape=a.shape is not None and a.shape == b.shape,
+        size=bool(1 / SAME_RADIUS < ratio < SAME_RADIUS),
+    )
+
+
+def _jump(a: ObjectReading, b: ObjectReading, aspect: float) -> float:
+    """Distance on the torus from the last place of one object to the first of another."""
+    dx, dy = _seen(b.x)[0] - _seen(a.x)[-1], _seen(b.y)[0] - _seen(a.y)[-1]
+    return math.hypot(tracking.wrap(dx, aspect), tracking.wrap(dy, 1.0))
+
+
+def _seen(values: np.ndarray) -> np.ndarray:
+    return values[np.isfinite(values)]

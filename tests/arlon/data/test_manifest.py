@@ -1,0 +1,195 @@
+import json
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+
+from arlon.data.manifest import ManifestError, build_manifest, read_manifest, write_manifest
+from arlon.data.transforms import cover_size, resize_and_crop
+from arlon.data.video_clips import VideoClips
+from arlon.data.video_io import VideoWriter
+
+LEVELS = np.linspace(20, 230, 48).round().astype(np.uint8)
+"""Grey level of each frame of the test video: tells which frame is which after a lossy codec."""
+
+
+def write_video(path: Path, num_frames: int = 48, fps: float = 24.0, height: int = 36, width: int = 64) -> None:
+    frames = np.broadcast_to(LEVELS[:num_frames, None, None, None], (num_frames, height, width, 3)).copy()
+    frames[:, :, : width // 4] = 255  # cropped away by a square crop
+    with VideoWriter(path, fps=fps, crf=4, preset="ultrafast") as writer:
+        writer.append(frames)
+
+
+def write_sound(path: Path) -> None:
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=16000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 16000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "clips").mkdir()
+    for name in ("b", "a"):
+        write_video(tmp_path / "clips" / f"{name}.mp4")
+        (tmp_path / "clips" / f"{name}.txt").write_text(f"a grey\n video, named {name}\n")
+    return tmp_path
+
+
+def write_rows(path: Path, **changes: object) -> Path:
+    row = {
+        "path": "clips/a.mp4",
+        "text": "grey",
+        "num_frames": 48,
+        "height": 36,
+        "width": 64,
+        "fps": 24,
+    } | changes
+    path.write_text(json.dumps({name: value for name, value in row.items() if value != "absent"}) + "\n")
+    return path
+
+
+@pytest.mark.parametrize("name", ["clips.jsonl", "clips.csv"])
+def test_a_folder_becomes_a_manifest_and_is_read_back(folder, name):
+    clips = build_manifest(folder)
+    assert [clip.text for clip in clips] == ["a grey video, named a", "a grey video, named b"]
+    assert (clips[0].num_frames, clips[0].height, clips[0].width, clips[0].fps) == (48, 36, 64, 24.0)
+    write_manifest(clips, folder / name)
+    assert str(folder) not in (folder / name).read_text()
+    assert read_manifest(folder / name) == clips
+    assert [p.name for p in folder.iterdir() if "partial" in p.name] == []
+
+
+def test_a_missing_fps_is_taken_from_the_file_and_other_columns_are_kept(folder):
+    path = write_rows(folder / "m.jsonl", fps="absent", aes=5.5)
+    for check_files in (True, False):
+        clip = read_manifest(path, check_files=check_files)[0]
+        assert clip.fps == 24.0
+        assert clip.extra == {"aes": 5.5}
+
+
+def test_samples_are_the_frames_of_the_file_at_the_wanted_rate(folder):
+    write_manifest(build_manifest(folder), folder / "m.csv")
+    clips = VideoClips(folder / "m.csv", num_frames=7, height=18, width=18, fps=8)
+    assert len(clips) == 2 * (16 // 7)
+    for index, (name, start) in enumerate([("a", 0), ("a", 7), ("b", 0), ("b", 7)]):
+        sample = clips[index]
+        assert sample["caption"] == f"a grey video, named {name}"
+        assert sample["fps"] == 8.0
+        assert sample["video"].shape == (3, 7, 18, 18)
+        assert sample["video"].dtype == torch.float32
+        expected = torch.from_numpy(LEVELS[3 * start : 3 * (start + 7) : 3].astype(np.float32)) / 127.5 - 1
+        # The right half: the white bar of the left quarter bleeds into the first columns of the crop at most.
+        seen = sample["video"][:, :, :, 9:].mean((0, 2, 3))
+        torch.testing.assert_close(seen, expected, rtol=0, atol=0.03)
+
+
+def test_samples_collate_into_a_batch_and_identity_follows_the_captions(folder):
+    clips = build_manifest(folder)
+    data = VideoClips(clips, num_frames=17, height=16, width=24, fps=12)
+    batch = next(iter(torch.utils.data.DataLoader(data, batch_size=2)))
+    assert batch["video"].shape == (2, 3, 17, 16, 24)
+    assert data.identity == VideoClips(clips, num_frames=17, height=16, width=24, fps=12).identity
+    assert data.identity != VideoClips(clips[:1], num_frames=17, height=16, width=24, fps=12).identity
+
+
+def test_clips_that_are_too_short_are_left_out_and_refused_if_all_are(folder, caplog):
+    write_video(folder / "clips" / "c.mp4", num_frames=5)
+    (folder / "clips" / "c.txt").write_text("short")
+    clips = build_manifest(folder)
+    assert len(VideoClips(clips, num_frames=48, height=8, width=8, fps=24)) == 2
+    assert "1 of 3 clips are shorter than 2.00 s" in caplog.text
+    with pytest.raises(ManifestError, match="none of 3 clips is long enough for 49 frames at 24 fps"):
+        VideoClips(clips, num_frames=49, height=8, width=8, fps=24)
+
+
+def test_all_problems_of_a_manifest_are_listed(folder):
+    write_sound(folder / "sound.mp4")
+    (folder / "text.mp4").write_text("not a video")
+    rows = [
+        {"path": "clips/a.mp4", "text": "fine", "num_frames": 48, "height": 36, "width": 64, "fps": 24},
+        {"path": "gone.mp4", "text": "x", "num_frames": 48, "height": 36, "width": 64},
+        {"path": "text.mp4", "text": "x", "num_frames": 48, "height": 36, "width": 64},
+        {"path": "sound.mp4", "text": "x", "num_frames": 48, "height": 36, "width": 64},
+        {"path": "clips/a.mp4", "text": "  ", "num_frames": 49, "height": -3, "width": "wide"},
+    ]
+    (folder / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ManifestError) as caught:
+        read_manifest(folder / "m.jsonl")
+    message = str(caught.value)
+    for part in (
+        "line 2: no such video file",
+        "gone.mp4",
+        "line 3: cannot read",
+        "text.mp4",
+        "line 4: cannot read",
+        "no video stream (streams: audio)",
+        "line 5: missing value or column 'text'",
+        "line 5: num_frames is 49, but",
+        "line 5: height must be a positive whole number, got -3",
+        "line 5: width must be a positive whole number, got 'wide'",
+    ):
+        assert part in message
+    assert "line 1:" not in message
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("m.csv", "path,text,num_frames,width\n", "has no rows|lacks the columns? 'height'"),
+        ("m.csv", "path,text,num_frames,height,width\n", "has no rows"),
+        ("m.csv", "path,text,num_frames,height,width\na.mp4,one, two,3,4,5\n", "more values than columns"),
+        ("m.jsonl", "", "has no rows"),
+        ("m.jsonl", "\n{oops\n[1]\n", "2 problems:\n  line 2: not JSON.*\n  line 3: expected one object"),
+        ("m.parquet", "x", "must end in .jsonl or .csv, got '.parquet'"),
+    ],
+)
+def test_a_broken_manifest_is_refused(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ManifestError, match=message):
+        read_manifest(tmp_path / name)
+
+
+def test_a_manifest_that_is_no_text_is_refused(tmp_path):
+    (tmp_path / "m.csv").write_bytes(b"\xff\xfe\x00\x81")
+    with pytest.raises(ManifestError, match="not UTF-8"):
+        read_manifest(tmp_path / "m.csv")
+    with pytest.raises(FileNotFoundError, match="no such manifest"):
+        read_manifest(tmp_path / "none.csv")
+
+
+def test_a_folder_with_bad_files_is_refused_or_cleared_of_them(folder, caplog):
+    (folder / "bad.mp4").write_text("not a video")
+    (folder / "bad.txt").write_text("a caption")
+    write_video(folder / "silent.mp4", num_frames=2)
+    with pytest.raises(ManifestError, match=r"(?s)2 problems:.*bad.mp4.*silent.mp4' has no caption.*silent.txt"):
+        build_manifest(folder)
+    assert len(build_manifest(folder, skip_bad=True)) == 2
+    assert "bad.mp4" in caplog.text
+    (folder / "empty").mkdir()
+    with pytest.raises(ManifestError, match="holds no usable video"):
+        build_manifest(folder / "empty")
+
+
+def test_resize_keeps_the_aspect_and_crops_the_centre():
+    ramp = np.linspace(0, 255, 40).astype(np.uint8)
+    frames = np.broadcast_to(ramp[None, None, :, None], (2, 20, 40, 3))  # grows to the right
+    video = resize_and_crop(frames, height=10, width=10)
+    columns = video[0, 0, 5] * 127.5 + 127.5
+    # Half size, then columns 5..14 of 20: mean levels of source columns 10..29, two by two.
+    expected = torch.from_numpy(ramp[10:30].reshape(10, 2).mean(1)).float()
+    torch.testing.assert_close(columns, expected, rtol=0, atol=1.0)
+    assert cover_size((20, 40), (10, 10)) == (10, 20)
+    assert cover_size((1080, 1920), (64, 128)) == (72, 128)
+
+
+def test_frames_of_the_right_size_keep_their_values_exactly():
+    frames = np.random.default_rng(0).integers(0, 256, (3, 5, 7, 3), dtype=np.uint8)
+    video = resize_and_crop(frames, height=5, width=7)
+    assert torch.equal(((video + 1) * 127.5).round().byte().permute(1, 2, 3, 0), torch.from_numpy(frames))
+    with pytest.raises(ValueError, match="uint8"):
+        resize_and_crop(frames.astype(np.float32), height=5, width=7)
