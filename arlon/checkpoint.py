@@ -235,9 +235,7 @@ def resolve_model(name_or_path: str | Path) -> Path:
     if name in PACKAGED_MODELS:
         folder = Path(str(importlib.resources.files("arlon"))) / "weights" / name
         if not (folder / INDEX_NAME).is_file():
-            raise FileNotFoundError(
-                f"the weights of {name!r} are not installed: no {INDEX_NAME} in {str(folder)!r}"
-            )
+            raise FileNotFoundError(f"the weights of {name!r} are not installed: no {INDEX_NAME} in {str(folder)!r}")
         return folder
     if name and Path(name).expanduser().is_dir():
         return Path(name).expanduser()
@@ -258,9 +256,7 @@ def _from_hub(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"]))
     except Exception as error:  # the hub client raises errors of several libraries
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise FileNotFoundError(
-            f"no folder {name!r}, and no model of that name on the hub: {reason}"
-        ) from error
+        raise FileNotFoundError(f"no folder {name!r}, and no model of that name on the hub: {reason}") from error
 
 
 def _verify(path: Path, hashes: Mapping[str, str]) -> None:

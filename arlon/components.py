@@ -117,9 +117,7 @@ def load_component(
         ConfigError: If `config.json` or an override does not fit the config class.
     """
     folder = Path(folder)
-    config = config_from_dict(
-        model_class.config_class, component_config(folder, model_class) | config_overrides
-    )
+    config = config_from_dict(model_class.config_class, component_config(folder, model_class) | config_overrides)
     with torch.random.fork_rng(devices=[]):
         model = model_class(config)
     _load_weights(model, find_weights(folder), strict=strict)
@@ -144,9 +142,7 @@ def component_config(folder: str | Path, model_class: type[nn.Module] | None = N
     values = read_json(folder / CONFIG_NAME, "a component folder with config.json and *.safetensors")
     # Only our own files have a format number; released ones may name the class of another code base.
     if model_class is not None and "_format" in values and values.get("_class_name") != model_class.__name__:
-        raise CheckpointError(
-            f"{str(folder)!r} holds a {values.get('_class_name')}, expected a {model_class.__name__}"
-        )
+        raise CheckpointError(f"{str(folder)!r} holds a {values.get('_class_name')}, expected a {model_class.__name__}")
     own = {field.name for field in fields(model_class.config_class)} if model_class is not None else set()
     ignored = HUGGING_FACE_KEYS - own
     return {k: v for k, v in values.items() if not k.startswith("_") and k not in ignored}
@@ -166,9 +162,7 @@ def find_weights(folder: str | Path) -> list[Path]:
         index = folder / f"{stem}.index.json"
         if index.is_file():
             return _shards(index)
-    raise FileNotFoundError(
-        f"no weights in {str(folder)!r}: expected {' or '.join(WEIGHTS_STEMS)}, or a shard index"
-    )
+    raise FileNotFoundError(f"no weights in {str(folder)!r}: expected {' or '.join(WEIGHTS_STEMS)}, or a shard index")
 
 
 def hash_component(folder: str | Path) -> str:
@@ -190,9 +184,7 @@ def _shards(index: Path) -> list[Path]:
     if outside := [name for name in names if Path(name).name != name]:
         raise CheckpointError(f"{str(index)!r} names files outside its folder: {_some(outside)}")
     if missing := [name for name in names if not (index.parent / name).is_file()]:
-        raise FileNotFoundError(
-            f"{str(index.parent)!r} lacks {len(missing)} of {len(names)} shards: {_some(missing)}"
-        )
+        raise FileNotFoundError(f"{str(index.parent)!r} lacks {len(missing)} of {len(names)} shards: {_some(missing)}")
     return [index.parent / name for name in names]
 
 
@@ -241,8 +233,7 @@ def _open(path: Path, read: Callable[[Any], Any]) -> Any:
             return read(file)
     except SafetensorError as error:
         raise CheckpointError(
-            f"{str(path)!r} is damaged or cut off ({path.stat().st_size} bytes): {error}; "
-            "copy or export it again"
+            f"{str(path)!r} is damaged or cut off ({path.stat().st_size} bytes): {error}; copy or export it again"
         ) from error
 
 

@@ -142,9 +142,7 @@ def _to_field(hint: Any, value: Any, key: str) -> Any:
             return _to_dataclass(option, value, f"{key}.") if complete else _build(option, dict(value))
         if origin in (tuple, list) and isinstance(value, list | tuple):
             each = _element_hints(origin, arguments, len(value), key)
-            return origin(
-                _to_field(h, v, f"{key}[{i}]") for i, (h, v) in enumerate(zip(each, value, strict=True))
-            )
+            return origin(_to_field(h, v, f"{key}[{i}]") for i, (h, v) in enumerate(zip(each, value, strict=True)))
         if origin is dict and isinstance(value, Mapping):
             inner = arguments[1] if arguments else Any
             return {k: _to_field(inner, v, f"{key}.{k}") for k, v in value.items()}
@@ -189,9 +187,7 @@ def _to_plain(value: Any, key: str) -> Any:
         return [_to_plain(v, f"{key}[{i}]") for i, v in enumerate(value)]
     if value is None or type(value) in (bool, int, float, str):
         return value
-    raise ConfigError(
-        f"{key} must be a plain value (number, text, list, dict), got {type(value).__name__}: {value!r}"
-    )
+    raise ConfigError(f"{key} must be a plain value (number, text, list, dict), got {type(value).__name__}: {value!r}")
 
 
 def _explain(error: Exception, schema: type, sources: Sequence[Any]) -> str:

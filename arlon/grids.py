@@ -21,9 +21,7 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def num_latent_frames(
-    num_frames: int, chunk_frames: int | None = CHUNK_FRAMES, time_stride: int = TIME_STRIDE
-) -> int:
+def num_latent_frames(num_frames: int, chunk_frames: int | None = CHUNK_FRAMES, time_stride: int = TIME_STRIDE) -> int:
     """Latent frames of a video of `num_frames` frames: 17 -> 5, 34 -> 10, 1 -> 1, 32 -> 9; None = one single chunk."""
     if num_frames < 1:
         raise ValueError(f"a video needs at least one frame, got {num_frames}")
@@ -33,9 +31,7 @@ def num_latent_frames(
     return full * ceil_div(chunk_frames, time_stride) + ceil_div(rest, time_stride)
 
 
-def num_pixel_frames(
-    latent_frames: int, chunk_frames: int = CHUNK_FRAMES, time_stride: int = TIME_STRIDE
-) -> int:
+def num_pixel_frames(latent_frames: int, chunk_frames: int = CHUNK_FRAMES, time_stride: int = TIME_STRIDE) -> int:
     """Most video frames that `latent_frames` latent frames hold: 5 -> 17, 10 -> 34, 1 -> 4, 6 -> 21."""
     full, rest = divmod(latent_frames, ceil_div(chunk_frames, time_stride))
     return full * chunk_frames + rest * time_stride

@@ -228,9 +228,7 @@ class _Paths:
     angle: np.ndarray
 
 
-def _advance(
-    look: ObjectLook, x: float, y: float, r: float, a: float, phase: float, time_s: np.ndarray
-) -> _Paths:
+def _advance(look: ObjectLook, x: float, y: float, r: float, a: float, phase: float, time_s: np.ndarray) -> _Paths:
     """Path of one object during one shot, at times (F,) since the shot began, from the state the last shot left."""
     n = np.ones_like(time_s)
     xs, ys, radius, angle = x * n, y * n, r * n, a * n
@@ -268,13 +266,9 @@ def trace(scene: Scene, times_s: np.ndarray, aspect: float = 1.0) -> tuple[np.nd
             x, y, r, a = (float(v[-1]) for v in (part.x, part.y, part.radius, part.angle))
             if shot.objects[index].motion == "circle":
                 phase += 2 * np.pi * shot.seconds / CIRCLE_PERIOD[shot.objects[index].speed]
-        paths.append(
-            _Paths(*(np.concatenate([getattr(c, f) for c in columns]) for f in ("x", "y", "radius", "angle")))
-        )
+        paths.append(_Paths(*(np.concatenate([getattr(c, f) for c in columns]) for f in ("x", "y", "radius", "angle"))))
     stack = {f: np.stack([getattr(p, f) for p in paths], axis=1) for f in ("x", "y", "radius", "angle")}
-    return shot_of, _Paths(
-        np.mod(stack["x"], aspect), np.mod(stack["y"], 1.0), stack["radius"], stack["angle"]
-    )
+    return shot_of, _Paths(np.mod(stack["x"], aspect), np.mod(stack["y"], 1.0), stack["radius"], stack["angle"])
 
 
 # --- pixels ----------------------------------------------------------------------------------------------------------
@@ -336,9 +330,7 @@ def render_scene(
         chosen = np.flatnonzero(shot_of == number)
         if not len(chosen):
             continue
-        picture = np.broadcast_to(
-            render_background(shot.background, height, width), (len(chosen), height, width, 3)
-        )
+        picture = np.broadcast_to(render_background(shot.background, height, width), (len(chosen), height, width, 3))
         for index, look in enumerate(shot.objects):
             x, y, r, a = (
                 v[chosen, index].astype(np.float32)[:, None, None]

@@ -67,9 +67,7 @@ def flow_loss(velocity: Tensor, target: Tensor, frame_mask: Tensor | None = None
         ValueError: If the shapes differ.
     """
     if velocity.shape != target.shape:
-        raise ValueError(
-            f"velocity {tuple(velocity.shape)} and target {tuple(target.shape)} must have one shape"
-        )
+        raise ValueError(f"velocity {tuple(velocity.shape)} and target {tuple(target.shape)} must have one shape")
     error = (velocity.float() - target.float()).square()
     if frame_mask is None:
         return error.flatten(1).mean(dim=1)

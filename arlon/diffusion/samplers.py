@@ -65,9 +65,7 @@ def velocity_at(velocity_fn: VelocityFn, x: Tensor, t: Tensor) -> Tensor:
     """
     velocity = velocity_fn(x, t.expand(x.shape[0]))
     if velocity.shape != x.shape:
-        raise ValueError(
-            f"velocity_fn must return the shape of x, {tuple(x.shape)}, got {tuple(velocity.shape)}"
-        )
+        raise ValueError(f"velocity_fn must return the shape of x, {tuple(x.shape)}, got {tuple(velocity.shape)}")
     return velocity.float()
 
 
@@ -154,9 +152,7 @@ def address_seed(seed: int, *address: int | str) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def draw_noise(
-    shape: Sequence[int], seed: int, *address: int | str, dtype: torch.dtype = torch.float32
-) -> Tensor:
+def draw_noise(shape: Sequence[int], seed: int, *address: int | str, dtype: torch.dtype = torch.float32) -> Tensor:
     """Standard normal noise that depends on seed and address alone.
 
     The same numbers come in every process, in any order of calls and for any device, because a CPU generator

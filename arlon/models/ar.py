@@ -68,9 +68,7 @@ class CodeTransformerConfig:
     def __post_init__(self) -> None:
         sizes = ("codebook_size", "text_dim", "max_text", "dim", "depth", "num_heads")
         problems = [
-            f"{name} must be at least 1, got {getattr(self, name)}"
-            for name in sizes
-            if getattr(self, name) < 1
+            f"{name} must be at least 1, got {getattr(self, name)}" for name in sizes if getattr(self, name) < 1
         ]
         if self.num_heads > 0 and self.dim % (4 * self.num_heads):
             problems.append(f"dim ({self.dim}) must be a multiple of 4 x num_heads ({4 * self.num_heads})")
@@ -82,9 +80,7 @@ class CodeTransformerConfig:
                 f"and window_hop ({self.window_hop}) at least 1 and less than that"
             )
         if not (0 <= self.dropout < 1 and 0 <= self.text_drop_prob <= 1):
-            problems.append(
-                f"dropout ({self.dropout}) and text_drop_prob ({self.text_drop_prob}) are probabilities"
-            )
+            problems.append(f"dropout ({self.dropout}) and text_drop_prob ({self.text_drop_prob}) are probabilities")
         if problems:
             raise ValueError("CodeTransformerConfig: " + "; ".join(problems))
 
@@ -99,9 +95,7 @@ class CodeTransformerConfig:
         return max(1, self.max_code_frames // 4) if self.window_hop is None else self.window_hop
 
 
-def code_loss(
-    logits: Tensor, codes: Tensor, is_end: Tensor | None = None, loss_mask: Tensor | None = None
-) -> Tensor:
+def code_loss(logits: Tensor, codes: Tensor, is_end: Tensor | None = None, loss_mask: Tensor | None = None) -> Tensor:
     """Mean next-code cross-entropy in nats.
 
     Args:
@@ -172,9 +166,7 @@ class Attention(nn.Module):
         Returns:
             (B, n, D).
         """
-        q_k, v = (
-            self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).split((2, 1), dim=2)
-        )  # (B, n, 2 | 1, A, d)
+        q_k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).split((2, 1), dim=2)  # (B, n, 2 | 1, A, d)
         q_k = _rotate(F.rms_norm(q_k, q_k.shape[-1:], eps=NORM_EPS) * self.qk_scale, rope).to(v.dtype)
         q, k, v = (part.transpose(1, 2) for part in (*q_k.unbind(2), v.squeeze(2)))  # (B, A, n, d)
         if cached is not None:
@@ -336,9 +328,7 @@ class CodeTransformer(nn.Module):
             ValueError: If the cache is full.
         """
         if cache.length >= cache.keys.shape[3]:
-            raise ValueError(
-                f"the cache is full ({cache.length} slots); prefill a new one with a later window"
-            )
+            raise ValueError(f"the cache is full ({cache.length} slots); prefill a new one with a later window")
         cell = (cache.length - cache.num_prefix) % self.config.codes_per_frame
         x = (F.embedding(codes, self.code_embed.weight) + cache.cells[cell])[:, None]
         bias = None if cache.bias is None else cache.bias[..., : cache.length + 1]
@@ -385,9 +375,7 @@ class CodeTransformer(nn.Module):
             length=0,
         )
 
-    def _embed_prefix(
-        self, text: Tensor, text_mask: Tensor | None, drop_text: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def _embed_prefix(self, text: Tensor, text_mask: Tensor | None, drop_text: Tensor | None) -> tuple[Tensor, Tensor]:
         """Prefix slots (B, L + 1, D), the start slot last, and which of them are real, (B, L + 1) bool."""
         batch, length = text.shape[:2]
         x = self.text_proj(text.to(self.text_proj.weight.dtype))
@@ -435,13 +423,10 @@ class CodeTransformer(nn.Module):
             raise ValueError(f"expected codes (B, S) int64, got {tuple(codes.shape)} {codes.dtype}")
         if text.ndim != 3 or text.shape[0] != codes.shape[0] or text.shape[2] != config.text_dim:
             raise ValueError(
-                f"expected text features (B, L, E) = ({codes.shape[0]}, L, {config.text_dim}), "
-                f"got {tuple(text.shape)}"
+                f"expected text features (B, L, E) = ({codes.shape[0]}, L, {config.text_dim}), got {tuple(text.shape)}"
             )
         if not 1 <= text.shape[1] <= config.max_text:
-            raise ValueError(
-                f"text has {text.shape[1]} tokens, expected 1 to max_text={config.max_text}; shorten it"
-            )
+            raise ValueError(f"text has {text.shape[1]} tokens, expected 1 to max_text={config.max_text}; shorten it")
         if text_mask is not None and (text_mask.shape != text.shape[:2] or text_mask.dtype != torch.bool):
             raise ValueError(
                 f"expected text_mask (B, L) = {tuple(text.shape[:2])} bool, "
@@ -565,9 +550,7 @@ class CodeStream(Iterator[Tensor]):
             RuntimeError: If the model is in training mode.
         """
         if model.training:
-            raise RuntimeError(
-                "the code transformer is in training mode; call model.eval() before writing codes"
-            )
+            raise RuntimeError("the code transformer is in training mode; call model.eval() before writing codes")
         if not schedule:
             raise ValueError("a schedule needs at least one span, got none")
         self.model, self.schedule = model, tuple(schedule)
@@ -623,9 +606,7 @@ class CodeStream(Iterator[Tensor]):
                 f"expected existing codes (1, n, {expected[0]}, {expected[1]}), got {tuple(existing.shape)}"
             )
         if existing.shape[1] > self.num_code_frames:
-            raise ValueError(
-                f"{existing.shape[1]} existing code frames, but the schedule has {self.num_code_frames}"
-            )
+            raise ValueError(f"{existing.shape[1]} existing code frames, but the schedule has {self.num_code_frames}")
         _check_range(existing, self.model.config.codebook_size)
         self.next_frame = existing.shape[1]
         self._recent.extend(existing[0].flatten(1).cpu())
@@ -703,9 +684,7 @@ def generate_codes(
     Returns:
         (1, cT, cH, cW) int64.
     """
-    stream = CodeStream(
-        model, schedule, generator_for_frame=generator_for_frame, sampling=sampling, existing=existing
-    )
+    stream = CodeStream(model, schedule, generator_for_frame=generator_for_frame, sampling=sampling, existing=existing)
     frames = [] if existing is None else list(existing[0].cpu())
     for codes in stream:
         if on_frame is not None:

@@ -180,9 +180,7 @@ class SemanticInjection(nn.Module):
         self.projection = PatchEmbed(config.in_channels, config.patch_size, config.dim)
         self.adapters = nn.ModuleList(Mlp(config.dim, hidden, config.dim) for _ in range(config.num_adapters))
         self.uncertainty = _make_uncertainty(config)
-        self.to_modulation = nn.ModuleList(
-            nn.Linear(config.dim, 3 * config.dim) for _ in range(config.num_blocks)
-        )
+        self.to_modulation = nn.ModuleList(nn.Linear(config.dim, 3 * config.dim) for _ in range(config.num_blocks))
         self._init_weights()
 
     @classmethod
@@ -232,8 +230,7 @@ class SemanticInjection(nn.Module):
         """
         if coarse_latent.ndim != 5 or coarse_latent.shape[1] != self.config.in_channels:
             raise ValueError(
-                f"coarse_latent must be (B, {self.config.in_channels}, T, H, W), "
-                f"got {tuple(coarse_latent.shape)}"
+                f"coarse_latent must be (B, {self.config.in_channels}, T, H, W), got {tuple(coarse_latent.shape)}"
             )
         c = self.projection(coarse_latent.to(self.projection.proj.weight.dtype)).flatten(1, 2)  # (B, N, D)
         for adapter in self.adapters:

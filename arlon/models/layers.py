@@ -57,9 +57,7 @@ def sinusoid(values: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
     return angles.sin(), angles.cos()
 
 
-def spatial_position(
-    height: Tensor, width: Tensor, grid: tuple[int, int], dim: int, base_size: int
-) -> Tensor:
+def spatial_position(height: Tensor, width: Tensor, grid: tuple[int, int], dim: int, base_size: int) -> Tensor:
     """Position embedding of the patches of one frame.
 
     With s = sqrt(height width) / base_size and b = round(sqrt(S)), row i lies at (i / s) (b / nH), column j
@@ -323,9 +321,7 @@ class FinalLayer(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.empty(2, dim))
         self.linear = nn.Linear(dim, num_values)
 
-    def forward(
-        self, x: Tensor, time: Tensor, clean_time: Tensor | None, frame_mask: Tensor | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor, clean_time: Tensor | None, frame_mask: Tensor | None) -> Tensor:
         """Map tokens (B, nT, S, D) to patches (B, nT, S, patch values).
 
         Released weights were trained with clean frames normalised twice: by the noisy time, then by time 0.

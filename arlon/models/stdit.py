@@ -115,9 +115,7 @@ class STDiT3Config:
             raise ValueError("STDiT3Config: " + "; ".join(problems))
 
     def _problems(self) -> list[str]:
-        found = [
-            f"{name} ({getattr(self, name)}) must be at least 1" for name in SIZES if getattr(self, name) < 1
-        ]
+        found = [f"{name} ({getattr(self, name)}) must be at least 1" for name in SIZES if getattr(self, name) < 1]
         for name in ("class_dropout_prob", "drop_path"):
             if not 0 <= getattr(self, name) <= 1:
                 found.append(f"{name} ({getattr(self, name)}) is a probability in [0, 1]")
@@ -126,9 +124,7 @@ class STDiT3Config:
         if self.mlp_ratio <= 0:
             found.append(f"mlp_ratio ({self.mlp_ratio}) must be positive")
         if not found and self.hidden_size % (2 * self.num_heads):
-            found.append(
-                f"hidden_size ({self.hidden_size}) must be a multiple of 2 num_heads ({2 * self.num_heads})"
-            )
+            found.append(f"hidden_size ({self.hidden_size}) must be a multiple of 2 num_heads ({2 * self.num_heads})")
         if self.hidden_size % 4:
             found.append(f"hidden_size ({self.hidden_size}) must be a multiple of 4")
         return found
@@ -159,9 +155,7 @@ class STDiT3(nn.Module):
         self.fps_embedder = ScalarEmbedder(dim)
         self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
         self.y_embedder = CaptionEmbedder(config.caption_channels, dim, config.model_max_length)
-        block = partial(
-            STDiT3Block, dim, config.num_heads, mlp_ratio=config.mlp_ratio, qk_norm=config.qk_norm
-        )
+        block = partial(STDiT3Block, dim, config.num_heads, mlp_ratio=config.mlp_ratio, qk_norm=config.qk_norm)
         self.spatial_blocks = nn.ModuleList(block(temporal=False) for _ in range(config.depth))
         self.temporal_blocks = nn.ModuleList(block(temporal=True) for _ in range(config.depth))
         self.final_layer = FinalLayer(dim, math.prod(config.patch_size) * config.out_channels)
@@ -242,9 +236,7 @@ class STDiT3(nn.Module):
         patches = self.final_layer(x, time, clean_time, frame_mask)
         return -self._unpatchify(patches, grid, latent.shape[2:]).float()
 
-    def _embed_time(
-        self, t: Tensor, fps: Tensor, frame_mask: Tensor | None
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
+    def _embed_time(self, t: Tensor, fps: Tensor, frame_mask: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
         """Embedded time (B, D), embedded time 0 or None, six vectors for the blocks (B, nT or 1, 6, D)."""
         rate = self.fps_embedder(fps)
         time = self.t_embedder(TIME_SCALE * t.float()) + rate
@@ -339,15 +331,11 @@ class STDiT3(nn.Module):
         if text.ndim != 3 or text.shape[0] != batch or text.shape[2] != width:
             raise ValueError(f"text must be (B, L, E) = ({batch}, L, {width}), got {tuple(text.shape)}")
         if text.shape[1] > config.model_max_length:
-            raise ValueError(
-                f"text has {text.shape[1]} tokens, at most {config.model_max_length} (model_max_length)"
-            )
+            raise ValueError(f"text has {text.shape[1]} tokens, at most {config.model_max_length} (model_max_length)")
         _check_mask("text_mask", text_mask, (batch, text.shape[1]))
         _check_mask("frame_mask", frame_mask, (batch, frames))
         if frame_mask is not None and config.patch_size[0] != 1:
-            raise ValueError(
-                f"a frame_mask needs patches of one latent frame, patch_size is {config.patch_size}"
-            )
+            raise ValueError(f"a frame_mask needs patches of one latent frame, patch_size is {config.patch_size}")
 
 
 def _check_mask(name: str, mask: Tensor | None, shape: tuple[int, int]) -> None:
@@ -360,8 +348,7 @@ def _per_sample(value: Tensor | float, latent: Tensor) -> Tensor:
     numbers = torch.as_tensor(value, dtype=torch.float32, device=latent.device)
     if numbers.shape not in {(), (1,), (latent.shape[0],)}:
         raise ValueError(
-            f"fps, height and width must be numbers or tensors ({latent.shape[0]},), "
-            f"got shape {tuple(numbers.shape)}"
+            f"fps, height and width must be numbers or tensors ({latent.shape[0]},), got shape {tuple(numbers.shape)}"
         )
     return numbers.expand(latent.shape[0])
 

@@ -183,9 +183,7 @@ class TemporalEncoder(nn.Module):
             self.block_res_blocks.append(_res_blocks(previous, width, config))
             if level < len(config.temporal_downsample):
                 halves = config.temporal_downsample[level]
-                self.conv_blocks.append(
-                    CausalConv3d(width, width, 3, time_stride=2) if halves else nn.Identity()
-                )
+                self.conv_blocks.append(CausalConv3d(width, width, 3, time_stride=2) if halves else nn.Identity())
             previous = width
         self.res_blocks = _res_blocks(previous, previous, config)
         self.norm1 = nn.GroupNorm(config.num_groups, previous)
@@ -424,9 +422,7 @@ class VideoVAE(nn.Module):
 def _fold(x: Tensor, chunks: int) -> Tensor:
     """(B, C, chunks * n, H, W) -> (B * chunks, C, n, H, W)."""
     b, c, t, h, w = x.shape
-    return (
-        x.reshape(b, c, chunks, t // chunks, h, w).transpose(1, 2).reshape(b * chunks, c, t // chunks, h, w)
-    )
+    return x.reshape(b, c, chunks, t // chunks, h, w).transpose(1, 2).reshape(b * chunks, c, t // chunks, h, w)
 
 
 def _unfold(x: Tensor, chunks: int) -> Tensor:

@@ -91,9 +91,7 @@ class LatentVQVAEConfig:
             if (value := getattr(self, name)) < 1
         ]
         if len(self.ratio) != 3 or any(r < 1 or r & (r - 1) for r in self.ratio):
-            problems.append(
-                f"ratio must be three powers of two (t, h, w), such as (2, 4, 4), got {tuple(self.ratio)}"
-            )
+            problems.append(f"ratio must be three powers of two (t, h, w), such as (2, 4, 4), got {tuple(self.ratio)}")
         if not 0 < self.decay < 1:
             problems.append(f"decay must lie between 0 and 1, such as 0.99, got {self.decay}")
         if self.commitment_weight < 0 or self.dead_code_threshold < 0:
@@ -319,9 +317,7 @@ class LatentVQVAE(nn.Module):
         """
         num_frames, height, width = self._latent_size(codes, num_latent_frames, grid)
         if not 0 <= start < stop <= num_frames:
-            raise ValueError(
-                f"latent frames [{start}, {stop}) are empty or outside the film of {num_frames} frames"
-            )
+            raise ValueError(f"latent frames [{start}, {stop}) are empty or outside the film of {num_frames} frames")
         ratio = self.config.ratio[0]
         first = max(0, start // ratio - self.receptive_halo)
         last = min(codes.shape[1], ceil_div(stop, ratio) + self.receptive_halo)

@@ -185,9 +185,7 @@ class MiniLMEncoder(_TransformerEncoder):
         folder = find_minilm(source)
         with _no_progress_bar():
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            network = BertModel.from_pretrained(
-                folder, local_files_only=True, dtype=dtype, use_safetensors=True
-            )
+            network = BertModel.from_pretrained(folder, local_files_only=True, dtype=dtype, use_safetensors=True)
         super().__init__(tokenizer, network.to(device), dim=MINILM_DIM, max_length=max_length, clean=clean)
 
 

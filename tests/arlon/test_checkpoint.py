@@ -311,15 +311,11 @@ def test_part_of_a_model_opens_when_no_more_is_required(tmp_path: Path) -> None:
     model = ModelFolder.open(tmp_path, required=["dit"])
     with pytest.raises(FileNotFoundError, match="has no component 'ar', it has dit"):
         model.component("ar")
-    with pytest.raises(
-        FileNotFoundError, match="lacks the components ar, injection, text_encoder, vae, vqvae"
-    ):
+    with pytest.raises(FileNotFoundError, match="lacks the components ar, injection, text_encoder, vae, vqvae"):
         ModelFolder.open(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "content", ["{}", '{"format": 2, "components": {}}', '{"format": 1, "components": []}']
-)
+@pytest.mark.parametrize("content", ["{}", '{"format": 2, "components": {}}', '{"format": 1, "components": []}'])
 def test_index_of_another_format_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "model_index.json").write_text(content)
     with pytest.raises(CheckpointError, match="this version reads 1"):

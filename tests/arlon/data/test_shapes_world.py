@@ -9,9 +9,7 @@ from arlon.data.captions import caption
 
 def one_object(seconds=(3.0,), **look) -> world.Scene:
     base = dict(colour="red", shape="circle", size="large", motion="still", speed="slow") | look
-    shots = tuple(
-        world.Shot(objects=(world.ObjectLook(**base),), background="black", seconds=s) for s in seconds
-    )
+    shots = tuple(world.Shot(objects=(world.ObjectLook(**base),), background="black", seconds=s) for s in seconds)
     return world.Scene(shots=shots, start=((0.5, 0.5),), phase=(0.3,))
 
 
@@ -38,9 +36,7 @@ def test_edges_are_antialiased_without_moving_the_centre() -> None:
     assert 0 < np.mean((weight > 20) & (weight < 190)) < 0.1
 
 
-@pytest.mark.parametrize(
-    ("motion", "sign"), [("left", (-1, 0)), ("right", (1, 0)), ("up", (0, -1)), ("down", (0, 1))]
-)
+@pytest.mark.parametrize(("motion", "sign"), [("left", (-1, 0)), ("right", (1, 0)), ("up", (0, -1)), ("down", (0, 1))])
 def test_directions_are_those_of_the_screen(motion: str, sign: tuple[int, int]) -> None:
     truth = world.render_scene(one_object(motion=motion), num_frames=9)
     step = (truth.x[8, 0] - truth.x[0, 0], truth.y[8, 0] - truth.y[0, 0])
@@ -64,9 +60,7 @@ def test_frame_rate_and_size_do_not_change_the_motion() -> None:
 
 def test_training_never_sees_held_out_pairs_or_phrasings() -> None:
     rng = np.random.default_rng(0)
-    held_out_words = re.compile(
-        r"heads|glides|climbs|drops|keeps|remains|against|rapidly|slow motion|we see|seen"
-    )
+    held_out_words = re.compile(r"heads|glides|climbs|drops|keeps|remains|against|rapidly|slow motion|we see|seen")
     for _ in range(300):
         scene = world.sample_scene(rng, seconds=(2, 4))
         for shot in scene.shots:
@@ -90,10 +84,7 @@ def test_a_switch_changes_exactly_one_object() -> None:
     for _ in range(200):
         before, after = world.sample_scene(rng, seconds=(2, 4)).shots
         changed.append(sum(a != b for a, b in zip(before.objects, after.objects, strict=True)))
-        assert all(
-            a.shape == b.shape and a.size == b.size
-            for a, b in zip(before.objects, after.objects, strict=True)
-        )
+        assert all(a.shape == b.shape and a.size == b.size for a, b in zip(before.objects, after.objects, strict=True))
     assert max(changed) == 1
     assert np.mean(changed) > 0.95
 

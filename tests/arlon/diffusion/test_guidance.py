@@ -13,9 +13,7 @@ class Recorder:
     def __init__(self) -> None:
         self.calls: list[dict] = []
 
-    def __call__(
-        self, x: Tensor, t: Tensor, text: Tensor, text_mask: Tensor | None = None, **conditions
-    ) -> Tensor:
+    def __call__(self, x: Tensor, t: Tensor, text: Tensor, text_mask: Tensor | None = None, **conditions) -> Tensor:
         self.calls.append({"x": x, "t": t, "text": text, "text_mask": text_mask, **conditions})
         kept = text if text_mask is None else text * text_mask[..., None]
         return x + kept.sum(dim=(1, 2))[:, None]

@@ -35,14 +35,10 @@ SHIFTS = {
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "scale", "steps"), [("plain", 4, 10), ("transform", 7, 12), ("discrete", 3, 7)]
-)
+@pytest.mark.parametrize(("name", "scale", "steps"), [("plain", 4, 10), ("transform", 7, 12), ("discrete", 3, 7)])
 def test_guided_sampling_equals_the_released_code(name: str, scale: float, steps: int):
     case, seen = load_file(DATA / f"flow_sample_{name}.safetensors"), []
-    velocity_fn = guide(
-        released_network(seen), case["in.y"][:, 0], case["in.y_null"][:, 0], guidance_scale=scale
-    )
+    velocity_fn = guide(released_network(seen), case["in.y"][:, 0], case["in.y_null"][:, 0], guidance_scale=scale)
     times = samplers.make_times(steps, SHIFTS[name])
     torch.testing.assert_close(1000 * times[:-1], case["steps.t"][:, 0], rtol=1e-5, atol=1e-4)
     out = samplers.sample(velocity_fn, case["in.z"], times)
@@ -60,8 +56,7 @@ def test_straight_flow_is_exact_in_any_number_of_steps():
 def test_euler_converges_to_the_exponential_at_first_order():
     x = torch.tensor([[2.0]])
     errors = [
-        abs(float(samplers.sample(lambda x, t: x, x, samplers.make_times(n))) - 2 * math.exp(-1))
-        for n in (20, 40)
+        abs(float(samplers.sample(lambda x, t: x, x, samplers.make_times(n))) - 2 * math.exp(-1)) for n in (20, 40)
     ]
     assert errors[0] / errors[1] == pytest.approx(2, rel=0.05)
 

@@ -27,9 +27,7 @@ def make_ar(**changes) -> CodeTransformer:
     """A tiny model whose weights are large enough to make every path count."""
     torch.manual_seed(0)
     settings = {"codebook_size": 13, "text_dim": 5, "max_text": 6, "dim": 16, "depth": 2, "num_heads": 2}
-    model = CodeTransformer(
-        CodeTransformerConfig(**{**settings, "grid": (2, 3), "max_code_frames": 4, **changes})
-    )
+    model = CodeTransformer(CodeTransformerConfig(**{**settings, "grid": (2, 3), "max_code_frames": 4, **changes}))
     for name, parameter in model.named_parameters():
         torch.nn.init.normal_(parameter, mean=float("norm" in name or "scale" in name), std=0.4)
     return model.eval()
@@ -54,9 +52,7 @@ def frame_generator(frame: int) -> torch.Generator:
     return torch.Generator().manual_seed(1000 + frame)
 
 
-def generate(
-    model: CodeTransformer, schedule: list[PromptSpan], sampling: SamplingConfig, **options
-) -> Tensor:
+def generate(model: CodeTransformer, schedule: list[PromptSpan], sampling: SamplingConfig, **options) -> Tensor:
     return generate_codes(model, schedule, generator_for_frame=frame_generator, sampling=sampling, **options)
 
 
@@ -138,9 +134,7 @@ def test_padded_text_changes_nothing():
     expected = model(codes, text[:, :2])
     mask = torch.tensor([[True, True, False, False]] * 2)
     torch.testing.assert_close(model(codes, text, mask), expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(
-        model(codes, text + 9 * ~mask[..., None], mask), expected, rtol=1e-5, atol=1e-5
-    )
+    torch.testing.assert_close(model(codes, text + 9 * ~mask[..., None], mask), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_empty_text_mask_gives_finite_logits_that_ignore_the_text():
@@ -266,9 +260,7 @@ def test_resumed_stream_continues_exactly(guidance_scale):
     whole = generate(model, schedule, sampling)
     assert not torch.equal(whole[:, :7], generate(model, [make_span(7, seed=5)], sampling))
     for frame in range(14):
-        assert torch.equal(generate(model, schedule, sampling, existing=whole[:, :frame]), whole), (
-            f"from {frame}"
-        )
+        assert torch.equal(generate(model, schedule, sampling, existing=whole[:, :frame]), whole), f"from {frame}"
 
 
 def test_memory_of_a_stream_does_not_grow():
@@ -294,9 +286,7 @@ def test_prompt_switch_changes_the_very_next_logits():
     assert torch.equal(logits[0][0], logits[1][0])
     assert (logits[0][1] - logits[1][1]).abs().max() > 1e-2
     text = make_span(1, seed=2).text
-    guided = [
-        model(known.flatten()[None], text, drop_text=torch.tensor([drop]))[0, -1] for drop in (False, True)
-    ]
+    guided = [model(known.flatten()[None], text, drop_text=torch.tensor([drop]))[0, -1] for drop in (False, True)]
     torch.testing.assert_close(logits[1][1], guided[1] + 3.0 * (guided[0] - guided[1]), rtol=1e-4, atol=1e-4)
 
 
@@ -305,9 +295,7 @@ def test_guidance_of_one_equals_plain_and_of_zero_ignores_the_text():
     two_rows = SamplingConfig(temperature=0.0, guidance_scale=1.0 + 1e-9)
     assert torch.equal(generate(model, [make_span(6)], two_rows), generate(model, [make_span(6)], GREEDY))
     unguided = SamplingConfig(guidance_scale=0.0)
-    assert torch.equal(
-        generate(model, [make_span(4, seed=1)], unguided), generate(model, [make_span(4)], unguided)
-    )
+    assert torch.equal(generate(model, [make_span(4, seed=1)], unguided), generate(model, [make_span(4)], unguided))
 
 
 def test_draws_depend_on_the_seed_and_on_nothing_else():
@@ -430,9 +418,7 @@ def test_misfit_input_is_refused(change, message):
 )
 def test_unusable_schedule_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        CodeStream(
-            make_ar(), **{"schedule": [make_span(2)], "generator_for_frame": frame_generator, **options}
-        )
+        CodeStream(make_ar(), **{"schedule": [make_span(2)], "generator_for_frame": frame_generator, **options})
 
 
 def test_interrupted_frame_is_written_again_the_same():

@@ -87,9 +87,7 @@ def test_modulation_is_the_stated_formula_at_the_right_token():
     gate, scale, shift = injection.to_modulation[0](torch.nn.functional.silu(c)).chunk(3)
     token = y[0, -1]
     normed = (token - token.mean()) / (token.var(correction=0) + 1e-6).sqrt()
-    torch.testing.assert_close(
-        got[0, -1], token + gate * (normed * (1 + scale) + shift), rtol=1e-4, atol=1e-5
-    )
+    torch.testing.assert_close(got[0, -1], token + gate * (normed * (1 + scale) + shift), rtol=1e-4, atol=1e-5)
 
 
 def test_later_blocks_are_left_alone():
@@ -154,9 +152,7 @@ def test_running_statistics_stand_in_for_a_batch_of_one():
 def test_uncertainty_is_for_training_only_and_follows_the_generator(uncertainty: str):
     injection = make_injection(uncertainty=uncertainty, uncertainty_prob=1.0)
     certain = make_injection(uncertainty="none")
-    certain.load_state_dict(
-        {k: v for k, v in injection.state_dict().items() if not k.startswith("uncertainty")}
-    )
+    certain.load_state_dict({k: v for k, v in injection.state_dict().items() if not k.startswith("uncertainty")})
     for module in (injection, certain):
         torch.nn.init.ones_(module.to_modulation[0].weight)
     coarse, y = torch.randn(2, 4, 2, 4, 4), torch.randn(2, 8, 16)
@@ -202,9 +198,7 @@ def test_saved_injection_computes_the_same(tmp_path: Path):
     loaded = SemanticInjection.from_pretrained(tmp_path / "injection")
     coarse, y = torch.randn(1, 4, 2, 4, 4), torch.randn(1, 8, 16)
     assert loaded.config == injection.config
-    torch.testing.assert_close(
-        loaded.condition(coarse)(0, y), injection.condition(coarse)(0, y), rtol=0, atol=0
-    )
+    torch.testing.assert_close(loaded.condition(coarse)(0, y), injection.condition(coarse)(0, y), rtol=0, atol=0)
 
 
 def test_wrong_config_lists_every_problem():

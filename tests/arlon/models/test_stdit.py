@@ -85,9 +85,7 @@ def test_every_block_equals_the_released_code(golden_dit: STDiT3, name: str):
     for kind in ("spatial", "temporal"):
         for i, block in enumerate(getattr(golden_dit, f"{kind}_blocks")):
             hooks.append(block.register_forward_hook(keep(f"mid.{kind}.{i}")))
-        hooks.append(
-            getattr(golden_dit, f"{kind}_blocks")[0].attn.register_forward_hook(keep(f"mid.{kind}.0.attn"))
-        )
+        hooks.append(getattr(golden_dit, f"{kind}_blocks")[0].attn.register_forward_hook(keep(f"mid.{kind}.0.attn")))
     try:
         with torch.no_grad():
             golden_dit(**golden_arguments(case))
@@ -291,9 +289,7 @@ def test_stochastic_depth_keeps_the_expected_branch():
 
 
 def test_fresh_temporal_blocks_have_no_effect():
-    dit = STDiT3(
-        STDiT3Config(hidden_size=16, depth=2, num_heads=2, caption_channels=6, model_max_length=5)
-    ).eval()
+    dit = STDiT3(STDiT3Config(hidden_size=16, depth=2, num_heads=2, caption_channels=6, model_max_length=5)).eval()
     inputs = make_inputs()
     plain = dit(**inputs)
     for block in dit.temporal_blocks:

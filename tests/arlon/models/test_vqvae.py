@@ -40,9 +40,7 @@ def test_windowed_decoding_equals_decoding_the_whole_film(ratio, window):
     codes = make_codes(model, 2, 11, 2, 3)
     num_frames = 11 * ratio[0] - (ratio[0] > 1)
     whole = model.decode(codes, num_frames)
-    torch.testing.assert_close(
-        model.decode_windowed(codes, num_frames, window=window), whole, rtol=1e-5, atol=1e-5
-    )
+    torch.testing.assert_close(model.decode_windowed(codes, num_frames, window=window), whole, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("ratio", [(2, 2, 2), (4, 4, 4), (1, 2, 2)])
@@ -123,9 +121,7 @@ def test_dead_codes_restart_from_the_batch():
     latent = torch.randn(4, 3, 8, 8, 8)
     model(latent)
     used = codebook_usage(model.encode(latent), 32).used_share
-    assert used > 0.9, (
-        f"every unused code was moved onto a vector of this batch, yet only {used:.0%} are used"
-    )
+    assert used > 0.9, f"every unused code was moved onto a vector of this batch, yet only {used:.0%} are used"
 
 
 def test_training_draws_come_from_the_generator_alone():

@@ -111,9 +111,7 @@ def test_features_can_be_trained_on(minilm: MiniLMEncoder) -> None:
     ("prompts", "error", "message"),
     [("text", TypeError, "list of texts"), ([1], TypeError, "list of texts"), ([], ValueError, "no prompts")],
 )
-def test_bad_prompts_are_refused(
-    minilm: MiniLMEncoder, prompts: object, error: type[Exception], message: str
-) -> None:
+def test_bad_prompts_are_refused(minilm: MiniLMEncoder, prompts: object, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         minilm.encode(prompts)  # type: ignore[arg-type]
 

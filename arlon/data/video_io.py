@@ -1,0 +1,374 @@
+"""Reading and writing video files with PyAV.
+
+Frames are uint8 arrays (pT, pH, pW, 3), RGB, 0..255. Films are written as fragmented H.264 MP4: one self-contained
+fragment per chunk of frames, each with its own encoder run. A chunk therefore encodes to the same bytes wherever it
+stands in a film, a film that is still growing (or was cut off) plays up to its last whole fragment, and a film can be
+put together again from stored fragments without encoding anything.
+
+Layout of a fragment as made here: ftyp, moov (the head, equal for equal settings), then moof + mdat (the frames). In a
+film the head comes once; each moof gets its running number and its start time (ISO/IEC 14496-12: mfhd, tfdt).
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import av
+import numpy as np
+
+MAX_FPS = 1000
+_FRAGMENT_FLAGS = "frag_custom+empty_moov+default_base_moof+use_metadata_tags"
+_BT709 = 1  # the number ITU-T H.273 gives to BT.709 primaries, transfer and matrix alike
+_LIMITED_RANGE = 1
+_ONE_GOP = 1_000_000  # frames between keyframes: never inside a chunk, every chunk starts with one
+
+
+class VideoError(ValueError):
+    """A file cannot be read as video, or frames cannot be written as one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoInfo:
+    """What a video file holds."""
+
+    width: int
+    """Pixels, after the rotation the file asks for."""
+    height: int
+    """Pixels, after the rotation the file asks for."""
+    fps: float
+    """Average frames a second."""
+    num_frames: int
+    """Counted packets, not what the header claims."""
+    duration_s: float
+    """Seconds, `num_frames / fps`."""
+    codec: str
+    """Name of the video codec, such as `h264`."""
+    tags: dict[str, str] = field(default_factory=dict)
+    """Text tags of the container."""
+
+
+def probe(path: str | Path) -> VideoInfo:
+    """Describe a video file without decoding more than its first frame.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        VideoError: If the file is not a readable video.
+    """
+    with _open_video(path) as container:
+        stream = container.streams.video[0]
+        tags = dict(container.metadata)
+        first = next(container.decode(stream), None)
+        if first is None:
+            raise VideoError("it holds no frame")
+        container.seek(0)
+        num_frames = sum(packet.size > 0 for packet in container.demux(stream))
+        fps = _stream_fps(stream)
+        width, height = first.width, first.height
+        if first.rotation % 180:
+            width, height = height, width
+        codec = stream.codec_context.name
+    return VideoInfo(
+        width=width,
+        height=height,
+        fps=fps,
+        num_frames=num_frames,
+        duration_s=num_frames / fps,
+        codec=codec,
+        tags=tags,
+    )
+
+
+def read_video(
+    path: str | Path, *, start: int = 0, num_frames: int | None = None, fps: float | None = None
+) -> np.ndarray:
+    """Decode frames of a video file.
+
+    With `fps`, output frame i is the picture on screen at time i / fps, so that a 24 fps file read at 8 fps gives every
+    third frame and a file of uneven timing is read by the clock. Without it, the frames as they are stored.
+
+    Args:
+        path: The file.
+        start: First frame wanted, counted at the output rate.
+        num_frames: Frames wanted, or None for all the rest.
+        fps: Output rate in frames a second, or None for the file's own frames.
+
+    Returns:
+        Frames (pT, pH, pW, 3), uint8 RGB.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        VideoError: If the file is not a readable video, is damaged before the last wanted frame, or is too short.
+        ValueError: If an argument is out of range.
+    """
+    if start < 0 or (num_frames is not None and num_frames < 1):
+        raise ValueError(f"read_video needs start >= 0 and num_frames >= 1, got {start} and {num_frames}")
+    if fps is not None and not 0 < fps <= MAX_FPS:
+        raise ValueError(f"read_video needs 0 < fps <= {MAX_FPS}, got {fps}")
+    stop = None if num_frames is None else start + num_frames
+    with _open_video(path) as container:
+        pictures = _stored_frames(container) if fps is None else _frames_by_clock(container, fps, start)
+        frames = []
+        for index, frame in pictures:
+            if index >= start:
+                frames.append(_to_rgb(frame))
+            if stop is not None and index + 1 >= stop:
+                break
+        if not frames or (num_frames is not None and len(frames) < num_frames):
+            wanted = f"{num_frames or 'any'} frames from frame {start} on"
+            raise VideoError(f"{wanted} were asked for, but it has {len(frames)} of them")
+        return np.stack(frames)
+
+
+@contextmanager
+def _open_video(path: str | Path) -> Iterator[av.container.InputContainer]:
+    """Open a file for reading; whatever goes wrong inside arrives as one VideoError that names the file."""
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"no such video file: '{path}'")
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                kinds = sorted({stream.type for stream in container.streams}) or ["none"]
+                raise VideoError(f"no video stream (streams: {', '.join(kinds)})")
+            container.streams.video[0].codec_context.thread_count = 1
+            yield container
+    except VideoError as error:
+        raise VideoError(f"cannot read '{path}' as video: {error}") from None
+    except (av.error.FFmpegError, OSError, EOFError) as error:
+        reason = getattr(error, "strerror", None) or type(error).__name__
+        raise VideoError(
+            f"cannot read '{path}' as video: {reason.lower()} (not a video, damaged or cut off)"
+        ) from error
+
+
+def _stream_fps(stream: av.video.stream.VideoStream) -> float:
+    rate = stream.average_rate or stream.guessed_rate or stream.base_rate
+    if not rate:
+        raise VideoError("its frame rate is unknown")
+    return float(rate)
+
+
+def _stored_frames(container: av.container.InputContainer) -> Iterator[tuple[int, av.VideoFrame]]:
+    yield from enumerate(container.decode(container.streams.video[0]))
+
+
+def _frames_by_clock(
+    container: av.container.InputContainer, fps: float, start: int
+) -> Iterator[tuple[int, av.VideoFrame]]:
+    """Pairs (output index, picture on screen at index / fps), from about `start` on."""
+    stream = container.streams.video[0]
+    begin_s = float((stream.start_time or 0) * stream.time_base)
+    if start:
+        container.seek(int((begin_s + start / fps) / stream.time_base), stream=stream)
+    index, shown, end_s = start, None, 0.0
+    tolerance_s = float(stream.time_base)  # time stamps are rounded to the time base
+    for frame in container.decode(stream):
+        time_s = float(frame.time or 0.0) - begin_s
+        while shown is not None and index / fps < time_s - tolerance_s:
+            yield index, shown
+            index += 1
+        shown, end_s = frame, time_s + 1 / _stream_fps(stream)
+    while shown is not None and index / fps < end_s - tolerance_s:
+        yield index, shown
+        index += 1
+
+
+def _to_rgb(frame: av.VideoFrame) -> np.ndarray:
+    rgb = frame.to_ndarray(format="rgb24")
+    return np.ascontiguousarray(np.rot90(rgb, round(frame.rotation / 90))) if frame.rotation else rgb
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fragment:
+    """One encoded chunk of frames, as bytes of a small MP4 that plays by itself."""
+
+    data: bytes
+    num_frames: int
+
+    @property
+    def head(self) -> bytes:
+        """The boxes ftyp and moov."""
+        return self.data[: self._body_start]
+
+    @property
+    def body(self) -> bytes:
+        """The boxes moof and mdat."""
+        return self.data[self._body_start :]
+
+    @property
+    def _body_start(self) -> int:
+        for kind, start, _ in _boxes(self.data):
+            if kind == b"moof":
+                return start
+        raise VideoError("these bytes are not a fragment: they have no moof box")
+
+
+def encode_fragment(
+    frames: np.ndarray,
+    *,
+    fps: float,
+    crf: int = 18,
+    preset: str = "medium",
+    num_threads: int = 1,
+    tags: Mapping[str, str] | None = None,
+) -> Fragment:
+    """Encode a chunk of frames as one fragment: H.264, yuv420p, BT.709, no B-frames, a keyframe first.
+
+    Args:
+        frames: (pT, pH, pW, 3), uint8 RGB; pH and pW even.
+        fps: Frames a second.
+        crf: Constant rate factor of x264, 0 (lossless in yuv420p) to 51.
+        preset: x264 preset, `ultrafast` to `veryslow`.
+        num_threads: Threads of the encoder; the bytes depend on it.
+        tags: Text tags of the container.
+
+    Raises:
+        VideoError: If the frames have the wrong shape or type, or an odd size.
+    """
+    _check_frames(frames)
+    rate = Fraction(fps).limit_denominator(1001)
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4", options={"movflags": _FRAGMENT_FLAGS}) as container:
+        container.metadata.update(tags or {})
+        options = {"crf": str(crf), "preset": preset, "bf": "0", "g": str(_ONE_GOP)}
+        stream = container.add_stream("libx264", rate=rate, options=options)
+        stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
+        codec = stream.codec_context
+        codec.thread_count = num_threads
+        codec.colorspace = codec.color_primaries = codec.color_trc = _BT709
+        codec.color_range = _LIMITED_RANGE
+        for index, rgb in enumerate(frames):
+            container.mux(stream.encode(_to_yuv(rgb, index, rate)))
+        container.mux(stream.encode(None))
+    data = buffer.getvalue()
+    end = next((start for kind, start, _ in _boxes(data) if kind == b"mfra"), len(data))
+    return Fragment(data=data[:end], num_frames=len(frames))
+
+
+def _to_yuv(rgb: np.ndarray, index: int, rate: Fraction) -> av.VideoFrame:
+    frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(rgb), format="rgb24")
+    frame = frame.reformat(format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG")
+    frame.pts, frame.time_base = index, 1 / rate
+    return frame
+
+
+def _check_frames(frames: np.ndarray) -> None:
+    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or not len(frames):
+        raise VideoError(
+            f"frames to write must be uint8 of shape (pT, pH, pW, 3), got {frames.dtype} {tuple(frames.shape)}"
+        )
+    if frames.shape[1] % 2 or frames.shape[2] % 2:
+        raise VideoError(f"H.264 in yuv420p needs an even height and width, got {frames.shape[1:3]}")
+
+
+class VideoWriter:
+    """A fragmented H.264 MP4 that grows by chunks of frames.
+
+    After every `append` the file on disk is whole and plays. The caller chooses the name: write under a temporary one
+    and rename it when the film is done.
+
+    Args:
+        path: The file to write; an existing one is replaced.
+        fps: Frames a second.
+        crf: Constant rate factor of x264.
+        preset: x264 preset.
+        num_threads: Threads of the encoder; the bytes depend on it.
+        tags: Text tags of the container.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        fps: float,
+        crf: int = 18,
+        preset: str = "medium",
+        num_threads: int = 1,
+        tags: Mapping[str, str] | None = None,
+    ) -> None:
+        if not 0 < fps <= MAX_FPS:
+            raise ValueError(f"a video needs 0 < fps <= {MAX_FPS}, got {fps}")
+        self.num_frames = 0
+        self._num_fragments = 0
+        self._head = b""
+        self._settings = {
+            "fps": fps,
+            "crf": crf,
+            "preset": preset,
+            "num_threads": num_threads,
+            "tags": dict(tags or {}),
+        }
+        self._ticks_per_frame = 0
+        self._file = open(path, "wb")  # noqa: SIM115  (closed by close())
+
+    def append(self, frames: np.ndarray) -> Fragment:
+        """Encode frames (pT, pH, pW, 3), uint8, add them to the file and return the fragment."""
+        fragment = encode_fragment(frames, **self._settings)
+        self.append_fragment(fragment)
+        return fragment
+
+    def append_fragment(self, fragment: Fragment) -> None:
+        """Add an encoded fragment; one made with other settings than the first is refused.
+
+        Raises:
+            VideoError: If its head differs from that of the first fragment (size, rate, encoder settings, tags).
+        """
+        if not self._head:
+            self._head = fragment.head
+            self._ticks_per_frame = _ticks_per_frame(fragment)
+            self._file.write(self._head)
+        elif fragment.head != self._head:
+            raise VideoError("a fragment was encoded with other settings (size, fps, crf, tags) than the first")
+        start = self.num_frames * self._ticks_per_frame
+        self._file.write(_placed(fragment.body, self._num_fragments + 1, start))
+        self._file.flush()
+        self._num_fragments += 1
+        self.num_frames += fragment.num_frames
+
+    def close(self) -> None:
+        """Close the file; nothing is added at the end, so it may be called at any time."""
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _ticks_per_frame(fragment: Fragment) -> int:
+    """Units of the container's clock that one frame lasts."""
+    with av.open(io.BytesIO(fragment.data)) as container:
+        stream = container.streams.video[0]
+        first, second = (*(p.pts for p in container.demux(stream) if p.size), None)[:2]
+        if second is not None:
+            return second - first
+        return round(1 / (stream.average_rate * stream.time_base))
+
+
+def _boxes(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """Triples (kind, start, size) of the top-level boxes of an MP4."""
+    start = 0
+    while start + 8 <= len(data):
+        size = int.from_bytes(data[start : start + 4], "big")
+        yield data[start + 4 : start + 8], start, size
+        start += max(size, 8)
+
+
+def _placed(body: bytes, number: int, start: int) -> bytes:
+    """A copy of moof + mdat as fragment `number` of a film, its first frame at clock time `start`."""
+    placed = bytearray(body)
+    mfhd, tfdt = body.index(b"mfhd") + 4, body.index(b"tfdt") + 4  # just behind the name: version and flags
+    placed[mfhd + 4 : mfhd + 8] = number.to_bytes(4, "big")
+    width = 8 if body[tfdt] == 1 else 4
+    placed[tfdt + 4 : tfdt + 4 + width] = start.to_bytes(width, "big")
+    return bytes(placed)

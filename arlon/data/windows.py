@@ -1,0 +1,279 @@
+"""Training samples of the stages: windows of takes, addressed by their number in an endless stream.
+
+Sample n of a stream depends on (seed, n) only: on epoch n // N a permutation picks the take, and a generator
+of its own draws the window, the phrasing and the mask. Batch k holds samples k B to (k + 1) B - 1, so a
+training that resumes at step k needs no other state than k.
+
+Dimension key: C latent channels, T H W latent grid of a window, cH cW code grid, S codes of a window, L text
+tokens, E text width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from arlon.data.datasets import CaptionSpan, TakeSource
+from arlon.data.latent_cache import CodeCache, LatentCache, TextCache
+from arlon.grids import CHUNK_FRAMES, num_latent_frames
+
+Sample = dict[str, Tensor]
+
+
+class SampleSet(Protocol):
+    """Anything with samples addressed by their number."""
+
+    def sample(self, number: int) -> Sample: ...
+
+
+class BatchStream:
+    """Batches of an addressed sample set: endless from a given step on, or the same few each time.
+
+    Args:
+        samples: The sample set.
+        batch_size: Samples a batch.
+        first_batch: Called when an iteration starts; the number of the first batch. Default: 0.
+        num_batches: Batches of one iteration; None is endless.
+    """
+
+    def __init__(
+        self,
+        samples: SampleSet,
+        *,
+        batch_size: int,
+        first_batch: Callable[[], int] = lambda: 0,
+        num_batches: int | None = None,
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        self.samples, self.batch_size = samples, batch_size
+        self._first_batch, self._num_batches = first_batch, num_batches
+
+    def batch(self, number: int) -> Sample:
+        """Batch `number`: samples number * B ... (number + 1) * B - 1, stacked."""
+        rows = [self.samples.sample(number * self.batch_size + i) for i in range(self.batch_size)]
+        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+    def __iter__(self) -> Iterator[Sample]:
+        number = self._first_batch()
+        stop = None if self._num_batches is None else number + self._num_batches
+        while stop is None or number < stop:
+            yield self.batch(number)
+            number += 1
+
+
+class VideoWindows:
+    """Windows of `num_frames` frames for the VAE, {"video": (3, pT, pH, pW)}.
+
+    Whole chunks start at multiples of 17, other lengths anywhere.
+    """
+
+    def __init__(self, source: TakeSource, *, num_frames: int, seed: int) -> None:
+        self._source, self._num_frames, self._seed = source, num_frames, seed
+
+    def sample(self, number: int) -> Sample:
+        """Sample `number` of the stream."""
+        video = self._source.take(shuffled(number, len(self._source), self._seed)).video
+        if video.shape[1] < self._num_frames:
+            raise ValueError(f"a window of {self._num_frames} frames does not fit a take of {video.shape[1]} frames")
+        step = 1 if self._num_frames % CHUNK_FRAMES else CHUNK_FRAMES
+        starts = range(0, video.shape[1] - self._num_frames + 1, step)
+        start = starts[_draw(len(starts), _generator(self._seed, "video", number))]
+        return {"video": video[:, start : start + self._num_frames]}
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowConfig:
+    """Which part of a take a sample of the DiT stages is, and which of its frames are given clean."""
+
+    latent_frames: int = 15
+    """Latent frames of a window: one segment."""
+    overlap: int = 5
+    """Latent frames a segment carries over; windows start at multiples of it."""
+    carry_prob: float = 0.5
+    """Probability that the first `overlap` frames are given clean where the caption does not force it."""
+    mask_ratios: dict[str, float] = field(default_factory=lambda: {"image_head": 0.05})
+    """Open-Sora's mask modes with their probabilities, for windows whose first frames are not given."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.overlap < self.latent_frames:
+            raise ValueError(
+                f"overlap ({self.overlap}) must be in 1..{self.latent_frames - 1} (latent_frames is "
+                f"{self.latent_frames})"
+            )
+        if not 0 <= self.carry_prob <= 1:
+            raise ValueError(f"carry_prob must be in [0, 1], got {self.carry_prob}")
+
+
+MaskSampler = Callable[[int, torch.Generator], Tensor]
+"""(T, generator) -> frame mask (T,) bool, True = noisy."""
+
+
+class LatentWindows:
+    """Windows of latents with caption and frame mask: one training sample of `vqvae`, `dit` and `inject`.
+
+    A window starts at a multiple of `overlap` latent frames. All of it behind the first `overlap` frames has
+    one caption, which is the caption of the sample. If another caption holds in those first frames the window
+    goes over a prompt switch: they are given clean, as the pipeline does. A sample holds
+
+        latent (C, T, H, W)   frame_mask (T,) bool, True = noisy   fps ()   start ()
+        text (L, E)   text_mask (L,) bool
+
+    and, for each of `codes`, the codes of the whole take as `codes_NAME` (cT, cH, cW). Without a text cache
+    there is no text.
+    """
+
+    def __init__(
+        self,
+        cache: LatentCache,
+        *,
+        config: WindowConfig,
+        seed: int,
+        texts: TextCache | None = None,
+        codes: Mapping[str, CodeCache] | None = None,
+        mask_sampler: MaskSampler | None = None,
+    ) -> None:
+        self._cache, self._config, self._seed = cache, config, seed
+        self._texts, self._codes, self._mask_sampler = texts, dict(codes or {}), mask_sampler
+        starts = [window_starts(cache.spans(i), cache.latent_shape[1], config) for i in range(len(cache))]
+        self._usable = [(index, found) for index, found in enumerate(starts) if found]
+        if not self._usable:
+            raise ValueError(
+                f"no take of {cache.latent_shape[1]} latent frames holds a window of {config.latent_frames} "
+                f"with one caption behind its first {config.overlap}; make takes longer or switches rarer"
+            )
+
+    def sample(self, number: int) -> Sample:
+        """Sample `number` of the stream."""
+        generator = _generator(self._seed, "latent", number)
+        index, starts = self._usable[shuffled(number, len(self._usable), self._seed)]
+        start = starts[_draw(len(starts), generator)]
+        before, after = self._spans_at(index, start)
+        sample: Sample = {
+            "latent": self._cache.latent(index, slice(start, start + self._config.latent_frames)),
+            "frame_mask": self._frame_mask(generator, forced=before is not after),
+            "fps": torch.tensor(self._cache.fps(index)),
+            "start": torch.tensor(start),
+        }
+        if self._texts is not None:
+            sample |= _text_of(self._texts, after, generator)
+        return sample | {f"codes_{name}": cache.codes(index) for name, cache in self._codes.items()}
+
+    def _spans_at(self, index: int, start: int) -> tuple[CaptionSpan, CaptionSpan]:
+        spans = self._cache.spans(index)
+        return span_at(spans, start), span_at(spans, start + self._config.overlap)
+
+    def _frame_mask(self, generator: torch.Generator, *, forced: bool) -> Tensor:
+        config = self._config
+        mask = torch.ones(config.latent_frames, dtype=torch.bool)
+        carried = float(torch.rand((), generator=generator)) < config.carry_prob
+        if forced or carried:
+            mask[: config.overlap] = False
+        elif self._mask_sampler is not None:
+            mask = self._mask_sampler(config.latent_frames, generator)
+        return mask
+
+
+class CodeWindows:
+    """Windows of codes with the caption they end under: one training sample of `ar`.
+
+    A window starts at any code frame that leaves at least `min_frames` of the take, and spans at most
+    `num_frames` code frames. Its caption is the one of its last code frame; only code frames under that
+    caption are learned, earlier ones are context, as after a prompt switch. A code frame belongs to the
+    caption of its first latent frame. A code frame that is partly padding (the last one of an odd take) is
+    left out. A sample holds
+
+        codes (S,) int64   loss_mask (S,) bool   is_end () bool, False   text (L, E)   text_mask (L,)
+
+    where S = num_frames cH cW; short windows are padded at the end with code 0 outside the loss mask.
+    """
+
+    def __init__(
+        self,
+        cache: LatentCache,
+        codes: CodeCache,
+        *,
+        texts: TextCache,
+        num_frames: int,
+        time_ratio: int,
+        seed: int,
+        min_frames: int | None = None,
+    ) -> None:
+        self._cache, self._codes, self._texts, self._seed = cache, codes, texts, seed
+        self._ratio, self._complete = time_ratio, cache.latent_shape[1] // time_ratio
+        self._num_frames = min(num_frames, self._complete)
+        self._min_frames = max(1, self._num_frames // 2) if min_frames is None else min_frames
+        if not 1 <= self._min_frames <= self._num_frames:
+            raise ValueError(
+                f"min_frames must be in 1..{self._num_frames} (complete code frames of a window), got "
+                f"{min_frames}; a take has {cache.latent_shape[1]} latent frames, {time_ratio} a code frame"
+            )
+
+    def sample(self, number: int) -> Sample:
+        """Sample `number` of the stream."""
+        generator = _generator(self._seed, "codes", number)
+        index = shuffled(number, len(self._cache), self._seed)
+        start = _draw(self._complete - self._min_frames + 1, generator)
+        stop = min(start + self._num_frames, self._complete)
+        spans = self._cache.spans(index)
+        owners = [span_at(spans, frame * self._ratio) for frame in range(start, stop)]
+        codes = self._codes.codes(index, slice(start, stop))
+        learned = torch.tensor([owner is owners[-1] for owner in owners]).repeat_interleave(codes[0].numel())
+        padding = (self._num_frames - len(owners)) * codes[0].numel()
+        return {
+            "codes": F.pad(codes.flatten(), (0, padding)),
+            "loss_mask": F.pad(learned, (0, padding)),
+            "is_end": torch.tensor(False),
+            **_text_of(self._texts, owners[-1], generator),
+        }
+
+
+def window_starts(spans: tuple[CaptionSpan, ...], take_latents: int, config: WindowConfig) -> list[int]:
+    """First latent frames of the windows with one caption behind their first `overlap` frames."""
+    last = take_latents - config.latent_frames
+    return [
+        start
+        for start in range(0, last + 1, config.overlap)
+        if span_at(spans, start + config.overlap) is span_at(spans, start + config.latent_frames - 1)
+    ]
+
+
+def span_at(spans: tuple[CaptionSpan, ...], latent_frame: int) -> CaptionSpan:
+    """The span that holds in a latent frame. Spans start at VAE chunk borders."""
+    return [span for span in spans if _first_latent(span.start_frame) <= latent_frame][-1]
+
+
+def shuffled(number: int, length: int, seed: int) -> int:
+    """Row of sample `number`: element number % length of the permutation of its epoch."""
+    epoch, offset = divmod(number, length)
+    return int(_permutation(length, seed, epoch)[offset])
+
+
+@lru_cache(maxsize=8)
+def _permutation(length: int, seed: int, epoch: int) -> Tensor:
+    return torch.randperm(length, generator=_generator(seed, "epoch", epoch))
+
+
+def _first_latent(frame: int) -> int:
+    return num_latent_frames(frame) if frame else 0
+
+
+def _text_of(texts: TextCache, span: CaptionSpan, generator: torch.Generator) -> Sample:
+    tokens, mask = texts.features(span.captions[_draw(len(span.captions), generator)])
+    return {"text": tokens, "text_mask": mask}
+
+
+def _generator(seed: int, role: str, number: int) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed}/{role}/{number}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def _draw(size: int, generator: torch.Generator) -> int:
+    return int(torch.randint(size, (), generator=generator))

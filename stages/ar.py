@@ -1,0 +1,225 @@
+"""Stage `ar`: the code transformer, next-code cross-entropy with the caption as prefix.
+
+Source: ARLON, arXiv:2410.20502, AR model: codes of the frozen fine VQ-VAE, teacher forcing, text dropped at
+random for guidance. Where a window goes over a prompt switch only the codes behind the switch are learned,
+with the new caption as prefix: that is what generation asks for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from arlon.data.latent_cache import CodeCache, LatentCache, TextCache
+from arlon.data.windows import CodeWindows, Sample
+from arlon.diffusion.samplers import address_seed
+from arlon.grids import ceil_div, num_latent_frames
+from arlon.models.ar import (
+    CodeTransformer,
+    CodeTransformerConfig,
+    PromptSpan,
+    SamplingConfig,
+    code_loss,
+    generate_codes,
+)
+from arlon.models.video_vae import VideoVAE
+from arlon.models.vqvae import LatentVQVAE
+from stages.common import Stage, StageParts, init_model, load_codes, load_data, load_frozen, trim_text
+from stages.config import DataConfig, OptimConfig, RunConfig
+from stages.dit import picture_of_pairs
+
+NUM_PICTURES = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class ARStageConfig:
+    """Settings of the stage."""
+
+    ar: CodeTransformerConfig = field(default_factory=CodeTransformerConfig)
+    vqvae: str = "runs/vqvae/export"
+    """Component folder of the fine VQ-VAE."""
+    min_code_frames: int | None = None
+    """Shortest window that the start of a window leaves of its take; half of the longest if None."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """How the codes of the sample pictures are drawn."""
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: RunConfig = field(default_factory=RunConfig)
+
+
+@dataclass(frozen=True)
+class TakeExample:
+    """A validation take for the pictures: its codes (cT, cH, cW) and its prompts in order."""
+
+    codes: Tensor
+    schedule: tuple[PromptSpan, ...]
+
+
+class ARStage(Stage):
+    """Trains a CodeTransformer."""
+
+    stage_name: ClassVar[str] = "ar"
+    config: ARStageConfig
+
+    def __init__(
+        self,
+        config: ARStageConfig,
+        model: CodeTransformer,
+        *,
+        vqvae: LatentVQVAE,
+        vae: VideoVAE,
+        latent_shape: tuple[int, int, int, int],
+        examples: Sequence[TakeExample],
+    ) -> None:
+        """Set up the stage; `vqvae` and `vae` decode the pictures, made of the prompts in `examples`.
+
+        Args:
+            config: Its settings.
+            model: What is trained.
+            vqvae: The fine VQ-VAE.
+            vae: The video VAE.
+            latent_shape: (C, T, H, W) of a take.
+            examples: Takes of the pictures.
+        """
+        super().__init__(config, model, {"vqvae": vqvae, "vae": vae})
+        self._latent_shape, self._examples = latent_shape, tuple(examples)
+
+    def training_step(self, batch: Sample, batch_idx: int) -> Tensor:
+        """Cross-entropy of the next code, in nats."""
+        batch = trim_text(batch)
+        logits = self.model(batch["codes"], batch["text"], batch["text_mask"], generator=self.step_generator())
+        loss = code_loss(logits, batch["codes"], batch["is_end"], batch["loss_mask"])
+        self.log_figures(loss=loss)
+        return loss
+
+    def validate(self, batches: Iterable[Sample]) -> dict[str, float]:
+        """Figures over all learned codes of the validation batches.
+
+        `loss`: cross-entropy in nats; `unigram_entropy`: entropy of the codes' frequencies in nats, what a
+        model that knows only those would reach; `accuracy`: share of codes that are the most likely one.
+        """
+        losses, hits, codes = [], [], []
+        for batch in batches:
+            batch = self._to_device(batch)
+            learned = batch["loss_mask"]
+            logits = self.model(batch["codes"], batch["text"], batch["text_mask"])[:, :-1]
+            target = batch["codes"][learned]
+            losses.append(F.cross_entropy(logits[learned].float(), target, reduction="none"))
+            hits.append(logits[learned].argmax(-1) == target)
+            codes.append(target)
+        return {
+            "loss": float(torch.cat(losses).mean()),
+            "accuracy": float(torch.cat(hits).float().mean()),
+            "unigram_entropy": unigram_entropy(torch.cat(codes)),
+        }
+
+    def sample_picture(self) -> np.ndarray:
+        """Rows in pairs: a validation take through its codes, and one written from its prompts."""
+        made = [self._write(example, number) for number, example in enumerate(self._examples)]
+        truth = torch.stack([example.codes for example in self._examples])
+        return picture_of_pairs(self.frozen["vae"], self._decode(truth), self._decode(torch.cat(made)))
+
+    def _write(self, example: TakeExample, number: int) -> Tensor:
+        seed = self.config.train.seed
+
+        def generator_for_frame(frame: int) -> torch.Generator:
+            return torch.Generator().manual_seed(address_seed(seed, "ar", "sample picture", number, frame))
+
+        return generate_codes(
+            self.model,
+            example.schedule,
+            generator_for_frame=generator_for_frame,
+            sampling=self.config.sampling,
+        )
+
+    def _decode(self, codes: Tensor) -> Tensor:
+        _, frames, height, width = self._latent_shape
+        with torch.no_grad():
+            return self.frozen["vqvae"].decode(codes.to(self.device), num_latent_frames=frames, grid=(height, width))
+
+
+def unigram_entropy(codes: Tensor) -> float:
+    """Entropy in nats of the frequencies of codes (any shape, int64)."""
+    share = torch.bincount(codes.flatten()).double() / codes.numel()
+    return float(-torch.special.xlogy(share, share).sum())
+
+
+def span_schedule(cache: LatentCache, index: int, texts: TextCache, *, num_frames: int, ratio: int) -> list[PromptSpan]:
+    """The captions of a take as prompts over its `num_frames` code frames of `ratio` latent frames each."""
+    spans = cache.spans(index)
+    starts = [ceil_div(num_latent_frames(s.start_frame) if s.start_frame else 0, ratio) for s in spans]
+    schedule = []
+    for span, start, stop in zip(spans, starts, [*starts[1:], num_frames], strict=True):
+        tokens, mask = texts.features(span.captions[0])
+        schedule.append(PromptSpan(text=tokens[None], text_mask=mask[None], num_code_frames=stop - start))
+    return schedule
+
+
+def build(config: ARStageConfig) -> StageParts:
+    """Load data and codes, and make the stage.
+
+    Raises:
+        ValueError: If the transformer does not fit the VQ-VAE.
+    """
+    data = load_data(config.data, with_text=True)
+    assert data.texts is not None
+    vqvae = load_frozen(LatentVQVAE, config.vqvae, "vqvae")
+    train_codes = load_codes(config.data, data.train, vqvae, config.vqvae)
+    val_codes = load_codes(config.data, data.val, vqvae, config.vqvae)
+    check_fit(config, vqvae, train_codes)
+    ratio = vqvae.config.ratio[0]
+    train, val = (
+        CodeWindows(
+            cache,
+            codes,
+            texts=data.texts,
+            num_frames=config.ar.max_code_frames,
+            min_frames=config.min_code_frames,
+            time_ratio=ratio,
+            seed=config.train.seed,
+        )
+        for cache, codes in ((data.train, train_codes), (data.val, val_codes))
+    )
+    torch.manual_seed(config.train.seed)
+    num_frames = val_codes.code_shape[0]
+    stage = ARStage(
+        config,
+        init_model(CodeTransformer(config.ar), config.train),
+        vqvae=vqvae,
+        vae=load_frozen(VideoVAE, config.data.vae, "data.vae"),
+        latent_shape=data.val.latent_shape,
+        examples=[
+            TakeExample(
+                val_codes.codes(i),
+                tuple(span_schedule(data.val, i, data.texts, num_frames=num_frames, ratio=ratio)),
+            )
+            for i in range(min(NUM_PICTURES, len(data.val)))
+        ],
+    )
+    return StageParts(stage, train, val)
+
+
+def check_fit(config: ARStageConfig, vqvae: LatentVQVAE, codes: CodeCache) -> None:
+    """Refuse a transformer that cannot read the codes; all problems are listed.
+
+    Raises:
+        ValueError: If codebook size, code grid or text length differ.
+    """
+    problems = []
+    if config.ar.codebook_size != vqvae.config.codebook_size:
+        problems.append(
+            f"ar.codebook_size ({config.ar.codebook_size}) must be that of {config.vqvae!r}: "
+            f"{vqvae.config.codebook_size}"
+        )
+    if tuple(config.ar.grid) != codes.code_shape[1:]:
+        problems.append(f"ar.grid {tuple(config.ar.grid)} must be the code grid of the data: {codes.code_shape[1:]}")
+    if config.ar.max_text < config.data.text_length:
+        problems.append(f"ar.max_text ({config.ar.max_text}) must hold data.text_length = {config.data.text_length}")
+    if problems:
+        raise ValueError("\n".join(problems))

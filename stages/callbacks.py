@@ -1,0 +1,350 @@
+"""What happens around the steps of a training: averages, validation, pictures, checkpoints, progress.
+
+Everything here counts in optimizer steps (`trainer.global_step`), never in epochs or batches, so that a
+resumed run does the same things at the same steps as an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.loggers.logger import Logger
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from stages.config import OptimConfig, RunConfig
+
+LAST_CHECKPOINT = Path("checkpoints") / "last.ckpt"
+
+
+class RunClock(L.Callback):
+    """Counts training time over all resumptions; sets the learning rate by the run's progress."""
+
+    def __init__(self, optim: OptimConfig, run: RunConfig) -> None:
+        self._optim, self._run = optim, run
+        self._before_s = 0.0
+        self._started_s: float | None = None
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds of training so far."""
+        now = 0.0 if self._started_s is None else monotonic() - self._started_s
+        return self._before_s + now
+
+    def progress(self, step: int) -> float:
+        """Share of the run that is done, in [0, 1]: by steps, or by time if that is further."""
+        by_time = 0.0 if self._run.max_minutes is None else self.elapsed_s / (60 * self._run.max_minutes)
+        return min(1.0, max(step / self._run.max_steps, by_time))
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._started_s = monotonic()
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        factor = lr_factor(self._optim, step=trainer.global_step, progress=self.progress(trainer.global_step))
+        for group in trainer.optimizers[0].param_groups:
+            group["lr"] = group["peak_lr"] * factor
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        limit = self._run.max_minutes
+        if limit is not None and self.elapsed_s >= 60 * limit:
+            trainer.should_stop = True
+
+    def state_dict(self) -> dict[str, float]:
+        return {"elapsed_s": self.elapsed_s}
+
+    def load_state_dict(self, state_dict: dict[str, float]) -> None:
+        self._before_s = float(state_dict["elapsed_s"])
+
+
+def lr_factor(optim: OptimConfig, *, step: int, progress: float) -> float:
+    """Learning rate of step `step` (from 0) over its peak: linear warm-up, then constant or half a cosine."""
+    warmup = min(1.0, (step + 1) / (optim.warmup_steps + 1))
+    if optim.schedule == "constant":
+        return warmup
+    low = optim.min_lr_ratio
+    return warmup * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+class WeightAverage(L.Callback):
+    """Exponential moving average of `pl_module.model`, in float32, stored in checkpoints.
+
+    After n steps the decay is min(decay, (1 + n) / (10 + n)), so that the start is forgotten soon. Buffers
+    are taken over as they are.
+    """
+
+    def __init__(self, decay: float) -> None:
+        self._decay = decay
+        self._average: dict[str, Tensor] = {}
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not self._average:
+            self._average = {
+                name: p.detach().float().clone() for name, p in pl_module.model.named_parameters() if p.requires_grad
+            }
+
+    @torch.no_grad()
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        decay = min(self._decay, (1 + step) / (10 + step))
+        for name, parameter in pl_module.model.named_parameters():
+            if name in self._average:
+                self._average[name].lerp_(parameter.detach().float(), 1 - decay)
+
+    @contextmanager
+    def applied(self, model: nn.Module) -> Iterator[None]:
+        """The averaged weights in place of the trained ones, in eval mode, without gradients."""
+        own = {name: p for name, p in model.named_parameters() if name in self._average}
+        kept = {name: p.detach().clone() for name, p in own.items()}
+        training = model.training
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(self._average[name])
+            model.eval()
+            try:
+                yield
+            finally:
+                for name, parameter in own.items():
+                    parameter.copy_(kept[name])
+                model.train(training)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return dict(self._average)
+
+    def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
+        self._average = {name: tensor.clone() for name, tensor in state_dict.items()}
+
+
+class Validate(L.Callback):
+    """Every `every` steps: `pl_module.validate` on the validation batches, with averaged weights."""
+
+    def __init__(self, average: WeightAverage, batches: Any, every: int) -> None:
+        self._average, self._batches, self._every = average, batches, every
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._every and trainer.global_step % self._every == 0:
+            metrics = self.run(pl_module)
+            for logger in trainer.loggers:
+                logger.log_metrics(metrics, step=trainer.global_step)
+
+    def run(self, pl_module: L.LightningModule) -> dict[str, float]:
+        """Validate now; names get the prefix `val/`."""
+        with self._average.applied(pl_module.model):
+            return {f"val/{name}": value for name, value in pl_module.validate(self._batches).items()}
+
+
+class SamplePictures(L.Callback):
+    """Every `every` steps: `pl_module.sample_picture()` to `samples/step_000500.png` and TensorBoard."""
+
+    def __init__(self, average: WeightAverage, run_dir: Path, every: int) -> None:
+        self._average, self._folder, self._every = average, run_dir / "samples", every
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if not self._every or trainer.global_step % self._every:
+            return
+        with self._average.applied(pl_module.model):
+            picture = pl_module.sample_picture()
+        if picture is None:
+            return
+        write_png(self._folder / f"step_{trainer.global_step:06d}.png", picture)
+        for logger in trainer.loggers:
+            if hasattr(logger.experiment, "add_image"):
+                logger.experiment.add_image("samples", picture, trainer.global_step, dataformats="HWC")
+
+
+class Checkpoints(L.Callback):
+    """Writes checkpoint and exported average: every few minutes, at the end, on Ctrl-C.
+
+    The first Ctrl-C lets the step under way end, writes the checkpoint and stops; a second one stops at once
+    and leaves the checkpoint there was.
+    """
+
+    def __init__(self, run: RunConfig, run_dir: Path, export: Callable[[L.LightningModule], None]) -> None:
+        self._run, self._path, self._export = run, run_dir / LAST_CHECKPOINT, export
+        self._saved_s, self._saved_step = 0.0, -1
+        self._between_steps = True
+        self._previous_handler: Any = None
+        self.interrupted = False
+
+    @property
+    def path(self) -> Path:
+        """The checkpoint to resume from."""
+        return self._path
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._saved_s, self._saved_step = monotonic(), trainer.global_step
+        if threading.current_thread() is threading.main_thread():
+            self._previous_handler = signal.signal(signal.SIGINT, self._handle_interrupt(trainer))
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._between_steps = False
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._between_steps = True
+        every = self._run.checkpoint_steps
+        due = monotonic() - self._saved_s >= 60 * self._run.checkpoint_minutes
+        if due or self.interrupted or (every and trainer.global_step % every == 0):
+            self.save(trainer, pl_module)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.save(trainer, pl_module)
+        self._restore_handler()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._restore_handler()
+        if isinstance(exception, KeyboardInterrupt):
+            self.interrupted = True
+            if self._between_steps and trainer.global_step:
+                self.save(trainer, pl_module)
+
+    def save(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write checkpoint and export now, unless this step has been written."""
+        if trainer.global_step == self._saved_step and self._path.exists():
+            return
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}.tmp")
+        try:
+            trainer.save_checkpoint(temporary)
+            temporary.replace(self._path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        self._export(pl_module)
+        self._saved_s, self._saved_step = monotonic(), trainer.global_step
+
+    def _handle_interrupt(self, trainer: L.Trainer) -> Callable[[int, Any], None]:
+        def handle(signal_number: int, frame: Any) -> None:
+            if self.interrupted:
+                raise KeyboardInterrupt
+            self.interrupted = True
+            trainer.should_stop = True
+
+        return handle
+
+    def _restore_handler(self) -> None:
+        if self._previous_handler is not None:
+            signal.signal(signal.SIGINT, self._previous_handler)
+            self._previous_handler = None
+
+
+class ProgressLine(L.Callback):
+    """Step, loss, samples a second and time spent, on stderr; written rarely where there is no terminal."""
+
+    def __init__(self, run: RunConfig, clock: RunClock) -> None:
+        self._run, self._clock = run, clock
+        self._bar: tqdm | None = None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._bar = tqdm(
+            total=self._run.max_steps,
+            initial=trainer.global_step,
+            desc=pl_module.stage_name,
+            unit="step",
+            mininterval=0.5 if sys.stderr.isatty() else 30.0,
+            dynamic_ncols=True,
+        )
+        self._first_step, self._first_s = trainer.global_step, monotonic()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._bar is None:
+            return
+        if trainer.global_step % self._run.log_steps == 0:
+            rate = (trainer.global_step - self._first_step) / max(monotonic() - self._first_s, 1e-9)
+            samples = rate * self._run.batch_size
+            fields = {"samples/s": f"{samples:.1f}"}
+            loss = trainer.callback_metrics.get("train/loss")
+            if loss is not None:
+                fields = {"loss": f"{float(loss):.4f}", **fields}
+            if self._run.max_minutes is not None:
+                fields["min"] = f"{self._clock.elapsed_s / 60:.1f}/{self._run.max_minutes:g}"
+            self._bar.set_postfix(fields, refresh=False)
+            metrics = {
+                "train/samples_per_s": samples,
+                "train/lr": trainer.optimizers[0].param_groups[0]["lr"],
+                "train/elapsed_min": self._clock.elapsed_s / 60,
+            }
+            for logger in trainer.loggers:
+                logger.log_metrics(metrics, step=trainer.global_step)
+        self._bar.update(1)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._close()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+class JsonLinesLogger(Logger):
+    """Appends every set of figures to `metrics.jsonl`: {"step": 10, "train/loss": 0.5}."""
+
+    def __init__(self, run_dir: Path) -> None:
+        super().__init__()
+        self._path = run_dir / "metrics.jsonl"
+
+    @property
+    def name(self) -> str:
+        return "jsonl"
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    @property
+    def experiment(self) -> None:
+        return None
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """The resolved configuration is a file of its own."""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Append one line."""
+        line = {"step": step, **{name: float(value) for name, value in metrics.items() if name != "epoch"}}
+        if len(line) > 1:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+def write_png(path: Path, picture: np.ndarray) -> None:
+    """Write a picture (pH, pW, 3) uint8 that appears complete or not at all."""
+    from PIL import Image
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp.png")
+    try:
+        Image.fromarray(picture).save(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,149 @@
+"""Settings that every stage shares: data, optimizer, run. Each stage nests them in a config of its own.
+
+The rate of learning follows the progress of a run, the larger of steps done over `max_steps` and minutes
+spent over `max_minutes`, so that a run on a time budget decays as it should on any machine.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from arlon.data.datasets import ShapesTakesConfig
+from arlon.data.windows import WindowConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """Optimizer and learning-rate schedule."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    """`muon`: Muon for hidden matrices and kernels, AdamW for all other parameters."""
+    lr: float = 1e-4
+    """Peak learning rate."""
+    muon_lr: float = 1e-3
+    """Peak learning rate of what Muon takes, on AdamW's scale of update size."""
+    betas: tuple[float, float] = (0.9, 0.99)
+    """AdamW's decay rates of the two moments."""
+    eps: float = 1e-8
+    """AdamW's eps."""
+    weight_decay: float = 0.0
+    """Decoupled decay of matrices and kernels; vectors are never decayed."""
+    warmup_steps: int = 100
+    """Steps of linear warm-up."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """What follows the warm-up."""
+    min_lr_ratio: float = 0.02
+    """Share of the peak rate that a cosine schedule ends at."""
+    grad_clip: float = 1.0
+    """Largest gradient norm; 0 does not clip."""
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.lr <= 0 or self.muon_lr <= 0:
+            problems.append(f"optim.lr and optim.muon_lr must be positive, got {self.lr} and {self.muon_lr}")
+        if not 0 <= self.min_lr_ratio <= 1:
+            problems.append(f"optim.min_lr_ratio must be in [0, 1], got {self.min_lr_ratio}")
+        if self.warmup_steps < 0 or self.grad_clip < 0 or self.weight_decay < 0:
+            problems.append("optim.warmup_steps, optim.grad_clip and optim.weight_decay must not be negative")
+        if problems:
+            raise ValueError("\n".join(problems))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Length, randomness and book-keeping of a training run."""
+
+    seed: int = 0
+    """Seed of weights, data order and every draw of the training."""
+    batch_size: int = 16
+    """Samples a step."""
+    max_steps: int = 10000
+    """Optimizer steps in all."""
+    max_minutes: float | None = None
+    """Minutes of training in all, interruptions left out; the run ends cleanly when they are over."""
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    """Lightning's name of the precision of forward and backward."""
+    num_threads: int | None = None
+    """Threads of PyTorch; its own choice if None."""
+    checkpoint_minutes: float = 5.0
+    """Minutes between checkpoints; one is written at the end and on Ctrl-C too."""
+    checkpoint_steps: int | None = None
+    """Steps between checkpoints, besides."""
+    log_steps: int = 10
+    """Steps between logged figures."""
+    val_steps: int = 250
+    """Steps between validations; 0 does none."""
+    val_batches: int = 4
+    """Batches of a validation, the same ones each time."""
+    sample_steps: int = 500
+    """Steps between sample pictures; 0 makes none."""
+    ema_decay: float = 0.999
+    """Decay of the exponential moving average of the weights, which is what is exported."""
+    init_from: str | None = None
+    """Component folder to start from (fine-tuning); its config must be that of the stage."""
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.batch_size < 1 or self.max_steps < 1 or self.log_steps < 1 or self.val_batches < 1:
+            problems.append("train.batch_size, max_steps, log_steps and val_batches must be at least 1")
+        if self.max_minutes is not None and self.max_minutes <= 0:
+            problems.append(f"train.max_minutes must be positive, got {self.max_minutes}")
+        if not 0 <= self.ema_decay < 1:
+            problems.append(f"train.ema_decay must be in [0, 1), got {self.ema_decay}")
+        if problems:
+            raise ValueError("\n".join(problems))
+
+
+def _validation_takes() -> ShapesTakesConfig:
+    return ShapesTakesConfig(num_takes=256, seed=1_000_003)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the takes come from, and the frozen networks whose outputs are cached."""
+
+    cache_dir: str = "data/cache"
+    """Folder of latents, codes and text features; see `arlon/data/latent_cache.py`."""
+    shapes: ShapesTakesConfig = field(default_factory=ShapesTakesConfig)
+    """Rendered takes of the training, used if there is no manifest."""
+    shapes_val: ShapesTakesConfig = field(default_factory=_validation_takes)
+    """Rendered takes of the validation; another seed."""
+    manifest: str | None = None
+    """Manifest of one's own clips; they are brought to the frame size, number and rate of `shapes`."""
+    val_clips: int = 32
+    """Clips at the end of the manifest that are kept for validation."""
+    vae: str = "runs/vae/export"
+    """Component folder of the video VAE."""
+    text_encoder: str = "minilm"
+    """`minilm`, or the component folder of a text encoder."""
+    text_length: int = 48
+    """Tokens of a caption, padding included."""
+    encode_batch_size: int = 8
+    """Takes encoded at a time while the cache is built."""
+    encode_bf16: bool = False
+    """Let the VAE compute in bfloat16 while the cache is built: twice as fast, errors far below its own."""
+    shard_size: int = 256
+    """Takes of a cache shard; an interrupted build loses one at most."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowConfig:
+    """Draws and sizes of a flow-matching step; shared by `dit` and `inject`."""
+
+    times: Literal["logit-normal", "uniform"] = "logit-normal"
+    """How flow times are drawn before the shift."""
+    time_loc: float = 0.0
+    """Mean of the normal under the logit-normal."""
+    time_scale: float = 1.0
+    """Standard deviation of the normal under the logit-normal."""
+    shift_scale: float = 1.0
+    """Factor of the resolution-aware shift towards noise; see `flow.shift_times`."""
+    base_size: float = 64.0
+    """Frame side in pixels at which the spatial part of the shift is 1."""
+    windows: WindowConfig = field(default_factory=WindowConfig)
+    """Window length and frame masks."""
+    sampling_steps: int = 12
+    """Solver steps of the sample pictures."""
+    guidance_scale: float = 3.0
+    """Text guidance of the sample pictures."""

@@ -1,0 +1,198 @@
+"""Stage `inject`: projection, adapters, uncertainty sampling and semantic injection; the DiT is frozen.
+
+Source: ARLON, arXiv:2410.20502, noise-resilient training: the coarse latent comes from a VQ-VAE of higher
+compression than the one whose codes the AR model writes. The loss is that of the base.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from arlon.data.windows import LatentWindows, Sample
+from arlon.models.injection import InjectionConfig, SemanticInjection
+from arlon.models.stdit import STDiT3
+from arlon.models.video_vae import VideoVAE
+from arlon.models.vqvae import LatentVQVAE
+from stages.common import (
+    CachedData,
+    Stage,
+    StageParts,
+    init_model,
+    load_codes,
+    load_data,
+    load_frozen,
+    trim_text,
+)
+from stages.config import DataConfig, FlowConfig, OptimConfig, RunConfig
+from stages.dit import example_batch, picture_of_pairs
+from stages.flow_matching import FrameSize, draw_times, even_times, flow_losses, sample_latents, shift_for
+
+CoarseSource = Literal["coarser", "fine", "mix"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class InjectStageConfig:
+    """Settings of the stage."""
+
+    injection: InjectionConfig = field(default_factory=InjectionConfig)
+    dit: str = "runs/dit/export"
+    """Component folder of the frozen base."""
+    vqvae: str = "runs/vqvae/export"
+    """Component folder of the fine VQ-VAE, whose codes are used in generation."""
+    vqvae_coarser: str = "runs/vqvae_coarser/export"
+    """Component folder of the coarser VQ-VAE."""
+    coarse_source: CoarseSource = "coarser"
+    """Whose reconstructions are injected in training; `mix` takes either for half of the samples."""
+    text_drop_prob: float = 0.1
+    """Share of captions replaced by the null caption, so that guidance has its unconditional half."""
+    flow: FlowConfig = field(default_factory=FlowConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.text_drop_prob <= 1:
+            raise ValueError(f"text_drop_prob must be in [0, 1], got {self.text_drop_prob}")
+
+    @property
+    def code_names(self) -> tuple[str, ...]:
+        """Which codes the training reads."""
+        return ("coarser", "fine") if self.coarse_source == "mix" else (self.coarse_source,)
+
+
+class InjectStage(Stage):
+    """Trains a SemanticInjection beside a frozen STDiT3."""
+
+    stage_name: ClassVar[str] = "inject"
+    config: InjectStageConfig
+
+    def __init__(
+        self,
+        config: InjectStageConfig,
+        model: SemanticInjection,
+        *,
+        dit: STDiT3,
+        vae: VideoVAE,
+        vqvaes: dict[str, LatentVQVAE],
+        take_latents: int,
+        examples: Sample,
+    ) -> None:
+        """Set up the stage.
+
+        Args:
+            config: Its settings.
+            model: What is trained.
+            dit: The frozen base.
+            vae: Decodes the pictures.
+            vqvaes: By name, `fine` and `coarser` as far as they are read.
+            take_latents: Latent frames of a whole take.
+            examples: Clips of the pictures.
+        """
+        super().__init__(config, model, {"dit": dit, "vae": vae, **vqvaes})
+        self._size = FrameSize(config.data.shapes.height, config.data.shapes.width)
+        self._take_latents, self._examples = take_latents, examples
+
+    def training_step(self, batch: Sample, batch_idx: int) -> Tensor:
+        """Mean flow-matching loss of the frozen base with injected coarse features."""
+        batch = trim_text(batch)
+        generator = self.step_generator()
+        t = draw_times(self.config.flow, len(batch["latent"]), generator)
+        batch = self._drop_text(batch, generator)
+        coarse = self._coarse_latent(batch, generator)
+        loss = self._losses(batch, coarse, t, generator).mean()
+        self.log_figures(loss=loss)
+        return loss
+
+    def validation_metrics(self, batch: Sample, generator: torch.Generator) -> dict[str, float]:
+        """`loss` with the fine codes of generation, `loss_base` without injection, at even times."""
+        t = even_times(len(batch["latent"]))
+        state = generator.get_state()
+        loss = float(self._losses(batch, self._decode("fine", batch), t, generator).mean())
+        generator.set_state(state)
+        return {"loss": loss, "loss_base": float(self._losses(batch, None, t, generator).mean())}
+
+    def sample_picture(self) -> np.ndarray:
+        """Rows in pairs: a validation clip, and a clip made from its caption and its fine codes."""
+        batch = self._to_device(self._examples)
+        sampled = sample_latents(
+            self.frozen["dit"],
+            batch,
+            self.config.flow,
+            size=self._size,
+            seed=self.config.train.seed,
+            inject=self.model.condition(self._decode("fine", batch)),
+        )
+        return picture_of_pairs(self.frozen["vae"], batch["latent"], sampled)
+
+    def _losses(self, batch: Sample, coarse: Tensor | None, t: Tensor, generator: torch.Generator) -> Tensor:
+        t = shift_for(self.config.flow, self._size, batch["latent"].shape[2])(t)
+        inject = None if coarse is None else self.model.condition(coarse, generator)
+        return flow_losses(self.frozen["dit"], batch, t, size=self._size, generator=generator, inject=inject)
+
+    def _coarse_latent(self, batch: Sample, generator: torch.Generator) -> Tensor:
+        """Coarse latents (B, C, T, H, W) of the windows, from the source the config names."""
+        decoded = [self._decode(name, batch) for name in self.config.code_names]
+        if len(decoded) == 1:
+            return decoded[0]
+        first = torch.rand(len(batch["latent"]), generator=generator) < 0.5
+        return torch.where(first.to(decoded[0].device).view(-1, 1, 1, 1, 1), decoded[0], decoded[1])
+
+    @torch.no_grad()
+    def _decode(self, name: str, batch: Sample) -> Tensor:
+        """Decode the codes of whole takes and cut out the windows, as generation does."""
+        latent = batch["latent"]
+        grid = (latent.shape[3], latent.shape[4])
+        whole = self.frozen[name].decode(batch[f"codes_{name}"], num_latent_frames=self._take_latents, grid=grid)
+        starts = batch["start"].tolist()
+        return torch.stack([row[:, s : s + latent.shape[2]] for row, s in zip(whole, starts, strict=True)])
+
+    def _drop_text(self, batch: Sample, generator: torch.Generator) -> Sample:
+        text = batch["text"]
+        drop = torch.rand(len(text), generator=generator) < self.config.text_drop_prob
+        null = self.frozen["dit"].null_text(text.shape[1]).to(text)
+        return batch | {"text": torch.where(drop.to(text.device)[:, None, None], null, text)}
+
+
+def build(config: InjectStageConfig) -> StageParts:
+    """Load the data and the frozen networks, and make the stage."""
+    data = load_data(config.data, with_text=True)
+    folders = {"fine": config.vqvae, "coarser": config.vqvae_coarser}
+    wanted = {"fine", *config.code_names}
+    vqvaes = {
+        name: load_frozen(LatentVQVAE, folder, {"fine": "vqvae"}.get(name, "vqvae_coarser"))
+        for name, folder in folders.items()
+        if name in wanted
+    }
+    train, val = (_windows(config, data, which, vqvaes, folders) for which in ("train", "val"))
+    dit = load_frozen(STDiT3, config.dit, "dit")
+    torch.manual_seed(config.train.seed)
+    model = SemanticInjection(config.injection)
+    if config.train.init_from is None:
+        model.init_from(dit)
+    stage = InjectStage(
+        config,
+        init_model(model, config.train),
+        dit=dit,
+        vae=load_frozen(VideoVAE, config.data.vae, "data.vae"),
+        vqvaes=vqvaes,
+        take_latents=data.train.latent_shape[1],
+        examples=example_batch(val),
+    )
+    return StageParts(stage, train, val)
+
+
+def _windows(
+    config: InjectStageConfig,
+    data: CachedData,
+    which: str,
+    vqvaes: dict[str, LatentVQVAE],
+    folders: dict[str, str],
+) -> LatentWindows:
+    cache = data.train if which == "train" else data.val
+    codes = {name: load_codes(config.data, cache, vqvae, folders[name]) for name, vqvae in vqvaes.items()}
+    return LatentWindows(cache, config=config.flow.windows, seed=config.train.seed, texts=data.texts, codes=codes)

@@ -1,0 +1,183 @@
+"""Train one stage: `python -m stages.train STAGE [--config FILE] [key=value ...]`.
+
+The run folder holds `config.yaml` (resolved), `metrics.jsonl`, `tensorboard/`, `samples/`,
+`checkpoints/last.ckpt` and `export/`, the component folder with averaged weights. Exit codes: 0 done, 1
+failed, 2 wrong usage, 130 interrupted and resumable.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import sys
+import warnings
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from stages.common import StageParts, Training
+
+INTERRUPTED = 130
+
+
+class StageName(StrEnum):
+    """The stages, in the order in which they are trained."""
+
+    vae = "vae"
+    vqvae = "vqvae"
+    ar = "ar"
+    dit = "dit"
+    inject = "inject"
+
+
+CONFIG_CLASSES = {
+    "vae": "VAEStageConfig",
+    "vqvae": "VQVAEStageConfig",
+    "ar": "ARStageConfig",
+    "dit": "DiTStageConfig",
+    "inject": "InjectStageConfig",
+}
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended: where it is, its last step, and whether it was interrupted."""
+
+    run_dir: Path
+    step: int
+    interrupted: bool
+
+
+def load_stage_config(stage: str, files: list[Path], overrides: list[str]) -> Any:
+    """Configuration of a stage from YAML files and `key=value` overrides; later ones win."""
+    from arlon.config import load_config
+
+    module = importlib.import_module(f"stages.{stage}")
+    return load_config(getattr(module, CONFIG_CLASSES[stage]), files, overrides)
+
+
+def find_checkpoint(run_dir: Path, resume: str) -> Path | None:
+    """Checkpoint that `--resume` means: `auto` is the run's own if there is one, `never` none, else a file.
+
+    Raises:
+        FileNotFoundError: If a named checkpoint is not there.
+        FileExistsError: If `never` would overwrite a run.
+    """
+    from stages.callbacks import LAST_CHECKPOINT
+
+    own = run_dir / LAST_CHECKPOINT
+    if resume == "auto":
+        return own if own.exists() else None
+    if resume == "never":
+        if own.exists():
+            raise FileExistsError(
+                f"{str(run_dir)!r} holds a run already: resume it with --resume auto, or give another --output"
+            )
+        return None
+    if not Path(resume).is_file():
+        raise FileNotFoundError(f"no checkpoint {resume!r} to resume from; --resume takes auto, never or a file")
+    return Path(resume)
+
+
+def run_stage(
+    stage: str, config: Any, run_dir: Path, *, resume: str = "auto", export_to: Path | None = None
+) -> TrainResult:
+    """Train a stage to its end, or until interrupted.
+
+    Args:
+        stage: Name of the stage.
+        config: Its configuration.
+        run_dir: Run folder.
+        resume: `auto`, `never` or a checkpoint file; see `find_checkpoint`.
+        export_to: A further component folder that gets the averaged weights in bfloat16 at the end.
+    """
+    import torch
+
+    from arlon.config import save_config
+    from stages.common import export_model, make_training
+
+    checkpoint = find_checkpoint(run_dir, resume)
+    if config.train.num_threads is not None:
+        torch.set_num_threads(config.train.num_threads)
+    parts: StageParts = importlib.import_module(f"stages.{stage}").build(config)
+    training = make_training(parts, config.train, config.optim, run_dir)
+    save_config(config, run_dir / "config.yaml")
+    interrupted = fit(training, parts, checkpoint)
+    if export_to is not None and not interrupted:
+        export_model(parts.stage, training.average, export_to, dtype=torch.bfloat16)
+    return TrainResult(run_dir, training.trainer.global_step, interrupted)
+
+
+def fit(training: Training, parts: StageParts, checkpoint: Path | None) -> bool:
+    """Run the trainer; True if it was interrupted."""
+    try:
+        training.trainer.fit(
+            parts.stage, training.stream, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=True
+        )
+    except (KeyboardInterrupt, SystemExit):
+        if not training.checkpoints.interrupted:
+            raise
+    return training.checkpoints.interrupted
+
+
+def main(
+    stage: Annotated[StageName, typer.Argument(help="What to train.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Settings, such as train.max_minutes=30."),
+    ] = None,
+    config: Annotated[
+        list[Path] | None,
+        typer.Option(help="YAML file; may be repeated. Default: configs/shapes/STAGE.yaml."),
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Run folder. Default: runs/STAGE.")] = None,
+    resume: Annotated[str, typer.Option(help="auto, never, or a checkpoint file.")] = "auto",
+    export_to: Annotated[
+        Path | None,
+        typer.Option(help="Component folder that gets the averaged weights in bfloat16 at the end."),
+    ] = None,
+) -> None:
+    """Train one stage; running the same command again resumes it."""
+    run_dir = output or Path("runs") / stage.value
+    files = config or [Path("configs") / "shapes" / f"{stage.value}.yaml"]
+    try:
+        settings = load_stage_config(stage.value, files, overrides or [])
+        _quieten_lightning()
+        result = run_stage(stage.value, settings, run_dir, resume=resume, export_to=export_to)
+    except (ValueError, OSError, RuntimeError) as error:
+        if os.environ.get("ARLON_DEBUG"):
+            raise
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        typer.echo("interrupted while the data was prepared; the same command goes on from there", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+    if result.interrupted:
+        typer.echo(f"interrupted at step {result.step}; to resume: {_resume_command(run_dir)}", err=True)
+        raise typer.Exit(INTERRUPTED)
+    typer.echo(f"step {result.step}: exported {run_dir / 'export'}")
+
+
+def _quieten_lightning() -> None:
+    """Keep what Lightning says of itself off the terminal. Its loggers are set up when it is imported."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+
+
+def _resume_command(run_dir: Path) -> str:
+    """The command line of this run, resuming."""
+    arguments, skip = [], False
+    for argument in sys.argv[1:]:
+        if not skip and argument != "--resume" and not argument.startswith("--resume="):
+            arguments.append(argument)
+        skip = argument == "--resume"
+    return " ".join(["python -m stages.train", *arguments, "--resume auto"])
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,166 @@
+"""Stage `vae`: the video VAE on chunks of pixels.
+
+Source: Open-Sora v1.2, VAE training of stage 3: L1 in pixels and a small KL term. The perceptual term of the
+original needs the weights of a classifier and is left out; a squared error keeps colours, and terms on chroma
+and on the differences of neighbouring pixels can be weighted in. `shift` and `scale` are measured when the
+model is exported.
+
+The parts can be trained one after another, as in the original (whose stages 1 and 2 keep the per-frame part
+frozen): `part=spatial` autoencodes single frames, `part=temporal` the latents of a frozen per-frame part,
+`part=all` both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from arlon.data.windows import BatchStream, Sample, VideoWindows
+from arlon.grids import CHUNK_FRAMES
+from arlon.models.video_vae import Posterior, VideoVAE, VideoVAEConfig, latent_statistics
+from stages.common import Stage, StageParts, init_model, make_sources, picture_of_videos
+from stages.config import DataConfig, OptimConfig, RunConfig
+
+STATISTICS_BATCHES = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class VAELossConfig:
+    """Weights of the terms of the loss."""
+
+    l1: float = 1.0
+    """Mean absolute error of pixels in [-1, 1]."""
+    mse: float = 2.0
+    """Mean squared error."""
+    chroma: float = 0.0
+    """Mean squared error of what is left of a pixel without its mean over the channels, on top of `mse`."""
+    edge: float = 0.0
+    """Mean absolute error of the differences of neighbouring pixels."""
+    latent: float = 0.1
+    """Mean squared error of the per-frame latents, where only the temporal part is trained."""
+    kl: float = 1e-3
+    """KL divergence from a unit Gaussian, in nats a latent value."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VAEStageConfig:
+    """Settings of the stage."""
+
+    vae: VideoVAEConfig = field(default_factory=VideoVAEConfig)
+    part: Literal["spatial", "temporal", "all"] = "all"
+    """What is trained; the rest is frozen, and the spatial part alone sees single frames."""
+    loss: VAELossConfig = field(default_factory=VAELossConfig)
+    num_frames: int = CHUNK_FRAMES
+    """Video frames of a training window: one chunk of the VAE, or less."""
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        chunk = self.vae.micro_frame_size or self.num_frames
+        if not 1 <= self.num_frames <= chunk:
+            raise ValueError(f"num_frames ({self.num_frames}) must be 1..{chunk}, one chunk (vae.micro_frame_size)")
+
+
+class VAEStage(Stage):
+    """Trains a VideoVAE."""
+
+    stage_name: ClassVar[str] = "vae"
+    config: VAEStageConfig
+
+    def __init__(self, config: VAEStageConfig, model: VideoVAE, examples: list[Sample]) -> None:
+        """Set up the stage; `examples` are batches for pictures and for the statistics of the latents."""
+        super().__init__(config, model)
+        self._examples = examples
+
+    def training_step(self, batch: Sample, batch_idx: int) -> Tensor:
+        """Reconstruction from a sampled latent, and KL."""
+        video = batch["video"]
+        frames, posterior = self._encode(video)
+        made_frames = self._decode_latent(posterior.sample(self.step_generator()), video.shape[2])
+        made = self.model.decode_frames(made_frames).float()
+        weights = self.config.loss
+        error = made - video
+        terms = {
+            "l1": error.abs().mean(),
+            "mse": error.square().mean(),
+            "chroma": (error - error.mean(dim=1, keepdim=True)).square().mean(),
+            "edge": neighbour_differences(error),
+            "kl": posterior.kl().sum() / posterior.mean.numel(),
+        }
+        if self.config.part == "temporal":
+            terms["latent"] = (made_frames - frames).square().mean()
+        loss = sum(getattr(weights, name) * value for name, value in terms.items())
+        self.log_figures(loss=loss, **terms)
+        return loss
+
+    def validate(self, batches: Iterable[Sample]) -> dict[str, float]:
+        """`psnr` in dB for pixels in [0, 1], over all pixels, and `l1`; both of posterior means."""
+        squared, absolute = [], []
+        for batch in batches:
+            video = batch["video"].to(self.device)
+            error = self._reconstruct(video).clamp(-1, 1) - video
+            squared.append(float((error / 2).square().mean()))
+            absolute.append(float(error.abs().mean()))
+        return {"psnr": -10 * float(np.log10(np.mean(squared) + 1e-12)), "l1": float(np.mean(absolute))}
+
+    def sample_picture(self) -> np.ndarray:
+        """Rows in pairs: a validation clip, and its reconstruction."""
+        video = self._examples[0]["video"][:4].to(self.device)
+        return picture_of_videos(torch.stack([video, self._reconstruct(video)], dim=1).flatten(0, 1))
+
+    def before_export(self) -> None:
+        """Measure `shift` and `scale`, so that exported latents have mean 0 and spread 1 in each channel."""
+        model = self.model
+        videos = (batch["video"].to(self.device) for batch in self._examples)
+        means = [model.temporal_vae.encode(model.encode_frames(video)).mean for video in videos]
+        shift, scale = latent_statistics(means)
+        model.config = replace(model.config, shift=shift, scale=scale)
+        for buffer, values in ((model.shift, shift), (model.scale, scale)):
+            buffer.copy_(torch.tensor(values).view_as(buffer))
+
+    def _reconstruct(self, video: Tensor) -> Tensor:
+        latent = self._encode(video)[1].mean
+        return self.model.decode_frames(self._decode_latent(latent, video.shape[2])).float()
+
+    def _encode(self, video: Tensor) -> tuple[Tensor, Posterior]:
+        """Per-frame latents (B, F, pT, H, W), and the posterior to sample: theirs, or the chunk's."""
+        module = self.model.spatial_vae.module
+        if self.config.part == "spatial":
+            flat = video.transpose(1, 2).flatten(0, 1)
+            moments = module.quant_conv(module.encoder(flat)).unflatten(0, (video.shape[0], video.shape[2]))
+            posterior = Posterior.from_moments(moments.transpose(1, 2))
+            return posterior.mean * self.model.config.spatial.scaling_factor, posterior
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.part == "all"):
+            frames = self.model.encode_frames(video)
+        return frames, self.model.temporal_vae.encode(frames)
+
+    def _decode_latent(self, latent: Tensor, num_frames: int) -> Tensor:
+        """Per-frame latents of what was sampled."""
+        if self.config.part == "spatial":
+            return latent * self.model.config.spatial.scaling_factor
+        return self.model.temporal_vae.decode(latent, num_frames)
+
+
+def neighbour_differences(error: Tensor) -> Tensor:
+    """Mean absolute difference of neighbouring pixels, down and across, of an error (B, 3, pT, pH, pW)."""
+    return error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+
+
+def build(config: VAEStageConfig) -> StageParts:
+    """Make the sources and the stage."""
+    train, val = (
+        VideoWindows(source, num_frames=config.num_frames, seed=config.train.seed)
+        for source in make_sources(config.data)
+    )
+    torch.manual_seed(config.train.seed)
+    model = init_model(VideoVAE(config.vae), config.train, measured=("shift", "scale"))
+    model.spatial_vae.requires_grad_(config.part != "temporal")
+    model.temporal_vae.requires_grad_(config.part != "spatial")
+    examples = list(BatchStream(val, batch_size=config.train.batch_size, num_batches=STATISTICS_BATCHES))
+    return StageParts(VAEStage(config, model, examples), train, val)

@@ -1,0 +1,182 @@
+"""Video files are made here, written to disk and read back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+from arlon.data.video_io import VideoError, VideoWriter, encode_fragment, probe, read_video
+
+HEIGHT, WIDTH = 32, 48
+CRF = 6  # a coarser one skips the small steps between these frames
+
+
+def make_clip(num_frames: int, first: int = 0) -> np.ndarray:
+    """Frames (n, 32, 48, 3): left half green, right half grey of four times their number."""
+    frames = np.zeros((num_frames, HEIGHT, WIDTH, 3), np.uint8)
+    frames[:, :, : WIDTH // 2] = (30, 200, 90)
+    frames[:, :, WIDTH // 2 :] = (4 * (first + np.arange(num_frames)))[:, None, None, None]
+    return frames
+
+
+def write_clip(path: Path, *lengths: int, fps: float = 8.0, tags: dict[str, str] | None = None) -> Path:
+    with VideoWriter(path, fps=fps, tags=tags, crf=CRF) as writer:
+        for length in lengths:
+            writer.append(make_clip(length, writer.num_frames))
+    return path
+
+
+def frame_numbers(frames: np.ndarray) -> list[int]:
+    """Which frames of `make_clip` these are."""
+    return [round(float(frame[:, WIDTH // 2 + 4 :].mean()) / 4) for frame in frames]
+
+
+@pytest.mark.parametrize("fps", [8, 24, 29.97, 23.976])
+def test_chunks_come_back_as_one_evenly_timed_video(tmp_path: Path, fps: float) -> None:
+    path = write_clip(tmp_path / "a.mp4", 17, 34, 1, 5, fps=fps)
+    info = probe(path)
+    assert (info.width, info.height, info.num_frames, info.codec) == (WIDTH, HEIGHT, 57, "h264")
+    assert info.fps == pytest.approx(fps, rel=1e-4)
+    assert info.duration_s == pytest.approx(57 / fps, rel=1e-4)
+    with av.open(str(path)) as container:
+        pts = [frame.pts for frame in container.decode(video=0)]
+    assert len(pts) == 57
+    assert len(set(np.diff(pts))) == 1
+
+
+def test_colours_survive_the_round_trip(tmp_path: Path) -> None:
+    frames = make_clip(9)
+    read = read_video(write_clip(tmp_path / "a.mp4", 9))
+    error = np.abs(read[:, 4:-4, 4:20].astype(int) - frames[:, 4:-4, 4:20].astype(int))
+    assert read.dtype == np.uint8
+    assert error.max() <= 4  # 8-bit yuv420p, away from the colour edge
+
+
+def test_start_and_num_frames_select(tmp_path: Path) -> None:
+    path = write_clip(tmp_path / "a.mp4", 30)
+    assert frame_numbers(read_video(path, start=7, num_frames=4)) == [7, 8, 9, 10]
+    assert frame_numbers(read_video(path, start=27)) == [27, 28, 29]
+
+
+@pytest.mark.parametrize(("fps", "start", "count"), [(8, 0, 10), (8, 4, 5), (12, 3, 9), (5, 2, 4), (30, 7, 20)])
+def test_resampling_shows_the_picture_on_screen(tmp_path: Path, fps: int, start: int, count: int) -> None:
+    path = write_clip(tmp_path / "a.mp4", 17, 17, 14, fps=24)
+    expected = [i * 24 // fps for i in range(start, start + count)]
+    assert frame_numbers(read_video(path, start=start, num_frames=count, fps=fps)) == expected
+
+
+def test_resampling_keeps_the_length(tmp_path: Path) -> None:
+    path = write_clip(tmp_path / "a.mp4", 48, fps=24)
+    assert len(read_video(path, fps=8)) == 16
+    assert len(read_video(path, fps=24)) == 48
+    assert len(read_video(path, fps=48)) == 96
+
+
+def test_growing_film_plays_after_every_chunk(tmp_path: Path) -> None:
+    path = tmp_path / "film.partial.mp4"
+    with VideoWriter(path, fps=8, crf=CRF) as writer:
+        for done in (17, 34, 51):
+            writer.append(make_clip(17, done - 17))
+            assert frame_numbers(read_video(path)) == list(range(done))
+
+
+def test_film_is_the_same_from_stored_fragments(tmp_path: Path) -> None:
+    with VideoWriter(tmp_path / "a.mp4", fps=8, crf=CRF) as writer:
+        fragments = [writer.append(make_clip(n)) for n in (17, 34)]
+    with VideoWriter(tmp_path / "b.mp4", fps=8, crf=CRF) as writer:
+        for fragment in fragments:
+            writer.append_fragment(fragment)
+    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
+
+
+def test_fragment_does_not_depend_on_its_place_and_plays_alone(tmp_path: Path) -> None:
+    alone = encode_fragment(make_clip(17), fps=8, crf=CRF)
+    with VideoWriter(tmp_path / "a.mp4", fps=8, crf=CRF) as writer:
+        writer.append(make_clip(34))
+        assert writer.append(make_clip(17)).data == alone.data
+    (tmp_path / "alone.mp4").write_bytes(alone.data)
+    assert frame_numbers(read_video(tmp_path / "alone.mp4")) == list(range(17))
+
+
+def test_tags_are_stored(tmp_path: Path) -> None:
+    path = write_clip(tmp_path / "a.mp4", 5, tags={"arlon": '{"seed": 7, "prompt": "ein Käse"}'})
+    assert probe(path).tags["arlon"] == '{"seed": 7, "prompt": "ein Käse"}'
+
+
+def test_cut_off_film_plays_up_to_its_last_whole_fragment(tmp_path: Path) -> None:
+    path = write_clip(tmp_path / "a.mp4", 17, 17, 17)
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) - 100])
+    assert frame_numbers(read_video(path, num_frames=34)) == list(range(34))
+    with pytest.raises(VideoError, match="cut off"):
+        read_video(path)
+
+
+def test_rotated_file_is_read_upright(tmp_path: Path) -> None:
+    """A phone stores landscape frames and a matrix in `tkhd` (here: a quarter turn) that players obey."""
+    path = write_clip(tmp_path / "a.mp4", 3)
+    data = bytearray(path.read_bytes())
+    matrix = data.index(b"tkhd") + 4 + 40
+    quarter_turn = (0, 0x10000, 0, -0x10000, 0, 0, 0, 0, 0x40000000)  # clockwise on screen
+    data[matrix : matrix + 36] = b"".join(value.to_bytes(4, "big", signed=True) for value in quarter_turn)
+    path.write_bytes(data)
+    info, frames = probe(path), read_video(path)
+    assert (info.width, info.height) == (HEIGHT, WIDTH)
+    assert frames.shape == (3, WIDTH, HEIGHT, 3)
+    assert frames[0, 4, 16, 1] > 150  # the green left half is now on top
+    assert frames[0, -4, 16, 1] < 50
+
+
+@pytest.mark.parametrize("content", [b"", b"just text", bytes(4096)])
+def test_other_files_are_refused_by_name(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "x.mp4"
+    path.write_bytes(content)
+    for read in (probe, read_video):
+        with pytest.raises(VideoError, match=r"cannot read '.*x\.mp4' as video"):
+            read(path)
+
+
+def test_missing_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no such video file"):
+        probe(tmp_path / "none.mp4")
+
+
+def test_sound_without_pictures_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "sound.wav"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("pcm_s16le", rate=8000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), format="s16", layout="mono")
+        frame.sample_rate = 8000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    with pytest.raises(VideoError, match=r"no video stream \(streams: audio\)"):
+        probe(path)
+
+
+def test_too_short_a_file_says_how_many_frames_it_has(tmp_path: Path) -> None:
+    path = write_clip(tmp_path / "a.mp4", 5)
+    with pytest.raises(VideoError, match="8 frames from frame 2 on were asked for, but it has 3 of them"):
+        read_video(path, start=2, num_frames=8)
+
+
+@pytest.mark.parametrize("arguments", [{"start": -1}, {"num_frames": 0}, {"fps": 0.0}, {"fps": float("nan")}])
+def test_bad_ranges_are_refused(tmp_path: Path, arguments: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="read_video needs"):
+        read_video(tmp_path / "a.mp4", **arguments)
+
+
+def test_odd_sizes_and_wrong_types_are_refused() -> None:
+    with pytest.raises(VideoError, match="even height and width"):
+        encode_fragment(np.zeros((2, 31, 48, 3), np.uint8), fps=8, crf=CRF)
+    with pytest.raises(VideoError, match=r"uint8 of shape \(pT, pH, pW, 3\)"):
+        encode_fragment(np.zeros((2, 32, 48, 3), np.float32), fps=8, crf=CRF)
+
+
+def test_fragment_of_another_size_is_refused(tmp_path: Path) -> None:
+    with VideoWriter(tmp_path / "a.mp4", fps=8, crf=CRF) as writer:
+        writer.append(make_clip(3))
+        with pytest.raises(VideoError, match="other settings"):
+            writer.append(np.zeros((3, 64, 64, 3), np.uint8))

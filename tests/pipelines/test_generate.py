@@ -1,0 +1,197 @@
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from arlon.data.video_io import probe, read_video
+from pipelines import generate as module
+from pipelines.generate import FilmResult, Progress, generate, output_paths, slug
+from pipelines.run_folder import RunFolder, hash_bytes
+from pipelines.storyboard import UsageError, parse_storyboard, storyboard_from_prompts
+from tests.pipelines.films import SHOTS, prepared_film
+
+
+@pytest.fixture(scope="module")
+def film(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> FilmResult:
+    return generate(prepared_film(tiny_model, tmp_path_factory.mktemp("out") / "film.mp4"))
+
+
+def test_film_plays_and_has_the_planned_length(film: FilmResult) -> None:
+    info = probe(film.film)
+    assert (info.num_frames, info.fps, info.width, info.height) == (136, 8.0, 48, 32)
+    assert film.duration_s == 17.0
+    assert film.film_hash == hash_bytes(film.film.read_bytes())
+    assert not film.film.with_name("film.partial.mp4").exists()
+
+
+def test_film_and_sidecar_say_what_it_was_made_from_but_not_where(film: FilmResult, tiny_model: Path) -> None:
+    sidecar = json.loads(film.sidecar.read_text())
+    assert json.loads(probe(film.film).tags["arlon"]) == sidecar
+    assert sidecar["model"]["name"] == "tiny"
+    assert sidecar["storyboard"]["seed"] == 7
+    assert [shot["start_frame"] for shot in sidecar["timeline"]["shots"]] == [0, 51, 85]
+    again = parse_storyboard(sidecar["storyboard"])
+    assert [shot.prompt for shot in again.shots] == [shot["prompt"] for shot in SHOTS]
+    for text in (film.sidecar.read_text(), film.film.read_bytes().decode("latin-1")):
+        assert str(tiny_model.parent) not in text
+        assert str(film.film.parent) not in text
+        assert os.path.expanduser("~") + "/" not in text
+
+
+def test_run_folder_holds_every_part(film: FilmResult) -> None:
+    folder = RunFolder(film.run_dir)
+    assert {f.name for f in film.run_dir.iterdir()} == {
+        "run.json",
+        "codes.safetensors",
+        "segments",
+        "events.jsonl",
+    }
+    run = folder.read_run()
+    assert run["storyboard"]["seed"] == 7
+    assert run["versions"]["torch"]
+    assert {take: tuple(c.shape) for take, c in folder.read_codes().items()} == {
+        0: (1, 13, 2, 3),
+        1: (1, 8, 2, 3),
+    }
+    records = [folder.read_segment(index) for index in range(3)]
+    assert [r.inputs["prompt"] for r in records] == [shot["prompt"] for shot in SHOTS]
+    assert [r.inputs["overlap"] is None for r in records] == [True, False, True]
+    assert folder.read_latent(1).shape == (1, 4, 10, 4, 6)
+
+
+def test_film_is_its_fragments_in_a_row(film: FilmResult) -> None:
+    frames = read_video(film.film)
+    parts = [read_video(RunFolder(film.run_dir).segment_dir(index) / "fragment.mp4") for index in range(3)]
+    np.testing.assert_array_equal(frames, np.concatenate(parts))
+
+
+def test_same_seed_gives_the_same_bytes_and_another_does_not(
+    film: FilmResult, tiny_model: Path, tmp_path: Path
+) -> None:
+    same = generate(prepared_film(tiny_model, tmp_path / "same"))
+    assert same.film == tmp_path / "same" / "film.mp4"
+    assert same.film.read_bytes() == film.film.read_bytes()
+    other = generate(prepared_film(tiny_model, tmp_path / "other", seed=8))
+    assert other.film_hash != film.film_hash
+
+
+def test_a_later_shot_does_not_change_an_earlier_one(film: FilmResult, tiny_model: Path, tmp_path: Path) -> None:
+    shots = [*SHOTS[:2], {**SHOTS[2], "prompt": "a red square"}]
+    other = generate(prepared_film(tiny_model, tmp_path / "a.mp4", *shots))
+    before, after = (
+        [RunFolder(run).read_segment(i).outputs["latents.safetensors"] for i in range(3)]
+        for run in (film.run_dir, other.run_dir)
+    )
+    assert before[:2] == after[:2]
+    assert before[2] != after[2]
+
+
+def test_a_seed_is_drawn_and_stored_where_none_is_given(tiny_model: Path, tmp_path: Path) -> None:
+    first, second = (prepared_film(tiny_model, tmp_path / n, seed=-1) for n in ("a", "b"))
+    assert first.plan.storyboard.seed is not None
+    assert first.plan.storyboard.seed != second.plan.storyboard.seed
+    assert first.record["storyboard"]["seed"] == first.plan.storyboard.seed
+
+
+def test_progress_is_told_after_every_segment(tiny_model: Path, tmp_path: Path) -> None:
+    told: list[Progress] = []
+    prepared = prepared_film(tiny_model, tmp_path / "a.mp4")
+    partial_frames: list[int] = []
+
+    def on_progress(progress: Progress) -> None:
+        told.append(progress)
+        partial_frames.append(probe(prepared.paths.partial).num_frames)
+
+    generate(prepared, on_progress=on_progress)
+    assert [(p.done, p.total) for p in told] == [(1, 3), (2, 3), (3, 3)]
+    assert partial_frames == [51, 85, 136]
+    assert told[0].left_s > 0
+    assert told[-1].left_s == 0
+
+
+def test_what_was_made_before_an_interruption_stays(tiny_model: Path, tmp_path: Path) -> None:
+    prepared = prepared_film(tiny_model, tmp_path / "a.mp4")
+
+    def interrupt(progress: Progress) -> None:
+        if progress.done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        generate(prepared, on_progress=interrupt)
+    assert not prepared.paths.film.exists()
+    assert probe(prepared.paths.partial).num_frames == 85
+    assert [RunFolder(prepared.paths.run_dir).has_segment(i) for i in range(3)] == [True, True, False]
+    with pytest.raises(UsageError, match="holds another run"):
+        prepared_film(tiny_model, tmp_path / "a.mp4")
+
+
+def test_a_failure_before_the_first_segment_leaves_nothing(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("broken")
+
+    prepared = prepared_film(tiny_model, tmp_path / "a.mp4")
+    monkeypatch.setattr("pipelines.workers.RefineWorker.run", broken)
+    with pytest.raises(RuntimeError, match="broken"):
+        generate(prepared)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_existing_files_are_not_replaced_unasked(tiny_model: Path, tmp_path: Path) -> None:
+    for name in ("a.mp4", "a.json"):
+        (tmp_path / name).write_text("mine")
+        with pytest.raises(UsageError, match=f"{name}' exists: .* --overwrite"):
+            prepared_film(tiny_model, tmp_path / "a.mp4")
+        (tmp_path / name).unlink()
+    (tmp_path / "b.mp4").mkdir()
+    with pytest.raises(UsageError, match="is a folder"):
+        prepared_film(tiny_model, tmp_path / "b.mp4")
+
+
+def test_a_place_that_cannot_be_written_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="cannot write to"):
+        prepared_film(tiny_model, tmp_path / "file" / "a.mp4")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"crf": 99}, "crf must be between 0 and 51, got 99"),
+        ({"num_threads": 0}, "num_threads must be at least 1"),
+        ({"ar_top_p": 1.5}, "top_p"),
+        ({"device": "toaster"}, "cannot compute on device 'toaster', try 'cpu'"),
+        ({"dtype": "float8"}, "dtype"),
+        ({"crff": 3}, "crff"),
+    ],
+)
+def test_wrong_settings_are_refused(
+    tiny_model: Path, tmp_path: Path, settings: dict[str, object], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        prepared_film(tiny_model, tmp_path / "a.mp4", settings=settings)
+
+
+def test_unknown_model_solver_and_executor_are_refused(tiny_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="did you mean 'shapes'"):
+        module.prepare(storyboard_from_prompts(["a"]), model="shape", output=tmp_path / "a.mp4")
+    with pytest.raises(UsageError, match="unknown solver 'euller', choose from 'euler'"):
+        prepared_film(tiny_model, tmp_path / "a.mp4", solver="euller")
+    with pytest.raises(UsageError, match="unknown executor 'cloud'"):
+        generate(prepared_film(tiny_model, tmp_path / "a.mp4"), executor="cloud")
+
+
+def test_where_things_go() -> None:
+    film = parse_storyboard({"seed": 3, "shots": ["A Red/Circle: moves, left & " + "x" * 90]})
+    assert output_paths(None, film).film == Path("outputs") / "a-red-circle-moves-left-xxxxxxxxxxxxxxxx-3" / "film.mp4"
+    named = output_paths("clips/a.mp4", film)
+    assert (named.run_dir, named.sidecar) == (Path("clips/a.run"), Path("clips/a.json"))
+    assert output_paths("clips/a", film).film == Path("clips/a/film.mp4")
+    with pytest.raises(UsageError, match=r"name the output 'a\.mp4'"):
+        output_paths("a.avi", film)
+    assert slug("赤い円") == "film"

@@ -1,0 +1,162 @@
+"""Plans are held against naive frame-by-frame bookkeeping."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from arlon.checkpoint import ModelFolder
+from arlon.grids import SegmentGrid
+from arlon.models.vqvae import LatentVQVAE
+from pipelines.model import GenerationDefaults, ModelGeometry, open_model, read_geometry
+from pipelines.plan import Plan, make_plan, resolve_storyboard, timeline_rows
+from pipelines.storyboard import Storyboard, StoryboardError, parse_storyboard
+from tests.pipelines import tiny_model as tiny
+
+SMALL = GenerationDefaults(height=64, width=64, fps=8.0, segment=15, overlap=5)
+
+
+def make_geometry(**changes: object) -> ModelGeometry:
+    values = {
+        "defaults": SMALL,
+        "grid": SegmentGrid(),
+        "space_stride": 8,
+        "patch_size": (1, 2, 2),
+        "code_ratio": (2, 2, 2),
+        "code_halo": 0,
+        "code_grid": (4, 4),
+    }
+    return ModelGeometry(**(values | changes))
+
+
+def plan_of(*shots: object, geometry: ModelGeometry | None = None, **film: object) -> Plan:
+    geometry = geometry or make_geometry()
+    storyboard = parse_storyboard({"shots": list(shots), **film})
+    return make_plan(resolve_storyboard(storyboard, geometry.defaults, 1), geometry)
+
+
+MIXED = (
+    {"prompt": "a", "duration": 6},
+    {"prompt": "b", "duration": 9},
+    {"prompt": "c", "duration": 1},
+    {"prompt": "d", "duration": 13, "transition": "cut"},
+    {"prompt": "e", "duration": 4, "transition": "cut"},
+    {"prompt": "f", "duration": 8},
+)
+
+
+def test_the_figures_of_a_two_shot_take() -> None:
+    """51 frames, then 34 a segment; 15 latents, then 10; code frame c covers latents 2c and 2c + 1."""
+    plan = plan_of({"prompt": "a", "duration": 6}, {"prompt": "b", "duration": "68f"})
+    assert [(shot.start_frame, shot.num_frames, shot.asked_frames) for shot in plan.shots] == [
+        (0, 51, 48),
+        (51, 68, 68),
+    ]
+    assert plan.takes[0].num_latents == 35
+    assert plan.takes[0].spans == (
+        (0, 8),
+        (1, 10),
+    )  # code frame 7 holds latents 14 and 15: it is the first shot's
+    assert [(s.start_latent, s.num_latents, s.overlap) for s in plan.segments] == [
+        (0, 15, 0),
+        (10, 15, 5),
+        (20, 15, 5),
+    ]
+    assert [s.num_code_frames for s in plan.segments] == [8, 13, 18]
+    assert plan.duration_s == pytest.approx(119 / 8)
+
+
+@pytest.mark.parametrize("ratio", [1, 2, 4, 8, 32])
+def test_plan_equals_naive_bookkeeping(ratio: int) -> None:
+    plan = plan_of(*MIXED, geometry=make_geometry(code_ratio=(ratio, 2, 2)))
+    frame = 0
+    for take in plan.takes:
+        owner_of_latent: list[int] = []
+        for segment in (s for s in plan.segments if s.take == take.index):
+            assert segment.start_frame == frame
+            assert segment.start_latent == len(owner_of_latent) - segment.overlap
+            assert segment.overlap == (5 if owner_of_latent else 0)
+            new = segment.num_latents - segment.overlap
+            owner_of_latent += [segment.shot] * new
+            frame += new // 5 * 17
+            assert segment.num_frames == new // 5 * 17
+            assert segment.num_code_frames * ratio >= len(owner_of_latent)
+        assert take.num_latents == len(owner_of_latent)
+        owner_of_code = owner_of_latent[::ratio]
+        assert take.num_code_frames == len(owner_of_code)
+        assert [shot for shot, count in take.spans for _ in range(count)] == owner_of_code
+        assert all(count > 0 for _, count in take.spans)
+    assert plan.num_frames == frame
+    assert [segment.index for segment in plan.segments] == list(range(len(plan.segments)))
+    assert [shot.take for shot in plan.shots] == [0, 0, 0, 1, 2, 2]
+
+
+def test_shots_tile_the_film_and_round_to_the_nearest_segment() -> None:
+    plan = plan_of(*MIXED)
+    end = 0
+    for span in plan.shots:
+        assert span.start_frame == end
+        end += span.num_frames
+        assert abs(span.num_frames - span.asked_frames) <= 17 or span.num_segments == 1
+    assert end == plan.num_frames
+
+
+def test_the_halo_of_the_decoder_asks_for_more_codes_but_not_beyond_the_take() -> None:
+    plan = plan_of({"prompt": "a", "duration": 20}, geometry=make_geometry(code_halo=3))
+    assert [s.num_code_frames for s in plan.segments] == [11, 16, 21, 23]
+    assert plan.takes[0].num_code_frames == 23
+
+
+def test_open_values_come_from_the_model_and_given_ones_stay() -> None:
+    plan = plan_of("a", fps=12, seed=5)
+    film = plan.storyboard
+    assert (film.fps, film.seed) == (12.0, 5)
+    assert (film.height, film.width, film.guidance_scale, film.num_inference_steps) == (64, 64, 7.0, 30)
+    assert plan_of("a").storyboard.seed == 1
+
+
+def test_size_problems_name_the_nearest_sizes() -> None:
+    with pytest.raises(StoryboardError, match=r"height \(250\) must be a multiple of 16 .*nearest are 240 and 256"):
+        plan_of("a", height=250)
+    with pytest.raises(StoryboardError, match="has 2 problems"):
+        plan_of("a", height=250, width=250)
+    with pytest.raises(StoryboardError, match="this model makes films of 64 x 64 .* got 64 x 128"):
+        plan_of("a", height=128)
+    assert plan_of("a", height=128, geometry=make_geometry(code_grid=None)).storyboard.height == 128
+
+
+def test_absurdly_long_films_are_refused() -> None:
+    shots = [{"prompt": "a", "duration": 3600}] * 30
+    with pytest.raises(StoryboardError, match="segments, at most"):
+        plan_of(*shots)
+
+
+def test_timeline_says_what_rounding_does() -> None:
+    rows = timeline_rows(plan_of({"prompt": "a", "duration": 6}, {"prompt": "b", "duration": "34f"}))
+    assert [row["frames"] for row in rows] == ["0-50", "51-84"]
+    assert [row["rounded"] for row in rows] == ["+0.38 s", "exact"]
+    assert [row["join"] for row in rows] == ["start", "continue"]
+
+
+def test_geometry_of_a_model_folder(tiny_model: Path) -> None:
+    geometry = read_geometry(ModelFolder.open(tiny_model))
+    assert geometry.space_stride == 8
+    assert geometry.size_multiple == 16
+    assert geometry.code_ratio == (2, 2, 2)
+    assert geometry.code_grid == (2, 3)
+    assert geometry.latent_size(tiny.HEIGHT, tiny.WIDTH) == (4, 6)
+    assert geometry.grid == SegmentGrid()
+    assert geometry.code_halo == LatentVQVAE.from_pretrained(tiny_model / "vqvae").receptive_halo
+
+
+def test_a_model_is_named_without_its_path(tiny_model: Path) -> None:
+    model, identity = open_model(str(tiny_model))
+    assert identity == {"name": "tiny", "hash": model.model_hash}
+
+
+def test_storyboard_of_a_plan_is_resolved() -> None:
+    film: Storyboard = plan_of("a").storyboard
+    unset = [f.name for f in dataclasses.fields(film) if getattr(film, f.name) is None]
+    assert unset == ["model"]

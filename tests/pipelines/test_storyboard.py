@@ -1,0 +1,178 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pipelines.storyboard import (
+    Duration,
+    StoryboardError,
+    load_storyboard,
+    parse_duration,
+    parse_storyboard,
+    storyboard_from_prompts,
+    with_overrides,
+)
+
+FILM = {
+    "seed": 7,
+    "fps": 12,
+    "height": 64,
+    "width": 96,
+    "model": "shapes",
+    "negative_prompt": "blurry",
+    "guidance_scale": 3.5,
+    "num_inference_steps": 9,
+    "solver": "euler",
+    "shots": [
+        {"prompt": "a red circle", "duration": 4.5, "notes": "opening"},
+        {"prompt": "a green circle", "duration": "36f", "transition": "cut", "seed": 3, "guidance_scale": 1},
+    ],
+}
+
+
+@pytest.mark.parametrize("suffix", [".yaml", ".json"])
+def test_every_key_is_read_and_written_back(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"film{suffix}"
+    path.write_text(json.dumps(FILM) if suffix == ".json" else yaml.safe_dump(FILM))
+    film = load_storyboard(path)
+    assert (film.seed, film.fps, film.height, film.width, film.solver) == (7, 12.0, 64, 96, "euler")
+    first, second = film.shots
+    assert (first.prompt, first.duration, first.transition) == (
+        "a red circle",
+        Duration(seconds=4.5),
+        "continue",
+    )
+    assert (second.duration, second.transition, second.seed, second.guidance_scale) == (
+        Duration(frames=36),
+        "cut",
+        3,
+        1.0,
+    )
+    assert parse_storyboard(film.to_plain()) == film
+
+
+def test_text_file_has_a_prompt_a_line_and_cuts_at_empty_lines(tmp_path: Path) -> None:
+    path = tmp_path / "film.txt"
+    path.write_text("# a comment\na red circle\na green circle\n\n\n  a blue star \n")
+    shots = load_storyboard(path, default_duration=Duration(frames=9)).shots
+    assert [(shot.prompt, shot.transition) for shot in shots] == [
+        ("a red circle", "continue"),
+        ("a green circle", "continue"),
+        ("a blue star", "cut"),
+    ]
+    assert {shot.duration for shot in shots} == {Duration(frames=9)}
+
+
+def test_a_shot_may_be_just_its_prompt_and_white_space_is_folded() -> None:
+    film = parse_storyboard({"shots": ["  a red\n  circle\t"]})
+    assert film.shots[0].prompt == "a red circle"
+
+
+@pytest.mark.parametrize(
+    ("value", "frames"), [(4.5, 36), ("4.5", 36), ("4.5s", 36), ("36f", 36), ("36 frames", 36), (0.01, 1)]
+)
+def test_durations_in_seconds_and_frames(value: Any, frames: int) -> None:
+    assert parse_duration(value).num_frames(8) == frames
+
+
+@pytest.mark.parametrize(
+    "value", [0, -1, "0f", float("nan"), float("inf"), 3601, "1e9", "", "soon", "1.5f", True, None, [], "--"]
+)
+def test_impossible_durations_are_refused(value: Any) -> None:
+    with pytest.raises(ValueError, match=r"must be .*, got"):
+        parse_duration(value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sed": 3}, "sed: unknown key; did you mean 'seed'?"),
+        ({"shots": []}, "at least one shot"),
+        ({"shots": "a red circle"}, "at least one shot"),
+        ({"shots": [3]}, r"shots\[0\] must be a mapping with the key 'prompt', got a int"),
+        ({"shots": [{"duration": 3}]}, r"shots\[0\].prompt is missing"),
+        ({"shots": [{"prompt": " "}]}, r"shots\[0\].prompt is empty"),
+        ({"shots": [{"prompt": None}]}, r"shots\[0\].prompt is empty"),
+        ({"shots": [{"prompt": "x" * 2001}]}, "at most 2000 characters, got 2001"),
+        ({"shots": [{"prompt": "a\x1b[2Jb"}]}, r"control character U\+001B"),
+        ({"shots": [{"prompt": 5}]}, "must be text, got 5"),
+        ({"shots": [{"prompt": "a", "transition": "fade"}]}, "must be 'continue' or 'cut', got 'fade'"),
+        (
+            {"shots": [{"prompt": "a", "image": "x.png"}]},
+            r"shots\[0\].image: a reference image is not supported",
+        ),
+        (
+            {"shots": [{"prompt": "a", "video": "x.mp4"}]},
+            r"shots\[0\].video: a reference video is not supported",
+        ),
+        ({"shots": [{"prompt": "a", "promt": "b"}]}, r"shots\[0\].promt: unknown key; did you mean 'prompt'"),
+        ({"shots": ["a"] * 1001}, "at most 1000 shots"),
+        ({"seed": 1.5}, "seed must be a whole number, got 1.5"),
+        ({"seed": -2}, "seed must be between -1 and"),
+        ({"fps": float("nan")}, "fps must be a number"),
+        ({"height": True}, "height must be a whole number, got True"),
+        ({"num_inference_steps": 0}, "num_inference_steps must be between 1 and 1000, got 0"),
+    ],
+)
+def test_what_is_wrong_is_named(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(StoryboardError, match=message):
+        parse_storyboard({"shots": ["a"]} | change)
+
+
+def test_all_problems_are_listed_one_a_line() -> None:
+    with pytest.raises(StoryboardError) as caught:
+        parse_storyboard({"sed": 1, "height": "tall", "shots": [{"prompt": ""}, {"prompt": "a", "duration": 0}]})
+    assert len(caught.value.problems) == 4
+    assert len(str(caught.value).splitlines()) == 5
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.yaml", "shots: [a: b: c]", r"a\.yaml': not YAML: line 1"),
+        ("a.json", '{"shots": [', r"a\.json': not JSON: line 1"),
+        ("a.yaml", "", "must be a mapping"),
+        ("a.yaml", "- a\n- b", "must be a mapping"),
+        ("a.txt", "\n# nothing\n", "at least one shot"),
+    ],
+)
+def test_unreadable_files_are_refused(tmp_path: Path, name: str, content: str, message: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(StoryboardError, match=message):
+        load_storyboard(tmp_path / name)
+
+
+def test_missing_and_binary_files_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "b.yaml").write_bytes(b"\xff\xfe\x00\x80")
+    for path in (tmp_path / "none.yaml", tmp_path, tmp_path / "b.yaml"):
+        with pytest.raises(StoryboardError, match="cannot be read"):
+            load_storyboard(path)
+
+
+def test_options_win_over_the_file_and_minus_one_means_random() -> None:
+    film = parse_storyboard(FILM)
+    changed = with_overrides(film, {"seed": -1, "fps": 24.0, "height": None})
+    assert (changed.seed, changed.fps, changed.height) == (None, 24.0, 64)
+    with pytest.raises(StoryboardError, match="width must be between"):
+        with_overrides(film, {"width": 0})
+
+
+def test_prompts_alone_make_a_storyboard() -> None:
+    film = storyboard_from_prompts(["a", "b"], duration=Duration(frames=5), transition="cut")
+    assert [(shot.prompt, shot.transition, shot.duration.frames) for shot in film.shots] == [
+        ("a", "cut", 5),
+        ("b", "cut", 5),
+    ]
+    with pytest.raises(StoryboardError, match="at least one shot"):
+        storyboard_from_prompts([])
+
+
+def test_the_demo_storyboard_has_the_shots_it_promises() -> None:
+    film = load_storyboard(Path(__file__).parents[2] / "configs" / "shapes" / "demo.yaml")
+    assert [shot.transition for shot in film.shots[1:]].count("cut") == 1
+    assert [shot.transition for shot in film.shots[1:]].count("continue") == 2
+    assert sum(shot.duration.num_frames(8) for shot in film.shots) >= 20 * 8

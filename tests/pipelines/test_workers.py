@@ -1,0 +1,226 @@
+"""Workers against naive loops over the same models, and against themselves in another order."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from arlon.diffusion import flow, samplers
+from arlon.models.ar import PromptSpan, SamplingConfig, generate_codes
+from arlon.models.injection import SemanticInjection
+from arlon.models.stdit import STDiT3
+from arlon.models.video_vae import VideoVAE
+from arlon.models.vqvae import LatentVQVAE
+from arlon.text.encoders import TextFeatures
+from pipelines.requests import (
+    CodeResult,
+    DecodeRequest,
+    Job,
+    RefineResult,
+    SegmentRequests,
+    TextResult,
+    fill,
+    film_requests,
+    text_request,
+)
+from pipelines.workers import CodeWorker, DecodeWorker, RefineWorker, TextWorker, video_to_frames
+from tests.pipelines import tiny_model as tiny
+from tests.pipelines.films import prepared_film
+
+
+class HashEncoder:
+    """Features that depend on the words of a prompt alone."""
+
+    dim, max_length = tiny.TEXT_DIM, tiny.TEXT_LENGTH
+
+    def encode(self, prompts: list[str], *, batch_size: int = 1) -> TextFeatures:
+        tokens = torch.zeros(len(prompts), self.max_length, self.dim)
+        mask = torch.zeros(len(prompts), self.max_length, dtype=torch.bool)
+        for row, prompt in enumerate(prompts):
+            for place, word in enumerate(prompt.split()):
+                tokens[row, place] = samplers.draw_noise((self.dim,), 0, word)
+                mask[row, place] = True
+        return TextFeatures(tokens, mask, tokens.sum(1) / mask.sum(1, keepdim=True))
+
+
+class Chain:
+    """All results of a film up to the latents, with the text encoder above."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.requests = list(film_requests(job))
+        self.text: TextResult = TextWorker(job, HashEncoder()).run(text_request(job.plan))
+        self.codes: list[CodeResult] = []
+        worker = CodeWorker(job)
+        for request in self.requests:
+            before = None if request.is_take_start else self.codes[-1]
+            self.codes.append(worker.run(fill(request.code, text=self.text, before=before)))
+
+    def refine(self, worker: RefineWorker, index: int, before: RefineResult | None) -> RefineResult:
+        request = self.requests[index].refine
+        return worker.run(fill(request, text=self.text, codes=self.codes[index], before=before))
+
+    def refine_all(self, worker: RefineWorker) -> list[RefineResult]:
+        results: list[RefineResult] = []
+        for request in self.requests:
+            before = None if request.is_take_start else results[-1]
+            results.append(self.refine(worker, request.segment.index, before))
+        return results
+
+
+@pytest.fixture(scope="module")
+def chain(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Chain:
+    output = tmp_path_factory.mktemp("film") / "a.mp4"
+    return Chain(prepared_film(tiny_model, output, negative_prompt="blurry").job)
+
+
+@pytest.fixture(scope="module")
+def refine_worker(chain: Chain) -> RefineWorker:
+    return RefineWorker(chain.job)
+
+
+def test_every_prompt_is_encoded_once_and_alone(chain: Chain) -> None:
+    assert list(chain.text.features) == [
+        "a red circle moves left",
+        "a green circle moves left",
+        "a blue square",
+        "blurry",
+    ]
+    assert all(len(features) == 1 for features in chain.text.features.values())
+
+
+def test_codes_written_segment_by_segment_equal_the_take_in_one_go(chain: Chain) -> None:
+    schedule = [
+        PromptSpan(
+            text=chain.text.features[prompt].tokens,
+            text_mask=chain.text.features[prompt].mask,
+            num_code_frames=count,
+        )
+        for prompt, _, count in chain.requests[0].code.schedule
+    ]
+    model = CodeWorker(chain.job).model
+
+    def generator(frame: int) -> torch.Generator:
+        return torch.Generator().manual_seed(samplers.address_seed(7, "ar", 0, frame))
+
+    whole = generate_codes(
+        model,
+        schedule,
+        generator_for_frame=generator,
+        sampling=SamplingConfig(temperature=1.0, top_p=0.95, guidance_scale=3.0),
+    )
+    assert whole.shape == (1, 13, 2, 3)
+    assert chain.codes[1].codes.equal(whole)
+
+
+def test_a_fresh_code_worker_goes_on_where_another_stopped(chain: Chain) -> None:
+    request = fill(chain.requests[1].code, text=chain.text, before=chain.codes[0])
+    assert CodeWorker(chain.job).run(request).codes.equal(chain.codes[1].codes)
+
+
+def test_takes_with_the_same_prompt_get_other_codes(tiny_model: Path, tmp_path: Path) -> None:
+    shots = [{"prompt": "a red circle", "transition": "cut"}] * 2
+    first, second = Chain(prepared_film(tiny_model, tmp_path / "a.mp4", *shots).job).codes
+    assert not first.codes.equal(second.codes)
+
+
+def naive_latent(chain: Chain, request: SegmentRequests, carried: Tensor | None) -> Tensor:
+    """The latent of a segment by the formulas: whole-take decoding, two forward passes, plain Euler."""
+    model = Path(chain.job.model_path)
+    dit, vqvae = STDiT3.from_pretrained(model / "dit"), LatentVQVAE.from_pretrained(model / "vqvae")
+    injection = SemanticInjection.from_pretrained(model / "injection")
+    take_end = max(r.segment.index for r in chain.requests if r.segment.take == request.segment.take)
+    codes = chain.codes[take_end].codes
+    coarse_take = vqvae.decode(codes, request.refine.take.num_latents, grid=(4, 6))
+    start = request.segment.start_latent
+    inject = injection.condition(coarse_take[:, :, start : start + 15])
+    x = samplers.draw_noise((1, 4, 15, 4, 6), 7, "dit", request.segment.index)
+    mask = torch.ones(1, 15, dtype=torch.bool)
+    if carried is not None:
+        x[:, :, :5], mask[:, :5] = carried, False
+    text, negative = (chain.text.features[prompt] for prompt in (request.refine.prompt, "blurry"))
+    sizes = {"fps": 8.0, "height": 32.0, "width": 48.0, "frame_mask": mask, "inject": inject}
+    for t, t_next in ((1.0, 0.5), (0.5, 0.0)):
+        t, t_next = (
+            flow.shift_times(torch.tensor(u), height=32, width=48, num_frames=51, base_size=64) for u in (t, t_next)
+        )
+        conditional = dit(x, t[None], text.tokens, text.mask, **sizes)
+        null = dit(x, t[None], negative.tokens, negative.mask, **sizes)
+        velocity = null + 2.0 * (conditional - null)
+        x = x + (t_next - t) * velocity
+        if carried is not None:
+            x[:, :, :5] = carried
+    return x[:, :, 5:] if carried is not None else x
+
+
+@torch.no_grad()
+def test_refining_equals_the_naive_loop(chain: Chain, refine_worker: RefineWorker) -> None:
+    results = chain.refine_all(refine_worker)
+    assert [tuple(r.latent.shape) for r in results] == [(1, 4, 15, 4, 6), (1, 4, 10, 4, 6), (1, 4, 15, 4, 6)]
+    for request, result, carried in zip(
+        chain.requests, results, (None, results[0].latent[:, :, -5:], None), strict=True
+    ):
+        torch.testing.assert_close(result.latent, naive_latent(chain, request, carried), rtol=1e-4, atol=1e-5)
+    assert [r.overlap_hash is None for r in results] == [True, False, True]
+
+
+def test_a_segment_made_again_alone_has_the_same_bits(chain: Chain, refine_worker: RefineWorker) -> None:
+    results = chain.refine_all(refine_worker)
+    again = chain.refine(RefineWorker(chain.job), 1, results[0])
+    assert again.latent.equal(results[1].latent)
+    assert (again.codes_hash, again.overlap_hash) == (results[1].codes_hash, results[1].overlap_hash)
+
+
+def test_everything_a_segment_is_asked_for_changes_it(chain: Chain, refine_worker: RefineWorker) -> None:
+    results = chain.refine_all(refine_worker)
+    request = fill(chain.requests[1].refine, text=chain.text, codes=chain.codes[1], before=results[0])
+    other_codes = CodeResult(codes=(chain.codes[1].codes + 1) % tiny.CODEBOOK_SIZE, elapsed_s=0.0)
+    changes = {
+        "prompt": "a blue square",
+        "negative_prompt": "",
+        "seed": 8,
+        "guidance_scale": 1.0,
+        "num_inference_steps": 3,
+        "fps": 24.0,
+        "codes": other_codes,
+        "before": fill(results[0], latent=results[0].latent + 0.1),
+    }
+    for name, value in changes.items():
+        changed = refine_worker.run(fill(request, **{name: value}))
+        assert not changed.latent.equal(results[1].latent), f"{name} has no effect"
+
+
+def test_a_segment_without_what_it_goes_on_from_is_refused(chain: Chain, refine_worker: RefineWorker) -> None:
+    with pytest.raises(ValueError, match="segment 1 needs the segment before it"):
+        chain.refine(refine_worker, 1, None)
+
+
+@torch.no_grad()
+def test_segments_decode_like_the_whole_take(chain: Chain, refine_worker: RefineWorker) -> None:
+    results = chain.refine_all(refine_worker)[:2]
+    vae = VideoVAE.from_pretrained(Path(chain.job.model_path) / "vae")
+    whole = vae.decode(torch.cat([r.latent for r in results], dim=2), 85)
+    worker = DecodeWorker(chain.job)
+    frames = [worker.run(DecodeRequest(num_frames=n, refined=r)).frames for n, r in zip((51, 34), results, strict=True)]
+    expected = video_to_frames(whole[0])
+    difference = torch.from_numpy(expected).int() - torch.cat([torch.from_numpy(f) for f in frames]).int()
+    assert difference.abs().max() <= 1  # a value may round to the other side
+
+
+def test_frames_are_the_nearest_levels() -> None:
+    video = torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0, 0.5]).view(1, 1, 2, 3).expand(3, 1, 2, 3)
+    frames = video_to_frames(video)
+    assert frames.shape == (1, 2, 3, 3)
+    assert frames[0, :, :, 0].tolist() == [[0, 0, 128], [255, 255, 191]]
+
+
+def test_bfloat16_stays_near_float32(chain: Chain, tiny_model: Path, tmp_path: Path) -> None:
+    job = prepared_film(tiny_model, tmp_path / "a.mp4", negative_prompt="blurry", settings={"dtype": "bfloat16"}).job
+    exact = chain.refine(RefineWorker(chain.job), 0, None).latent
+    rough = chain.refine(RefineWorker(job), 0, None).latent
+    assert rough.dtype == torch.float32
+    assert not rough.equal(exact)
+    assert (rough - exact).norm() / exact.norm() < 0.05

@@ -1,0 +1,205 @@
+"""Every stage: learns, resumes exactly, survives Ctrl-C, exports what it learned."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+import typer
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from arlon.config import save_config
+from stages import common
+from stages.callbacks import LAST_CHECKPOINT
+from stages.dit import DiTStage
+from stages.train import fit, main, run_stage
+
+STAGES = ("vae", "vqvae", "ar", "dit", "inject")
+
+
+def build(stage: str, config: Any) -> common.StageParts:
+    return importlib.import_module(f"stages.{stage}").build(config)
+
+
+def weights_of(run_dir: Path) -> dict[str, torch.Tensor]:
+    return load_file(run_dir / "export" / "model.safetensors")
+
+
+class Interrupt(L.Callback):
+    """Raises KeyboardInterrupt at the end of a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        if trainer.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_resumed_training_equals_uninterrupted(stage: str, stage_config: Any, tmp_path: Path) -> None:
+    config = stage_config(stage)
+    run_stage(stage, config, tmp_path / "whole")
+
+    parts = build(stage, config)
+    training = common.make_training(parts, config.train, config.optim, tmp_path / "halves", extra=[Interrupt(4)])
+    assert fit(training, parts, None)
+    early = torch.load(tmp_path / "halves" / LAST_CHECKPOINT, weights_only=True)
+    assert early["global_step"] == 4
+    result = run_stage(stage, config, tmp_path / "halves", resume="auto")
+
+    assert (result.step, result.interrupted) == (6, False)
+    whole, halves = (torch.load(tmp_path / name / LAST_CHECKPOINT, weights_only=True) for name in ("whole", "halves"))
+    assert whole["global_step"] == halves["global_step"] == 6
+    for name, tensor in whole["state_dict"].items():
+        torch.testing.assert_close(halves["state_dict"][name], tensor, rtol=0, atol=0, msg=name)
+    assert any(not torch.equal(early["state_dict"][name], t) for name, t in whole["state_dict"].items())
+    exported, resumed = weights_of(tmp_path / "whole"), weights_of(tmp_path / "halves")
+    assert all(torch.equal(exported[name], resumed[name]) for name in exported)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_loss_of_one_batch_falls(stage: str, stage_config: Any, tmp_path: Path) -> None:
+    parts = build(stage, stage_config(stage))
+    batch = common.BatchStream(parts.train, batch_size=2).batch(0)
+    stage_module = parts.stage
+    stage_module.log_figures = lambda **figures: None
+    stage_module.step_generator = lambda: torch.Generator().manual_seed(1)
+    optimizer = stage_module.configure_optimizers()
+    losses = []
+    for _ in range(12):
+        torch.manual_seed(0)
+        loss = stage_module.training_step(batch, 0)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.995 * losses[0], losses
+
+
+def test_run_folder_holds_figures_pictures_and_export(stage_config: Any, tmp_path: Path) -> None:
+    run_stage("dit", stage_config("dit"), tmp_path, export_to=tmp_path / "model" / "dit")
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    logged = {name for line in lines for name in line}
+    assert {"train/loss", "train/samples_per_s", "train/lr", "val/loss"} <= logged
+    assert (tmp_path / "samples" / "step_000003.png").exists()
+    assert list((tmp_path / "tensorboard").glob("events.*"))
+    assert (tmp_path / "config.yaml").exists()
+    half = load_file(tmp_path / "model" / "dit" / "model.safetensors")
+    assert half["x_embedder.proj.weight"].dtype == torch.bfloat16
+    assert not list(tmp_path.rglob("*.tmp*"))
+
+
+def test_checkpoint_holds_nothing_frozen(stage_config: Any, tmp_path: Path) -> None:
+    run_stage("inject", stage_config("inject"), tmp_path)
+    state = torch.load(tmp_path / LAST_CHECKPOINT, weights_only=True)["state_dict"]
+    assert {name.split(".")[0] for name in state} == {"model"}
+    exported = weights_of(tmp_path)
+    assert set(exported) == {name.removeprefix("model.") for name in state}
+
+
+def command_line(*arguments: str) -> Any:
+    app = typer.Typer()
+    app.command()(main)
+    return CliRunner().invoke(app, list(arguments))
+
+
+def test_ctrl_c_ends_the_step_saves_and_tells_how_to_resume(
+    stage_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_config(stage_config("dit", "train.val_steps=0", "train.sample_steps=0"), tmp_path / "dit.yaml")
+    arguments = ("dit", "--config", str(tmp_path / "dit.yaml"), "--output", str(tmp_path / "run"))
+    original = DiTStage.training_step
+
+    def interrupted_step(self: DiTStage, batch: Any, batch_idx: int) -> torch.Tensor:
+        if self.global_step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(self, batch, batch_idx)
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(DiTStage, "training_step", interrupted_step)
+    stopped = command_line(*arguments)
+    assert stopped.exit_code == 130, stopped.output
+    assert "interrupted at step 3; to resume: python -m stages.train" in stopped.output
+    assert signal.getsignal(signal.SIGINT) is before
+
+    monkeypatch.setattr(DiTStage, "training_step", original)
+    resumed = command_line(*arguments)
+    assert resumed.exit_code == 0, resumed.output
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps)
+    assert max(steps) == 6
+
+
+def test_time_budget_ends_the_run_and_the_schedule(
+    stage_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = itertools.count()
+    monkeypatch.setattr("stages.callbacks.monotonic", lambda: float(next(seconds)))
+    config = stage_config(
+        "vqvae", "train.max_steps=1000", "train.max_minutes=1", "train.val_steps=0", "train.sample_steps=0"
+    )
+    result = run_stage("vqvae", config, tmp_path)
+    assert not result.interrupted
+    assert 5 < result.step < 60
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    rates = [line["train/lr"] for line in lines if "train/lr" in line]
+    assert rates[1] > 0.9 * config.optim.lr
+    assert rates[-1] < 0.1 * config.optim.lr
+    again = run_stage("vqvae", config, tmp_path)
+    assert again.step <= result.step + 1, "the minutes of the first run must count in the second"
+
+
+def test_fine_tuning_starts_from_exported_weights(stage_config: Any, tmp_path: Path) -> None:
+    run_stage("vae", stage_config("vae", "train.max_steps=1"), tmp_path)
+    parts = build("vae", stage_config("vae", f"train.init_from={tmp_path / 'export'}", "part=temporal"))
+    exported = weights_of(tmp_path)
+    assert all(torch.equal(t, exported[name]) for name, t in parts.stage.model.state_dict().items())
+    trainable = {name.split(".")[0] for name, p in parts.stage.model.named_parameters() if p.requires_grad}
+    assert trainable == {"temporal_vae"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("dit", "dit.dept=3"), "dit.dept"),
+        (("dit", "data.vae=nowhere"), "data.vae = 'nowhere' holds no VideoVAE"),
+        (("dit", "--resume", "nowhere.ckpt"), "no checkpoint 'nowhere.ckpt'"),
+    ],
+)
+def test_bad_input_is_one_readable_line(
+    arguments: tuple[str, ...], message: str, tmp_path: Path, hash_text: None
+) -> None:
+    config = Path("configs/shapes/tiny") / f"{arguments[0]}.yaml"
+    result = command_line(*arguments, "--config", str(config), "--output", str(tmp_path))
+    assert result.exit_code == 1
+    assert result.output.startswith("error: ")
+    assert message in result.output
+    assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize("stage", ["ar", "dit"])
+def test_trimmed_padding_changes_nothing(stage: str, stage_config: Any) -> None:
+    parts = build(stage, stage_config(stage))
+    batch = common.BatchStream(parts.val, batch_size=2).batch(0)
+    trimmed = common.trim_text(batch)
+    assert trimmed["text"].shape[1] == trimmed["text_mask"].shape[1] < batch["text"].shape[1]
+    assert torch.equal(trimmed["text_mask"].sum(dim=1), batch["text_mask"].sum(dim=1))
+    parts.stage.model.eval()
+    with torch.no_grad():
+        full, short = parts.stage.validate([batch]), parts.stage.validate([trimmed])
+    assert short["loss"] == pytest.approx(full["loss"], rel=1e-5)
+
+
+def test_ar_that_does_not_fit_its_codes_is_refused(stage_config: Any) -> None:
+    with pytest.raises(ValueError, match=r"ar\.codebook_size \(8\) must be that of .*: 16\nar\.grid \(4, 4\)"):
+        build("ar", stage_config("ar", "ar.codebook_size=8", "ar.grid=[4,4]"))
