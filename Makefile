@@ -43,13 +43,16 @@ format: setup
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
 
+# Three parts, each from the export of the one before: frames, time, both together.
 vae: setup
-	$(TRAIN) vae --config $(CONFIG)/vae.yaml $(ARGS)
+	$(TRAIN) vae --config $(CONFIG)/vae.yaml --config $(CONFIG)/vae_spatial.yaml --output runs/vae_spatial $(ARGS)
+	$(TRAIN) vae --config $(CONFIG)/vae.yaml --config $(CONFIG)/vae_temporal.yaml --output runs/vae_temporal $(ARGS)
+	$(TRAIN) vae --config $(CONFIG)/vae.yaml --config $(CONFIG)/vae_all.yaml --output runs/vae $(ARGS)
 
 # Two autoencoders: the fine one, whose codes the AR model writes, and the coarser one, which the DiT is trained on.
 vqvae: setup
 	$(TRAIN) vqvae --config $(CONFIG)/vqvae.yaml $(ARGS)
-	$(TRAIN) vqvae --config $(CONFIG)/vqvae_coarser.yaml $(ARGS)
+	$(TRAIN) vqvae --config $(CONFIG)/vqvae_coarser.yaml --output runs/vqvae_coarser $(ARGS)
 
 ar: setup
 	$(TRAIN) ar --config $(CONFIG)/ar.yaml $(ARGS)

@@ -1,13 +1,11 @@
 """Stage `vae`: the video VAE on chunks of pixels.
 
-Source: Open-Sora v1.2, VAE training of stage 3: L1 in pixels and a small KL term. The perceptual term of the
-original needs the weights of a classifier and is left out; a squared error keeps colours, and terms on chroma
-and on the differences of neighbouring pixels can be weighted in. `shift` and `scale` are measured when the
-model is exported.
+Source: Open-Sora v1.2, VAE training: L1 in pixels and a small KL term. The perceptual term of the original needs the
+weights of a classifier; in its place stand a squared error and one of chroma alone, which keeps saturated colours.
+`shift` and `scale` are measured when the model is exported.
 
-The parts can be trained one after another, as in the original (whose stages 1 and 2 keep the per-frame part
-frozen): `part=spatial` autoencodes single frames, `part=temporal` the latents of a frozen per-frame part,
-`part=all` both.
+The parts are trained one after another, as in the original: `part=spatial` autoencodes single frames, `part=temporal`
+the latents of a frozen per-frame part (its loss is theirs, no pixel is decoded), `part=all` both, in pixels.
 """
 
 from __future__ import annotations
@@ -37,12 +35,10 @@ class VAELossConfig:
     """Mean absolute error of pixels in [-1, 1]."""
     mse: float = 2.0
     """Mean squared error."""
-    chroma: float = 0.0
-    """Mean squared error of what is left of a pixel without its mean over the channels, on top of `mse`."""
-    edge: float = 0.0
-    """Mean absolute error of the differences of neighbouring pixels."""
-    latent: float = 0.1
-    """Mean squared error of the per-frame latents, where only the temporal part is trained."""
+    chroma: float = 1.0
+    """Mean squared error of what is left when the mean of the three channels is taken away, on top of `mse`."""
+    latent_l1: float = 0.2
+    """Mean absolute error of per-frame latents, beside their squared error; part=temporal has these two alone."""
     kl: float = 1e-3
     """KL divergence from a unit Gaussian, in nats a latent value."""
 
@@ -83,19 +79,13 @@ class VAEStage(Stage):
         video = batch["video"]
         frames, posterior = self._encode(video)
         made_frames = self._decode_latent(posterior.sample(self.step_generator()), video.shape[2])
-        made = self.model.decode_frames(made_frames).float()
-        weights = self.config.loss
-        error = made - video
-        terms = {
-            "l1": error.abs().mean(),
-            "mse": error.square().mean(),
-            "chroma": (error - error.mean(dim=1, keepdim=True)).square().mean(),
-            "edge": neighbour_differences(error),
-            "kl": posterior.kl().sum() / posterior.mean.numel(),
-        }
         if self.config.part == "temporal":
-            terms["latent"] = (made_frames - frames).square().mean()
-        loss = sum(getattr(weights, name) * value for name, value in terms.items())
+            error = made_frames.float() - frames
+            terms = {"latent": error.square().mean(), "latent_l1": error.abs().mean()}
+        else:
+            terms = pixel_errors(self.model.decode_frames(made_frames).float(), video)
+        terms["kl"] = posterior.kl().sum() / posterior.mean.numel()
+        loss = sum(getattr(self.config.loss, name, 1.0) * value for name, value in terms.items())
         self.log_figures(loss=loss, **terms)
         return loss
 
@@ -147,9 +137,11 @@ class VAEStage(Stage):
         return self.model.temporal_vae.decode(latent, num_frames)
 
 
-def neighbour_differences(error: Tensor) -> Tensor:
-    """Mean absolute difference of neighbouring pixels, down and across, of an error (B, 3, pT, pH, pW)."""
-    return error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+def pixel_errors(made: Tensor, video: Tensor) -> dict[str, Tensor]:
+    """Terms `l1`, `mse` and `chroma` of the loss, for videos (B, 3, pT, pH, pW)."""
+    error = made - video
+    chroma = error - error.mean(dim=1, keepdim=True)
+    return {"l1": error.abs().mean(), "mse": error.square().mean(), "chroma": chroma.square().mean()}
 
 
 def build(config: VAEStageConfig) -> StageParts:
