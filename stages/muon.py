@@ -24,7 +24,7 @@ RMS_OF_ADAMW = 0.2
 
 
 def orthogonalize(matrix: Tensor) -> Tensor:
-    """Nearly orthogonal factor U V^T of a matrix (rows, columns) = U S V^T; singular values land in about [0.7, 1.2]."""
+    """Nearly orthogonal factor U V^T of a matrix (rows, columns) = U S V^T; singular values land in [0.7, 1.2]."""
     a, b, c = NEWTON_SCHULZ
     x = matrix.float() / (matrix.float().norm() + 1e-7)
     tall = x.shape[0] > x.shape[1]

@@ -69,7 +69,7 @@ STATED_PROB = 0.75
 
 
 def caption(shot: Shot, rng: np.random.Generator, split: Split = "train") -> str:
-    """Describe a shot; `held_out` uses only held-out phrasings of motion, speed and background and states every fact."""
+    """Describe a shot; `held_out` states every fact, and motion, speed and background in held-out phrasings only."""
     held_out = split == "held_out"
     objects = " and ".join(_object(look, rng, held_out) for look in shot.objects)
     stated = held_out or rng.random() < STATED_PROB

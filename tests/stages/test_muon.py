@@ -12,7 +12,8 @@ def test_orthogonal_factor_keeps_the_singular_vectors(shape: tuple[int, int]) ->
     inner = u.T @ orthogonalize(matrix) @ vh.T
     off_diagonal = inner - torch.diag(inner.diagonal())
     assert off_diagonal.abs().max() < 1e-4
-    assert inner.diagonal().min() > 0.6 and inner.diagonal().max() < 1.25
+    assert inner.diagonal().min() > 0.6
+    assert inner.diagonal().max() < 1.25
 
 
 def test_update_has_the_size_of_adamw() -> None:

@@ -26,13 +26,20 @@ def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
 def tiny_vae(**overrides) -> VideoVAE:
     torch.manual_seed(0)
     config = VideoVAEConfig(
-        spatial=SpatialVAEConfig(latent_channels=3, layers_per_block=1, block_out_channels=(8, 8, 8, 8), norm_num_groups=4),
+        spatial=SpatialVAEConfig(
+            latent_channels=3, layers_per_block=1, block_out_channels=(8, 8, 8, 8), norm_num_groups=4
+        ),
         temporal=TemporalVAEConfig(
-            in_out_channels=3, latent_embed_dim=4, embed_dim=4, filters=8, num_res_blocks=1,
-            channel_multipliers=(1, 1, 2, 2), num_groups=4,
+            in_out_channels=3,
+            latent_embed_dim=4,
+            embed_dim=4,
+            filters=8,
+            num_res_blocks=1,
+            channel_multipliers=(1, 1, 2, 2),
+            num_groups=4,
         ),
         **overrides,
-    )  # fmt: skip
+    )
     return VideoVAE(config).eval()
 
 
@@ -103,7 +110,8 @@ def test_temporal_convolutions_are_causal(golden_temporal: TemporalVAE) -> None:
 def test_sampling_is_addressed_by_the_generator() -> None:
     posterior = Posterior(torch.zeros(2, 4, 3, 2, 2), torch.full((2, 4, 3, 2, 2), 2.0))
     first, again, other = (posterior.sample(torch.Generator().manual_seed(s)) for s in (1, 1, 2))
-    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
     assert first.std() == pytest.approx(2.718, rel=0.2)
 
 
