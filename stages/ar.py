@@ -20,14 +20,8 @@ from arlon.data.latent_cache import CodeCache, LatentCache, TextCache
 from arlon.data.windows import CodeWindows, Sample
 from arlon.diffusion.samplers import address_seed
 from arlon.grids import ceil_div, num_latent_frames
-from arlon.models.ar import (
-    CodeTransformer,
-    CodeTransformerConfig,
-    PromptSpan,
-    SamplingConfig,
-    code_loss,
-    generate_codes,
-)
+from arlon.models.ar import CodeTransformer, CodeTransformerConfig, code_loss
+from arlon.models.code_stream import PromptSpan, SamplingConfig, generate_codes
 from arlon.models.video_vae import VideoVAE
 from arlon.models.vqvae import LatentVQVAE
 from stages.common import Stage, StageParts, init_model, load_codes, load_data, load_frozen, trim_text

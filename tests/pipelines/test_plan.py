@@ -122,7 +122,7 @@ def test_size_problems_name_the_nearest_sizes() -> None:
         plan_of("a", height=250)
     with pytest.raises(StoryboardError, match="has 2 problems"):
         plan_of("a", height=250, width=250)
-    with pytest.raises(StoryboardError, match="this model makes films of 64 x 64 .* got 64 x 128"):
+    with pytest.raises(StoryboardError, match=r"this model makes films of 64 x 64 .* got 64 x 128"):
         plan_of("a", height=128)
     assert plan_of("a", height=128, geometry=make_geometry(code_grid=None)).storyboard.height == 128
 

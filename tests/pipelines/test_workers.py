@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from arlon.diffusion import flow, samplers
-from arlon.models.ar import PromptSpan, SamplingConfig, generate_codes
+from arlon.models.code_stream import PromptSpan, SamplingConfig, generate_codes
 from arlon.models.injection import SemanticInjection
 from arlon.models.stdit import STDiT3
 from arlon.models.video_vae import VideoVAE

@@ -1,0 +1,289 @@
+"""Prompt suites of the shapes world: what to ask of a model, and how much of it came true.
+
+A *case* is a take to make: one prompt a shot, joined without a cut, and a seed. `sample_cases` draws cases, a
+model makes their frames, `oracle.read_clip` reads every shot, and the functions here turn readings into figures:
+one value a case and attribute, in [0, 1], NaN where the attribute cannot be seen or was not asked for.
+`render_case` renders what a perfect model would show; its figures are what the oracle allows at most.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from arlon.data import captions
+from arlon.data import shapes_world as world
+from arlon.evaluation import oracle
+from arlon.evaluation.oracle import Reading
+
+PROMPT_ATTRIBUTES = ("colour", "shape", "size", "motion", "direction", "speed", "background", "count")
+"""`direction` is the motion of objects asked to move left, right, up or down; `count` that of the objects seen."""
+GUESS: Mapping[str, float] = {
+    "colour": 1 / len(world.COLOURS),
+    "shape": 1 / len(world.SHAPES),
+    "size": 1 / len(world.SIZES),
+    "motion": 1 / len(world.MOTIONS),
+    "direction": 1 / len(world.TRANSLATION),
+    "speed": 1 / len(world.SPEEDS),
+    "background": 1 / len(world.BACKGROUNDS),
+}
+"""Chance of a uniform guess among the values an attribute has."""
+CHANGES = ("colour", "motion", "speed")
+"""What a prompt switch may change."""
+LASTING = ("colour", "shape", "background", "motion")
+"""What must stay when something else changes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A take to make: `prompts[i]` describes `scene.shots[i]`."""
+
+    scene: world.Scene
+    prompts: tuple[str, ...]
+    seed: int
+    """Seed of the film."""
+
+    @property
+    def changed(self) -> str | None:
+        """The attribute that the second prompt changes; None without a second prompt."""
+        if len(self.prompts) < 2:
+            return None
+        before, after = (shot.objects[0] for shot in self.scene.shots[:2])
+        return next(name for name in CHANGES if getattr(before, name) != getattr(after, name))
+
+
+def sample_cases(
+    count: int,
+    *,
+    seconds: Sequence[float],
+    split: world.Split = "held_out",
+    seed: int = 0,
+    two_objects_prob: float = 0.0,
+    aspect: float = 1.0,
+) -> list[Case]:
+    """Draw cases. Case i depends on (seed, number of shots, i) only, so a longer suite begins with a shorter one.
+
+    Args:
+        count: Cases.
+        seconds: Length of each shot.
+        split: `held_out`: attribute pairs and phrasings never trained on; `train`: those of the training.
+        seed: Of the suite.
+        two_objects_prob: Share of cases with two objects; only for cases of one shot.
+        aspect: Frame width over height.
+
+    Returns:
+        Cases whose prompts state every attribute.
+
+    Raises:
+        ValueError: If there is no shot, or cases of several shots are to have two objects.
+    """
+    if not seconds:
+        raise ValueError("a case needs at least one shot: give its length in seconds")
+    if len(seconds) > 1 and two_objects_prob:
+        raise ValueError(f"a prompt switch is scored on one object: two_objects_prob must be 0, got {two_objects_prob}")
+    cases = []
+    for index in range(count):
+        rng = np.random.default_rng([seed, len(seconds), index])
+        scene = _sample_scene(rng, seconds, split, two_objects_prob, aspect)
+        prompts = tuple(_full_caption(shot, rng, split) for shot in scene.shots)
+        cases.append(Case(scene=scene, prompts=prompts, seed=int(rng.integers(2**31))))
+    return cases
+
+
+def _sample_scene(
+    rng: np.random.Generator, seconds: Sequence[float], split: world.Split, two_objects_prob: float, aspect: float
+) -> world.Scene:
+    """A scene without an object that grows, or shrinks, in two shots on end: it would stop at the world's limits."""
+    while True:
+        scene = world.sample_scene(rng, seconds=seconds, split=split, two_objects_prob=two_objects_prob, aspect=aspect)
+        motions = [shot.objects[0].motion for shot in scene.shots]
+        if not any(before == after and after in ("grow", "shrink") for before, after in pairwise(motions)):
+            return scene
+
+
+def _full_caption(shot: world.Shot, rng: np.random.Generator, split: world.Split) -> str:
+    """A caption that leaves nothing out. Held-out captions never do; others are drawn until one does not."""
+    while True:
+        text = captions.caption(shot, rng, split)
+        if split == "held_out" or _states_all(text, shot):
+            return text
+
+
+def _states_all(text: str, shot: world.Shot) -> bool:
+    """Whether a training caption states the background, and size and speed of every object."""
+    sizes = {word for words in captions.SIZE_PHRASES.values() for word in words}
+    speeds = [phrase for phrases in captions.SPEED_PHRASES.values() for phrase in phrases]
+    num_moving = sum(look.motion != "still" for look in shot.objects)
+    return (
+        sum(word in sizes for word in text.split()) == len(shot.objects)
+        and sum(text.count(phrase) for phrase in speeds) == num_moving
+        and any(phrase in text for phrase in captions.BACKGROUND_PHRASES[shot.background])
+    )
+
+
+def render_case(case: Case, *, height: int, width: int, fps: float) -> list[np.ndarray]:
+    """Frames (F, pH, pW, 3) uint8 of every shot as they should be."""
+    ends = [round(end * fps) for end in np.cumsum([shot.seconds for shot in case.scene.shots])]
+    frames = world.render_scene(case.scene, height=height, width=width, fps=fps, num_frames=ends[-1]).frames
+    return np.split(frames, ends[:-1])
+
+
+# --- one prompt ----------------------------------------------------------------------------------------------
+
+
+def score_prompt(reading: Reading, shot: world.Shot) -> dict[str, float]:
+    """Share of what a prompt asks for that is there, by attribute.
+
+    Returns:
+        A value for each of `PROMPT_ATTRIBUTES`: the share of the objects asked for of which it is right. An object
+        that is not there has nothing right. NaN: no object moves in a direction, or none has a speed.
+    """
+    score = oracle.score_clip(reading, shot)
+    directed = [
+        o.motion for o, look in zip(score.objects, shot.objects, strict=True) if look.motion in world.TRANSLATION
+    ]
+    values = {name: score.share(name) for name in oracle.ATTRIBUTES}
+    values |= {
+        "direction": sum(directed) / len(directed) if directed else math.nan,
+        "background": float(score.background),
+        "count": float(score.count),
+    }
+    return {name: values[name] for name in PROMPT_ATTRIBUTES}
+
+
+def shuffled_scores(readings: Sequence[Reading], shots: Sequence[world.Shot]) -> dict[str, float]:
+    """What readings score against the prompts of all other cases: chance, for this model and these prompts.
+
+    Only pairs of cases that both ask for an attribute count, so that clips of a spinning object do not lower the
+    chance of `direction`.
+
+    Returns:
+        A mean for each of `PROMPT_ATTRIBUTES`; NaN where there is no such pair.
+
+    Raises:
+        ValueError: If there are not as many readings as shots.
+    """
+    if len(readings) != len(shots):
+        raise ValueError(f"expected one reading a shot, got {len(readings)} readings and {len(shots)} shots")
+    table = {name: np.full((len(shots), len(shots)), math.nan) for name in PROMPT_ATTRIBUTES}
+    for row, reading in enumerate(readings):
+        for column, shot in enumerate(shots):
+            for name, value in score_prompt(reading, shot).items():
+                table[name][row, column] = value
+    return {name: _mean_off_diagonal(values) for name, values in table.items()}
+
+
+def _mean_off_diagonal(values: np.ndarray) -> float:
+    asked = np.isfinite(values.diagonal())
+    pairs = values[np.ix_(asked, asked)]
+    others = pairs[~np.eye(len(pairs), dtype=bool)]
+    return float(others.mean()) if others.size else math.nan
+
+
+# --- a prompt switch -----------------------------------------------------------------------------------------
+
+
+def score_switch(before: Reading, after: Reading, case: Case) -> dict[str, float]:
+    """What a prompt switch did, from the readings of the shot before and of the shot after it.
+
+    Returns:
+        Values 0 or 1, NaN where they say nothing about this case:
+
+        `appears`: the second shot shows the new value of the attribute that changes; also by what changes,
+            `appears colour`, `appears motion`, `appears speed`.
+        `told NAME`, for what does not change of `LASTING`: the second shot shows what its prompt says.
+        `kept NAME`, likewise: the second shot shows what the *first* shot showed, whether that was asked for or
+            not. Objects are matched by their place at the join (`oracle.identity_kept`); motion is that of the
+            most visible object.
+        `join place`, `join size`: at the join the object is where it was, and as large.
+
+    Raises:
+        ValueError: If the case has no prompt switch.
+    """
+    changed = case.changed
+    if changed is None:
+        raise ValueError("the case has one shot only: a prompt switch needs two")
+    told = score_prompt(after, case.scene.shots[1])
+    kept = _kept(before, after)
+    values = {"appears": told[changed]}
+    values |= {f"appears {name}": told[name] if name == changed else math.nan for name in CHANGES}
+    for kind, found in (("told", told), ("kept", kept)):
+        values |= {f"{kind} {name}": math.nan if name == changed else found[name] for name in LASTING}
+    return values | {f"join {name}": kept[name] for name in ("place", "size")}
+
+
+def _kept(before: Reading, after: Reading) -> dict[str, float]:
+    """What the most visible object kept; nothing where there was none."""
+    identity = oracle.identity_kept(before, after)
+    names = ("place", "colour", "shape", "size")
+    kept = {name: float(getattr(identity.objects[0], name)) if identity.objects else 0.0 for name in names}
+    motions = [reading.objects[0].motion if reading.objects else None for reading in (before, after)]
+    same_motion = motions[0] is not None and motions[0] == motions[1]
+    return kept | {"background": float(identity.background), "motion": float(same_motion)}
+
+
+# --- figures -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Share:
+    """Mean over cases, with its interval. NaN and a count of 0 where no case has a value."""
+
+    mean: float
+    low: float
+    high: float
+    count: int
+    """Cases that have a value."""
+
+
+def summarise(scores: Sequence[Mapping[str, float]], *, level: float = 0.95, seed: int = 0) -> dict[str, Share]:
+    """Mean and bootstrap interval of every figure over cases.
+
+    Args:
+        scores: The figures of each case, all with the same names.
+        level: Probability that the interval is to hold.
+        seed: Of the resampling.
+
+    Raises:
+        ValueError: If there is no case.
+    """
+    if not scores:
+        raise ValueError("there are no cases to summarise")
+    shares = {}
+    for name in scores[0]:
+        values = np.array([score[name] for score in scores])
+        values = values[np.isfinite(values)]
+        low, high = bootstrap_interval(values, level=level, seed=seed)
+        shares[name] = Share(float(values.mean()) if len(values) else math.nan, low, high, len(values))
+    return shares
+
+
+def bootstrap_interval(
+    values: np.ndarray, *, level: float = 0.95, num_resamples: int = 10_000, seed: int = 0
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean (Efron and Tibshirani, 1993, section 13.3).
+
+    Args:
+        values: One a case, (n,).
+        level: Probability that the interval is to hold, (0, 1).
+        num_resamples: Draws of n cases with replacement.
+        seed: Of the draws.
+
+    Returns:
+        Lower and upper end; both NaN without values. Equal values have an interval of length 0.
+
+    Raises:
+        ValueError: If `level` is not a probability.
+    """
+    if not 0 < level < 1:
+        raise ValueError(f"level must be in (0, 1), got {level}")
+    if not len(values):
+        return math.nan, math.nan
+    rng = np.random.default_rng(seed)
+    means = values[rng.integers(len(values), size=(num_resamples, len(values)))].mean(axis=1)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)

@@ -1,0 +1,86 @@
+"""What the options of the command line say about a film: a storyboard, and settings."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipelines.requests import Settings
+from pipelines.storyboard import (
+    Storyboard,
+    StoryboardError,
+    UsageError,
+    load_storyboard,
+    parse_duration,
+    storyboard_from_prompts,
+    with_overrides,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilmOptions:
+    """The options that say what film is meant."""
+
+    prompts: list[str]
+    storyboard: Path | None
+    seed: int | None
+    duration: str | None
+    transition: str
+    values: dict[str, Any]
+    """Film-level values and settings given one by one; None: not given."""
+    assignments: list[str]
+    """`key=value` of --set."""
+
+
+def read_film_options(options: FilmOptions) -> tuple[Storyboard, dict[str, Any]]:
+    """The storyboard that the options describe, and the settings among them.
+
+    Raises:
+        UsageError: If they are contradictory or wrong.
+    """
+    if options.storyboard and options.prompts:
+        raise UsageError("give either --storyboard or --prompt, not both")
+    if not options.storyboard and not options.prompts:
+        raise UsageError("no prompt: give --prompt 'a red circle moves left', or --storyboard film.yaml")
+    try:
+        duration = None if options.duration is None else parse_duration(options.duration)
+    except ValueError as error:
+        raise StoryboardError([f"--duration {error}"], "options") from error
+    if options.storyboard:
+        film = load_storyboard(options.storyboard, default_duration=duration)
+    else:
+        film = storyboard_from_prompts(options.prompts, duration=duration, transition=options.transition)
+    film_values, settings = _sorted_values(options)
+    return with_overrides(film, film_values), settings
+
+
+def _sorted_values(options: FilmOptions) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Values given one by one and by --set, as (film-level values, settings)."""
+    film_keys = {field.name for field in fields(Storyboard)} - {"shots", "model"}
+    setting_keys = {field.name for field in fields(Settings)}
+    given = {name: value for name, value in options.values.items() if value is not None}
+    for text in options.assignments:
+        key, value = _assignment(text)
+        if key not in film_keys | setting_keys:
+            near = difflib.get_close_matches(key, film_keys | setting_keys, n=1)
+            hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(sorted(film_keys | setting_keys))}"
+            raise UsageError(f"--set {key}: unknown key; {hint}")
+        given[key] = value
+    if options.seed is not None:
+        given["seed"] = options.seed
+    film = {name: value for name, value in given.items() if name in film_keys}
+    return film, {name: value for name, value in given.items() if name in setting_keys}
+
+
+def _assignment(text: str) -> tuple[str, Any]:
+    key, sign, value = text.partition("=")
+    if not sign or not key.strip():
+        raise UsageError(f"--set needs KEY=VALUE, got {text!r}")
+    try:
+        return key.strip(), yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise UsageError(f"--set {key.strip()}: cannot read the value {value!r}") from error

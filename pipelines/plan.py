@@ -1,0 +1,284 @@
+"""From a storyboard to the frame-exact plan of a film: takes, segments, and who owns which code frame.
+
+A film is a row of takes (a `cut` starts one). A take is cut into segments on the latent grid (arlon.grids.SegmentGrid);
+a shot owns whole segments, so its length is rounded to theirs, and the plan says by how much. The codes of a take are
+one stream: code frame c covers latent frames [c r, (c + 1) r), r the time ratio of the VQ-VAE, and belongs to the shot
+that owns the first of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from itertools import accumulate, pairwise
+from typing import Any
+
+from arlon.grids import ceil_div, code_grid
+from pipelines.model import GenerationDefaults, ModelGeometry
+from pipelines.storyboard import Shot, Storyboard, StoryboardError
+
+MAX_SEGMENTS = 20_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShotSpan:
+    """A shot on the time line of the film."""
+
+    shot: int
+    """Index in the storyboard."""
+    take: int
+    start_frame: int
+    num_frames: int
+    asked_frames: int
+    """Frames the storyboard asked for; `num_frames` is what whole segments give."""
+    num_segments: int
+    num_code_frames: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segment:
+    """Frames made by one pass of the diffusion transformer."""
+
+    index: int
+    """In the film."""
+    take: int
+    shot: int
+    index_in_take: int
+    start_latent: int
+    """First latent frame in the take, carried-over ones included."""
+    num_latents: int
+    overlap: int
+    """How many of them are carried over: 0 in the first segment of a take."""
+    start_frame: int
+    """First new frame in the film."""
+    num_frames: int
+    """New frames."""
+    num_code_frames: int
+    """Code frames of the take, from its start, that must be written before this segment can be refined."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Take:
+    """A stretch without a cut."""
+
+    index: int
+    num_latents: int
+    num_code_frames: int
+    spans: tuple[tuple[int, int], ...]
+    """Pairs (shot, code frames of it), in order; their sum is `num_code_frames`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Everything about a film that is known before anything is computed."""
+
+    storyboard: Storyboard
+    """Resolved: no film-level value is None, apart from the model's name."""
+    geometry: ModelGeometry
+    shots: tuple[ShotSpan, ...]
+    takes: tuple[Take, ...]
+    segments: tuple[Segment, ...]
+
+    @property
+    def num_frames(self) -> int:
+        """Frames of the film."""
+        return sum(shot.num_frames for shot in self.shots)
+
+    @property
+    def duration_s(self) -> float:
+        """Seconds of the film."""
+        return self.num_frames / self.fps
+
+    @property
+    def fps(self) -> float:
+        """Frames a second."""
+        assert self.storyboard.fps is not None
+        return self.storyboard.fps
+
+    def to_plain(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        film = self.storyboard
+        return {
+            "num_frames": self.num_frames,
+            "duration_s": self.duration_s,
+            "fps": self.fps,
+            "height": film.height,
+            "width": film.width,
+            "seed": film.seed,
+            "shots": [
+                asdict(span) | {"prompt": film.shots[span.shot].prompt, "transition": film.shots[span.shot].transition}
+                for span in self.shots
+            ],
+            "takes": [asdict(take) for take in self.takes],
+            "segments": [asdict(segment) for segment in self.segments],
+        }
+
+
+def resolve_storyboard(storyboard: Storyboard, defaults: GenerationDefaults, seed: int) -> Storyboard:
+    """Fill in what the storyboard leaves open: the model's values, and `seed` if it names none."""
+    names = ("fps", "height", "width", "guidance_scale", "num_inference_steps", "solver")
+    filled = {name: getattr(defaults, name) for name in names if getattr(storyboard, name) is None}
+    return replace(storyboard, seed=seed if storyboard.seed is None else storyboard.seed, **filled)
+
+
+def make_plan(storyboard: Storyboard, geometry: ModelGeometry) -> Plan:
+    """Lay a resolved storyboard out on the grids of a model.
+
+    Args:
+        storyboard: Without open film-level values (see `resolve_storyboard`).
+        geometry: Of the model.
+
+    Raises:
+        StoryboardError: If the frame size does not fit the model or the film is too long.
+    """
+    _check_size(storyboard, geometry)
+    spans: list[ShotSpan] = []
+    takes: list[Take] = []
+    segments: list[Segment] = []
+    for group in _take_groups(storyboard.shots):
+        frame = spans[-1].start_frame + spans[-1].num_frames if spans else 0
+        new = _TakeLayout(group, len(takes), len(segments), frame, storyboard.fps, geometry)
+        takes.append(new.take())
+        spans += new.spans()
+        segments += new.segments()
+    if len(segments) > MAX_SEGMENTS:
+        raise StoryboardError([f"the film has {len(segments)} segments, at most {MAX_SEGMENTS} are possible"])
+    return Plan(
+        storyboard=storyboard,
+        geometry=geometry,
+        shots=tuple(spans),
+        takes=tuple(takes),
+        segments=tuple(segments),
+    )
+
+
+@dataclass(frozen=True)
+class _TakeLayout:
+    """Arithmetic of one take."""
+
+    group: list[tuple[int, Shot]]
+    index: int
+    first_segment: int
+    """Index in the film."""
+    first_frame: int
+    """In the film."""
+    fps: float
+    geometry: ModelGeometry
+
+    @property
+    def counts(self) -> list[int]:
+        """Segments of every shot."""
+        return [
+            self.geometry.grid.num_segments_for(shot.duration.num_frames(self.fps), first=number == 0)
+            for number, (_, shot) in enumerate(self.group)
+        ]
+
+    @property
+    def code_counts(self) -> list[int]:
+        """Code frames of every shot."""
+        grid, ratio = self.geometry.grid, self.geometry.code_ratio[0]
+        ends = [ceil_div(grid.take_latents(total), ratio) for total in accumulate(self.counts)]
+        return [end - start for start, end in pairwise([0, *ends])]
+
+    def take(self) -> Take:
+        """The take as a whole; shots too short to own a code frame are not among its spans."""
+        counts = self.code_counts
+        return Take(
+            index=self.index,
+            num_latents=self.geometry.grid.take_latents(sum(self.counts)),
+            num_code_frames=sum(counts),
+            spans=tuple((shot, n) for (shot, _), n in zip(self.group, counts, strict=True) if n),
+        )
+
+    def spans(self) -> Iterator[ShotSpan]:
+        """Its shots on the time line."""
+        grid = self.geometry.grid
+        counts, code_counts = self.counts, self.code_counts
+        ends = [grid.take_frames(total) for total in accumulate(counts)]
+        for number, (shot_index, shot) in enumerate(self.group):
+            start = ends[number - 1] if number else 0
+            yield ShotSpan(
+                shot=shot_index,
+                take=self.index,
+                start_frame=self.first_frame + start,
+                num_frames=ends[number] - start,
+                asked_frames=shot.duration.num_frames(self.fps),
+                num_segments=counts[number],
+                num_code_frames=code_counts[number],
+            )
+
+    def segments(self) -> Iterator[Segment]:
+        """Its segments."""
+        grid, take = self.geometry.grid, self.take()
+        owners = [shot for (shot, _), n in zip(self.group, self.counts, strict=True) for _ in range(n)]
+        for place, shot in enumerate(owners):
+            latents = grid.segment_slice(place)
+            needed = ceil_div(latents.stop, self.geometry.code_ratio[0]) + self.geometry.code_halo
+            yield Segment(
+                index=self.first_segment + place,
+                take=self.index,
+                shot=shot,
+                index_in_take=place,
+                start_latent=latents.start,
+                num_latents=grid.segment,
+                overlap=grid.overlap if place else 0,
+                start_frame=self.first_frame + (grid.take_frames(place) if place else 0),
+                num_frames=grid.stride_frames if place else grid.segment_frames,
+                num_code_frames=min(needed, take.num_code_frames),
+            )
+
+
+def _take_groups(shots: tuple[Shot, ...]) -> Iterator[list[tuple[int, Shot]]]:
+    """Shots of each take, with their indices."""
+    group: list[tuple[int, Shot]] = []
+    for index, shot in enumerate(shots):
+        if group and shot.transition == "cut":
+            yield group
+            group = []
+        group.append((index, shot))
+    yield group
+
+
+def _check_size(storyboard: Storyboard, geometry: ModelGeometry) -> None:
+    multiple, problems = geometry.size_multiple, []
+    sizes = {"height": storyboard.height or 0, "width": storyboard.width or 0}
+    for name, size in sizes.items():
+        if size % multiple or not size:
+            near = sorted({max(multiple, size // multiple * multiple), ceil_div(size, multiple) * multiple})
+            patch = max(geometry.patch_size[1:])
+            problems.append(
+                f"{name} ({size}) must be a multiple of {multiple} (VAE {geometry.space_stride} x patch {patch}); "
+                f"nearest {'is' if len(near) == 1 else 'are'} {' and '.join(map(str, near))}"
+            )
+    latent = geometry.latent_size(sizes["height"], sizes["width"])
+    codes = code_grid((1, *latent), geometry.code_ratio)[1:]
+    if not problems and geometry.code_grid not in (None, codes):
+        defaults = geometry.defaults
+        problems.append(
+            f"this model makes films of {defaults.width} x {defaults.height} (width x height), "
+            f"got {sizes['width']} x {sizes['height']}: leave height and width out"
+        )
+    if problems:
+        raise StoryboardError(problems)
+
+
+def timeline_rows(plan: Plan) -> list[dict[str, str]]:
+    """The rows of the printed timeline, one a shot, ready to show."""
+    rows = []
+    for span in plan.shots:
+        shot = plan.storyboard.shots[span.shot]
+        change = span.num_frames - span.asked_frames
+        rows.append(
+            {
+                "shot": str(span.shot + 1),
+                "join": "start" if span.shot == 0 else shot.transition,
+                "frames": f"{span.start_frame}-{span.start_frame + span.num_frames - 1}",
+                "start": f"{span.start_frame / plan.fps:.2f} s",
+                "length": f"{span.num_frames / plan.fps:.2f} s",
+                "rounded": f"{change / plan.fps:+.2f} s" if change else "exact",
+                "segs": str(span.num_segments),
+                "codes": str(span.num_code_frames),
+                "prompt": shot.prompt,
+            }
+        )
+    return rows

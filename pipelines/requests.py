@@ -1,0 +1,304 @@
+"""What the steps of making a film are asked, and what they answer.
+
+A request says what to do in plain values; its last fields, None at first, take the results of earlier steps. So every
+request of a film is known before anything is computed (`film_requests`), and an executor only has to `fill` them: with
+results (`local`), or with references to results (`graph`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+from torch import Tensor
+
+from arlon.models.code_stream import SamplingConfig
+from arlon.text.encoders import TextFeatures
+from pipelines.plan import Plan, Segment, Take
+
+R = TypeVar("R")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How a film is computed and stored, beyond what the storyboard says."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the networks; bfloat16 runs them under autocast."""
+    num_threads: int = 1
+    """Threads of PyTorch; the last bits of a film depend on it."""
+    device: str = "cpu"
+    """Where the networks run."""
+    ar_temperature: float = 1.0
+    """Of the code model; 0 takes the most likely code."""
+    ar_top_p: float = 0.95
+    """Share of probability that codes are drawn from."""
+    ar_guidance_scale: float = 3.0
+    """Text guidance of the code model; 1 turns it off."""
+    crf: int = 16
+    """Constant rate factor of the film, 0 (best) to 51."""
+    preset: str = "medium"
+    """x264 preset of the film."""
+
+    def __post_init__(self) -> None:
+        if self.num_threads < 1:
+            raise ValueError(f"num_threads must be at least 1, got {self.num_threads}")
+        if not 0 <= self.crf <= 51:
+            raise ValueError(f"crf must be between 0 and 51, got {self.crf}")
+        SamplingConfig(temperature=self.ar_temperature, top_p=self.ar_top_p, guidance_scale=self.ar_guidance_scale)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """Everything the workers of one film need to start."""
+
+    plan: Plan
+    settings: Settings
+    model_path: str
+    model_hash: str
+    run_dir: str
+    partial_path: str
+    """The growing film."""
+    tag: str
+    """Text stored inside the film."""
+
+    def component(self, name: str) -> Path:
+        """Folder of a component of the model."""
+        return Path(self.model_path) / name
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextRequest:
+    """Prompts to encode; each once."""
+
+    prompts: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextResult:
+    """Features of every prompt, on the CPU."""
+
+    features: dict[str, TextFeatures]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodeRequest:
+    """Write the codes of a take up to `stop`."""
+
+    take: int
+    schedule: tuple[tuple[str, int, int], ...]
+    """For every prompt of the take: the prompt, its seed, its code frames."""
+    stop: int
+    """Code frames of the take there must be afterwards."""
+    text: TextResult | None = None
+    before: CodeResult | None = None
+    """Codes written so far; None at the start of a take."""
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """Prompts whose features `text` must hold."""
+        return tuple(dict.fromkeys(prompt for prompt, _, _ in self.schedule))
+
+    def seed_of(self, frame: int) -> int:
+        """Seed of a code frame."""
+        for _, seed, count in self.schedule:
+            if frame < count:
+                return seed
+            frame -= count
+        raise ValueError(f"take {self.take} has no code frame {frame} beyond its end")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodeResult:
+    """The first code frames of a take."""
+
+    codes: Tensor
+    """(1, n, cH, cW) int64."""
+    elapsed_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefineRequest:
+    """Make the latent of one segment."""
+
+    segment: Segment
+    take: Take
+    prompt: str
+    negative_prompt: str
+    """Empty: guidance moves away from the null caption."""
+    seed: int
+    guidance_scale: float
+    num_inference_steps: int
+    solver: str
+    fps: float
+    height: int
+    width: int
+    text: TextResult | None = None
+    codes: CodeResult | None = None
+    before: RefineResult | None = None
+    """The segment before in the take; None in its first."""
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """Prompts whose features `text` must hold."""
+        return (self.prompt, self.negative_prompt) if self.negative_prompt else (self.prompt,)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefineResult:
+    """The new latent frames of a segment."""
+
+    latent: Tensor
+    """(1, C, n, H, W) float32, on the CPU."""
+    overlap_hash: str | None
+    """SHA-256 of the latent frames carried over; None where there were none."""
+    codes_hash: str
+    """SHA-256 of the codes used."""
+    elapsed_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeRequest:
+    """Turn the new latent frames of a segment into video frames."""
+
+    num_frames: int
+    refined: RefineResult | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeResult:
+    """Video frames."""
+
+    frames: np.ndarray
+    """(pT, pH, pW, 3) uint8."""
+    elapsed_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class WriteRequest:
+    """Store a segment and add it to the film."""
+
+    segment: Segment
+    inputs: dict[str, Any]
+    """What the segment was made from, in plain values; hashes are added."""
+    codes: CodeResult | None = None
+    refined: RefineResult | None = None
+    decoded: DecodeResult | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class WriteResult:
+    """A segment is stored."""
+
+    segment: Segment
+    fragment_hash: str
+    """SHA-256 of the encoded frames."""
+    latent_hash: str
+    """SHA-256 of the file with its latents."""
+    elapsed_s: dict[str, float]
+    """Seconds of every step: code, refine, decode, write."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentRequests:
+    """The requests of one segment, not yet filled with results."""
+
+    segment: Segment
+    code: CodeRequest
+    refine: RefineRequest
+    decode: DecodeRequest
+    write: WriteRequest
+    is_take_start: bool
+    is_take_end: bool
+
+
+def text_request(plan: Plan) -> TextRequest:
+    """All prompts of a film, each once, in order of appearance."""
+    film = plan.storyboard
+    prompts = dict.fromkeys(shot.prompt for shot in film.shots)
+    if film.negative_prompt:
+        prompts[film.negative_prompt] = None
+    return TextRequest(prompts=tuple(prompts))
+
+
+def film_requests(job: Job) -> Iterator[SegmentRequests]:
+    """Requests of all segments of a film, in order."""
+    plan = job.plan
+    last_of_take = {segment.take: segment.index for segment in plan.segments}
+    for segment in plan.segments:
+        take = plan.takes[segment.take]
+        refine = _refine_request(plan, segment, take)
+        yield SegmentRequests(
+            segment=segment,
+            code=CodeRequest(take=take.index, schedule=_code_schedule(plan, take), stop=segment.num_code_frames),
+            refine=refine,
+            decode=DecodeRequest(num_frames=segment.num_frames),
+            write=WriteRequest(segment=segment, inputs=_inputs(job, refine)),
+            is_take_start=segment.index_in_take == 0,
+            is_take_end=last_of_take[take.index] == segment.index,
+        )
+
+
+def _code_schedule(plan: Plan, take: Take) -> tuple[tuple[str, int, int], ...]:
+    shots = plan.storyboard.shots
+    return tuple((shots[shot].prompt, _seed_of(plan, shot), count) for shot, count in take.spans)
+
+
+def _seed_of(plan: Plan, shot: int) -> int:
+    own, film = plan.storyboard.shots[shot].seed, plan.storyboard.seed
+    assert film is not None
+    return film if own is None else own
+
+
+def _refine_request(plan: Plan, segment: Segment, take: Take) -> RefineRequest:
+    film = plan.storyboard
+    shot = film.shots[segment.shot]
+    resolved = (film.guidance_scale, film.num_inference_steps, film.solver, film.fps, film.height, film.width)
+    if None in resolved:
+        raise ValueError("the storyboard of a plan must be resolved: call plan.resolve_storyboard first")
+    scale, num_steps, solver, fps, height, width = resolved
+    return RefineRequest(
+        segment=segment,
+        take=take,
+        prompt=shot.prompt,
+        negative_prompt=film.negative_prompt,
+        seed=_seed_of(plan, segment.shot),
+        guidance_scale=scale if shot.guidance_scale is None else shot.guidance_scale,
+        num_inference_steps=num_steps,
+        solver=solver,
+        fps=fps,
+        height=height,
+        width=width,
+    )
+
+
+def _inputs(job: Job, refine: RefineRequest) -> dict[str, Any]:
+    """The plain part of what a segment is made from."""
+    names = (
+        "prompt",
+        "negative_prompt",
+        "seed",
+        "guidance_scale",
+        "num_inference_steps",
+        "solver",
+        "fps",
+        "height",
+        "width",
+    )
+    settings = job.settings
+    return {
+        "model": job.model_hash,
+        "shot": refine.segment.shot,
+        "take": refine.segment.take,
+        **{name: getattr(refine, name) for name in names},
+        "dtype": settings.dtype,
+        "num_threads": settings.num_threads,
+    }
+
+
+def fill(request: R, **results: Any) -> R:
+    """A request with the results it waited for."""
+    return replace(request, **results)

@@ -1,0 +1,383 @@
+"""Storyboards: what a film should show, shot after shot.
+
+A storyboard is a YAML or JSON file:
+
+    seed: 7                    # -1 or absent: a random one, printed and stored
+    fps: 8                     # absent film-level values are the model's own
+    shots:
+      - prompt: a red circle moves left on a black background
+        duration: 6            # seconds; "48f" counts frames
+      - prompt: a green circle moves left on a black background
+        transition: continue   # carries the last frames over (default); `cut` starts afresh
+
+Film-level keys: seed, fps, height, width, model, negative_prompt, guidance_scale, num_inference_steps, solver, shots.
+Shot keys: prompt, duration, transition, seed, guidance_scale, notes. A plain text file is a storyboard too: one prompt
+a line, an empty line before a prompt is a cut, lines that start with `#` are comments.
+
+Reading never stops at the first problem: one StoryboardError lists them all, one a line.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import re
+import secrets
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+
+Transition = Literal["continue", "cut"]
+
+DEFAULT_DURATION_S = 5.0
+MAX_DURATION_S = 3600.0
+MAX_PROMPT_LENGTH = 2000
+MAX_SHOTS = 1000
+MAX_SEED = 2**63 - 1
+RANDOM_SEED_LIMIT = 2**31
+MAX_SIZE = 8192
+MAX_FPS = 240.0
+_UNSUPPORTED = {"image": "a reference image", "video": "a reference video"}
+
+
+class UsageError(ValueError):
+    """What was asked for cannot be done as asked; nothing has been started."""
+
+
+class StoryboardError(UsageError):
+    """Everything that is wrong with a storyboard, one problem a line.
+
+    Args:
+        problems: One sentence a problem.
+        source: Name of the storyboard, for the message.
+    """
+
+    def __init__(self, problems: Sequence[str], source: str = "storyboard") -> None:
+        self.problems = tuple(problems)
+        if len(self.problems) == 1:
+            super().__init__(f"{source}: {self.problems[0]}")
+        else:
+            lines = "\n".join(f"  {problem}" for problem in self.problems)
+            super().__init__(f"{source} has {len(self.problems)} problems:\n{lines}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Duration:
+    """A length of time, in seconds or in frames: exactly one of the two is set."""
+
+    seconds: float | None = None
+    frames: int | None = None
+
+    def num_frames(self, fps: float) -> int:
+        """Nearest number of frames at `fps`, at least 1."""
+        return self.frames if self.frames is not None else max(1, round((self.seconds or 0.0) * fps))
+
+    def to_plain(self) -> float | str:
+        """The value as it stands in a storyboard file: 4.5 or "36f"."""
+        return f"{self.frames}f" if self.frames is not None else float(self.seconds or 0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shot:
+    """A stretch of film under one prompt."""
+
+    prompt: str
+    duration: Duration = Duration(seconds=DEFAULT_DURATION_S)
+    transition: Transition = "continue"
+    """How the shot follows the one before: `continue` carries frames over, `cut` starts afresh."""
+    seed: int | None = None
+    """Seed of this shot's noise; None: the film's."""
+    guidance_scale: float | None = None
+    """Guidance of this shot; None: the film's."""
+    notes: str = ""
+    """For the reader; not used."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Storyboard:
+    """A film to make. None means: the model's own value."""
+
+    shots: tuple[Shot, ...]
+    seed: int | None = None
+    fps: float | None = None
+    height: int | None = None
+    width: int | None = None
+    model: str | None = None
+    negative_prompt: str = ""
+    guidance_scale: float | None = None
+    num_inference_steps: int | None = None
+    solver: str | None = None
+
+    def to_plain(self) -> dict[str, Any]:
+        """Plain values for JSON or YAML, without those that are not set; `parse_storyboard` reads them back."""
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "shots"}
+        plain = {name: value for name, value in plain.items() if value not in (None, "")}
+        plain["shots"] = [_shot_to_plain(shot) for shot in self.shots]
+        return plain
+
+
+def _shot_to_plain(shot: Shot) -> dict[str, Any]:
+    plain = {f.name: getattr(shot, f.name) for f in fields(shot)}
+    plain["duration"] = shot.duration.to_plain()
+    return {name: value for name, value in plain.items() if value not in (None, "")}
+
+
+def random_seed() -> int:
+    """A fresh seed in [0, 2^31)."""
+    return secrets.randbelow(RANDOM_SEED_LIMIT)
+
+
+def load_storyboard(path: str | Path, *, default_duration: Duration | None = None) -> Storyboard:
+    """Read a storyboard file: .yaml, .yml, .json, or .txt with one prompt a line.
+
+    Args:
+        path: The file.
+        default_duration: For shots that give none. Default: 5 seconds.
+
+    Raises:
+        StoryboardError: If the file is missing, is not a storyboard, or says something impossible.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise StoryboardError([f"cannot be read: {reason}"], f"storyboard '{path}'") from error
+    source = f"storyboard '{path}'"
+    if path.suffix.lower() == ".txt":
+        data: Any = {"shots": _shots_from_text(text)}
+    else:
+        data = _parse_markup(text, source, is_json=path.suffix.lower() == ".json")
+    return parse_storyboard(data, source=source, default_duration=default_duration)
+
+
+def _parse_markup(text: str, source: str, *, is_json: bool) -> Any:
+    try:
+        return json.loads(text) if is_json else yaml.safe_load(text)
+    except json.JSONDecodeError as error:
+        raise StoryboardError([f"not JSON: line {error.lineno}: {error.msg}"], source) from error
+    except yaml.MarkedYAMLError as error:
+        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        raise StoryboardError([f"not YAML: {line}{error.problem}"], source) from error
+    except (yaml.YAMLError, RecursionError) as error:
+        raise StoryboardError([f"not YAML: {str(error).splitlines()[0]}"], source) from error
+
+
+def _shots_from_text(text: str) -> list[dict[str, str]]:
+    shots, is_cut = [], False
+    for line in text.splitlines():
+        line = line.strip()
+        if not line:
+            is_cut = True
+        elif not line.startswith("#"):
+            shots.append({"prompt": line, "transition": "cut" if is_cut else "continue"})
+            is_cut = False
+    return shots
+
+
+def parse_storyboard(data: Any, *, source: str = "storyboard", default_duration: Duration | None = None) -> Storyboard:
+    """Build a storyboard from plain values (what YAML or JSON gives).
+
+    Args:
+        data: A mapping with the film-level keys.
+        source: Name of the storyboard, for messages.
+        default_duration: For shots that give none. Default: 5 seconds.
+
+    Raises:
+        StoryboardError: With every problem found.
+    """
+    if not isinstance(data, Mapping):
+        raise StoryboardError([f"must be a mapping with the key 'shots', got {_kind(data)}"], source)
+    problems: list[str] = []
+    film = _read(data, "", {f.name for f in fields(Storyboard)}, _FILM_READERS, problems)
+    shots = _read_shots(data.get("shots"), default_duration, problems)
+    if problems:
+        raise StoryboardError(problems, source)
+    return Storyboard(shots=tuple(shots), **film)
+
+
+def storyboard_from_prompts(
+    prompts: Sequence[str], *, duration: Duration | None = None, transition: Transition = "continue"
+) -> Storyboard:
+    """A storyboard of plain prompts, one shot each.
+
+    Args:
+        prompts: At least one.
+        duration: Of every shot. Default: 5 seconds.
+        transition: Between any two shots.
+
+    Raises:
+        StoryboardError: If there is no prompt or one is unusable.
+    """
+    shots = [{"prompt": prompt, "transition": transition} for prompt in prompts]
+    return parse_storyboard({"shots": shots}, source="prompts", default_duration=duration)
+
+
+def with_overrides(storyboard: Storyboard, values: Mapping[str, Any], source: str = "options") -> Storyboard:
+    """The storyboard with film-level values replaced; None in `values` means: leave as it is.
+
+    Raises:
+        StoryboardError: If a key is unknown or a value out of range.
+    """
+    given = {name: value for name, value in values.items() if value is not None}
+    problems: list[str] = []
+    known = {f.name for f in fields(Storyboard)} - {"shots"}
+    film = _read(given, "", known, _FILM_READERS, problems)
+    if problems:
+        raise StoryboardError(problems, source)
+    return replace(storyboard, **film)
+
+
+def parse_duration(value: Any) -> Duration:
+    """Read a duration: a number or "4.5" or "4.5s" in seconds, "36f" in frames.
+
+    Raises:
+        ValueError: If it is not a duration, not positive, or longer than an hour.
+    """
+    match = re.fullmatch(r"\s*([^\s]+?)\s*(s|f|frames)?\s*", str(value).lower())
+    try:
+        if isinstance(value, bool) or match is None:
+            raise ValueError
+        number = float(match[1])
+        is_frames = match[2] in ("f", "frames")
+        if is_frames and not number.is_integer():
+            raise ValueError
+    except (ValueError, OverflowError):
+        raise ValueError(f'must be seconds such as 4.5, or frames such as "36f", got {value!r}') from None
+    if not number > 0:
+        raise ValueError(f"must be more than 0, got {value!r}")
+    if number > (MAX_DURATION_S * MAX_FPS if is_frames else MAX_DURATION_S):
+        raise ValueError(f"must be at most one hour ({MAX_DURATION_S:.0f} s), got {value!r}")
+    return Duration(frames=int(number)) if is_frames else Duration(seconds=number)
+
+
+def _read_shots(data: Any, default_duration: Duration | None, problems: list[str]) -> list[Shot]:
+    if not isinstance(data, Sequence) or isinstance(data, str) or not data:
+        problems.append("shots must be a list of at least one shot with a prompt: give a prompt")
+        return []
+    if len(data) > MAX_SHOTS:
+        problems.append(f"shots: at most {MAX_SHOTS} shots, got {len(data)}")
+        return []
+    shots = []
+    known = {f.name for f in fields(Shot)}
+    for index, item in enumerate(data):
+        where = f"shots[{index}]"
+        item = {"prompt": item} if isinstance(item, str) else item
+        if not isinstance(item, Mapping):
+            problems.append(f"{where} must be a mapping with the key 'prompt', got {_kind(item)}")
+            continue
+        values = _read(item, f"{where}.", known, _SHOT_READERS, problems)
+        if "prompt" not in item:
+            problems.append(f"{where}.prompt is missing")
+        elif "prompt" in values:
+            shots.append(Shot(**({"duration": default_duration} if default_duration else {}) | values))
+    return shots
+
+
+def _read(
+    data: Mapping[Any, Any],
+    prefix: str,
+    known: set[str],
+    readers: Mapping[str, Callable[[Any], Any]],
+    problems: list[str],
+) -> dict[str, Any]:
+    """Read the known keys of a mapping; what is wrong is added to `problems`."""
+    values = {}
+    for key, value in data.items():
+        if key in _UNSUPPORTED and prefix:
+            what = _UNSUPPORTED[key]
+            problems.append(f"{prefix}{key}: {what} is not supported, films are made from text: remove it")
+        elif key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+            hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(sorted(known))}"
+            problems.append(f"{prefix}{key}: unknown key; {hint}")
+        elif key in readers and value is not None:
+            try:
+                values[key] = readers[key](value)
+            except ValueError as error:
+                problems.append(f"{prefix}{key} {error}")
+        elif key in readers and key in ("prompt", "duration"):
+            problems.append(f"{prefix}{key} is empty")
+    return values
+
+
+def _kind(value: Any) -> str:
+    return "nothing" if value is None else f"a {type(value).__name__}"
+
+
+def _number(low: float, high: float) -> Callable[[Any], float]:
+    def read(value: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise ValueError(f"must be a number, got {value!r}")
+        if not low <= value <= high:
+            raise ValueError(f"must be between {low:g} and {high:g}, got {value!r}")
+        return float(value)
+
+    return read
+
+
+def _whole(low: int, high: int) -> Callable[[Any], int]:
+    def read(value: Any) -> int:
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ValueError(f"must be a whole number, got {value!r}")
+        if not low <= value <= high:
+            raise ValueError(f"must be between {low} and {high}, got {value}")
+        return value
+
+    return read
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"must be text, got {value!r}")
+    text = " ".join(value.split())
+    if len(text) > MAX_PROMPT_LENGTH:
+        raise ValueError(f"must have at most {MAX_PROMPT_LENGTH} characters, got {len(text)}")
+    strange = next((char for char in text if unicodedata.category(char) in ("Cc", "Cs")), None)
+    if strange is not None:
+        raise ValueError(f"holds the control character U+{ord(strange):04X}: remove it")
+    return text
+
+
+def _prompt(value: Any) -> str:
+    text = _text(value)
+    if not text:
+        raise ValueError("is empty: say what the shot shows")
+    return text
+
+
+def _transition(value: Any) -> str:
+    if value not in get_args(Transition):
+        raise ValueError(f"must be 'continue' or 'cut', got {value!r}")
+    return value
+
+
+def _film_seed(value: Any) -> int | None:
+    seed = _whole(-1, MAX_SEED)(value)
+    return None if seed == -1 else seed
+
+
+_SHOT_READERS: dict[str, Callable[[Any], Any]] = {
+    "prompt": _prompt,
+    "duration": parse_duration,
+    "transition": _transition,
+    "seed": _whole(0, MAX_SEED),
+    "guidance_scale": _number(0.0, 100.0),
+    "notes": _text,
+}
+_FILM_READERS: dict[str, Callable[[Any], Any]] = {
+    "seed": _film_seed,
+    "fps": _number(1.0, MAX_FPS),
+    "height": _whole(2, MAX_SIZE),
+    "width": _whole(2, MAX_SIZE),
+    "model": _prompt,
+    "negative_prompt": _text,
+    "guidance_scale": _number(0.0, 100.0),
+    "num_inference_steps": _whole(1, 1000),
+    "solver": _prompt,
+}

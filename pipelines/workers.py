@@ -1,0 +1,325 @@
+"""The five steps of making a film, as plain classes.
+
+    TextWorker -> CodeWorker -> RefineWorker -> DecodeWorker -> WriteWorker
+
+Each has one method, `run`, from one frozen request to one frozen result (see `pipelines.requests`). Nothing that
+decides a result hides in a worker: what a segment carries over comes in its request, so any segment can be made
+again alone.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from arlon.data.video_io import VideoWriter
+from arlon.diffusion import conditioning, flow, guidance, samplers
+from arlon.models.ar import CodeTransformer
+from arlon.models.code_stream import CodeStream, PromptSpan, SamplingConfig
+from arlon.models.injection import SemanticInjection
+from arlon.models.stdit import STDiT3
+from arlon.models.video_vae import VideoVAE
+from arlon.text.encoders import TextEncoder, TextFeatures, load_text_encoder
+from pipelines.requests import (
+    CodeRequest,
+    CodeResult,
+    DecodeRequest,
+    DecodeResult,
+    Job,
+    RefineRequest,
+    RefineResult,
+    Settings,
+    TextRequest,
+    TextResult,
+    WriteRequest,
+    WriteResult,
+)
+from pipelines.run_folder import RunFolder, hash_bytes, hash_tensor
+
+
+@contextmanager
+def torch_threads(num_threads: int) -> Iterator[None]:
+    """Run PyTorch with a number of threads, and restore what was."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class TextWorker:
+    """Encodes prompts, one at a time, so that features do not depend on what else is in the film.
+
+    Args:
+        job: The film.
+        encoder: Used instead of the model's own, for tests.
+    """
+
+    def __init__(self, job: Job, encoder: TextEncoder | None = None) -> None:
+        self.encoder = encoder or load_text_encoder(job.component("text_encoder"), device=job.settings.device)
+        self._known: dict[str, TextFeatures] = {}
+
+    def run(self, request: TextRequest) -> TextResult:
+        """Encode."""
+        for prompt in request.prompts:
+            if prompt not in self._known:
+                self._known[prompt] = self.encoder.encode([prompt]).to("cpu")
+        return TextResult(features={prompt: self._known[prompt] for prompt in request.prompts})
+
+
+class CodeWorker:
+    """Writes codes with the autoregressive model.
+
+    It keeps the stream it last worked on only to save time: a request that does not continue it starts a new
+    stream from the codes it brings, with the same result.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self.settings = job.settings
+        self.model = CodeTransformer.from_pretrained(job.component("ar"), dropout=0.0).to(job.settings.device)
+        self._stream: tuple[tuple[Any, ...], CodeStream] | None = None
+
+    def run(self, request: CodeRequest) -> CodeResult:
+        """Write."""
+        started_s = time.perf_counter()
+        existing = request.before.codes if request.before is not None else None
+        frames = [] if existing is None else list(existing[0])
+        stream = self._stream_at(request, len(frames), existing)
+        frames += [next(stream) for _ in range(request.stop - len(frames))]
+        codes = torch.stack(frames)[None]
+        self._stream = (self._key(request, request.stop, codes), stream)
+        return CodeResult(codes=codes, elapsed_s=time.perf_counter() - started_s)
+
+    def _key(self, request: CodeRequest, frame: int, codes: Tensor | None) -> tuple[Any, ...]:
+        return request.take, request.schedule, frame, None if codes is None else hash_tensor(codes)
+
+    def _stream_at(self, request: CodeRequest, frame: int, existing: Tensor | None) -> CodeStream:
+        if self._stream is not None and self._stream[0] == self._key(request, frame, existing):
+            return self._stream[1]
+        assert request.text is not None
+        settings, features = self.settings, request.text.features
+        return CodeStream(
+            self.model,
+            [
+                PromptSpan(text=features[prompt].tokens, text_mask=features[prompt].mask, num_code_frames=count)
+                for prompt, _, count in request.schedule
+            ],
+            generator_for_frame=partial(_code_generator, request),
+            sampling=SamplingConfig(
+                temperature=settings.ar_temperature,
+                top_p=settings.ar_top_p,
+                guidance_scale=settings.ar_guidance_scale,
+            ),
+            existing=existing,
+        )
+
+
+def _code_generator(request: CodeRequest, frame: int) -> torch.Generator:
+    """Generator of a code frame, addressed by (seed, "ar", take, frame)."""
+    seed = samplers.address_seed(request.seed_of(frame), "ar", request.take, frame)
+    return torch.Generator("cpu").manual_seed(seed)
+
+
+class RefineWorker:
+    """Refines coarse latents with the diffusion transformer and semantic injection, a segment at a time."""
+
+    def __init__(self, job: Job) -> None:
+        from arlon.models.vqvae import LatentVQVAE  # seconds to import, and the other workers do not need it
+
+        self.settings, self.geometry = job.settings, job.plan.geometry
+        device = job.settings.device
+        self.vqvae = LatentVQVAE.from_pretrained(job.component("vqvae")).to(device)
+        self.dit = STDiT3.from_pretrained(job.component("dit")).to(device)
+        self.injection = SemanticInjection.from_pretrained(job.component("injection")).to(device)
+
+    @torch.inference_mode()
+    def run(self, request: RefineRequest) -> RefineResult:
+        """Refine."""
+        started_s = time.perf_counter()
+        assert request.codes is not None
+        segment, device = request.segment, self.settings.device
+        codes = request.codes.codes[:, : segment.num_code_frames]
+        coarse = self._coarse_latent(codes.to(device), request)
+        carried = self._carried(request)
+        shape = coarse.shape
+        noise = samplers.draw_noise(shape, request.seed, "dit", segment.index)
+        frame_mask = torch.ones(shape[0], shape[2], dtype=torch.bool)
+        if carried is not None:
+            frame_mask[:, : segment.overlap] = False
+            clean = torch.cat((carried, torch.zeros_like(noise[:, :, segment.overlap :])), dim=2)
+            noise = conditioning.place_clean(noise, clean, frame_mask)
+        velocity = conditioning.hold_clean(
+            self._velocity(request, coarse, frame_mask.to(device)), frame_mask.to(device)
+        )
+        latent = samplers.sample(velocity, noise.to(device), self._times(request), request.solver).cpu()
+        return RefineResult(
+            latent=latent[:, :, segment.overlap :].contiguous(),
+            overlap_hash=None if carried is None else hash_tensor(carried),
+            codes_hash=hash_tensor(codes),
+            elapsed_s=time.perf_counter() - started_s,
+        )
+
+    def _coarse_latent(self, codes: Tensor, request: RefineRequest) -> Tensor:
+        """Coarse latent (1, C, T, H, W) of a segment, from the codes (1, n, cH, cW) that matter for it."""
+        segment, take = request.segment, request.take
+        ratio = self.geometry.code_ratio[0]
+        is_whole = segment.num_code_frames == take.num_code_frames
+        with _precision(self.settings):
+            coarse = self.vqvae.decode_frames(
+                codes,
+                segment.start_latent,
+                segment.start_latent + segment.num_latents,
+                num_latent_frames=take.num_latents if is_whole else segment.num_code_frames * ratio,
+                grid=self.geometry.latent_size(request.height, request.width),
+            )
+        return coarse.float()
+
+    def _carried(self, request: RefineRequest) -> Tensor | None:
+        """The latent frames carried over, (1, C, overlap, H, W)."""
+        if not request.segment.overlap:
+            return None
+        if request.before is None:
+            raise ValueError(f"segment {request.segment.index} needs the segment before it to go on from")
+        return request.before.latent[:, :, -request.segment.overlap :].contiguous()
+
+    def _times(self, request: RefineRequest) -> Tensor:
+        defaults, grid = self.geometry.defaults, self.geometry.grid
+        shift = partial(
+            flow.shift_times,
+            height=request.height,
+            width=request.width,
+            num_frames=grid.segment_frames,
+            base_size=defaults.shift_base_size,
+            scale=defaults.shift_scale,
+        )
+        return samplers.make_times(request.num_inference_steps, shift)
+
+    def _velocity(self, request: RefineRequest, coarse: Tensor, frame_mask: Tensor) -> samplers.VelocityFn:
+        """Guided velocity of a segment; the coarse features are in both halves of the guidance."""
+        assert request.text is not None
+        device = self.settings.device
+        text = request.text.features[request.prompt].to(device)
+        negative = request.text.features[request.negative_prompt].to(device) if request.negative_prompt else None
+        with _precision(self.settings):
+            inject = self.injection.condition(coarse)
+        velocity = guidance.guide(
+            self.dit,
+            text.tokens,
+            self.dit.null_text(text.tokens.shape[1]) if negative is None else negative.tokens,
+            guidance_scale=request.guidance_scale,
+            text_mask=text.mask,
+            null_mask=None if negative is None else negative.mask,
+            frame_mask=frame_mask,
+            fps=request.fps,
+            height=float(request.height),
+            width=float(request.width),
+            inject=inject,
+        )
+
+        def in_precision(x: Tensor, t: Tensor) -> Tensor:
+            with _precision(self.settings):
+                return velocity(x, t)
+
+        return in_precision
+
+
+class DecodeWorker:
+    """Decodes latents with the video VAE; segments start at chunk borders, so each decodes by itself."""
+
+    def __init__(self, job: Job) -> None:
+        self.settings = job.settings
+        self.vae = VideoVAE.from_pretrained(job.component("vae")).to(job.settings.device)
+
+    @torch.inference_mode()
+    def run(self, request: DecodeRequest) -> DecodeResult:
+        """Decode."""
+        assert request.refined is not None
+        started_s = time.perf_counter()
+        with _precision(self.settings):
+            video = self.vae.decode(request.refined.latent.to(self.settings.device), request.num_frames)
+        return DecodeResult(frames=video_to_frames(video[0]), elapsed_s=time.perf_counter() - started_s)
+
+
+def video_to_frames(video: Tensor) -> np.ndarray:
+    """Frames (pT, pH, pW, 3) uint8 of one video (3, pT, pH, pW) in [-1, 1]; values outside are clipped."""
+    levels = ((video.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return levels.permute(1, 2, 3, 0).contiguous().cpu().numpy()
+
+
+class WriteWorker:
+    """Keeps the run folder and the growing film; segments come in order."""
+
+    def __init__(self, job: Job) -> None:
+        settings, film = job.settings, job.plan.storyboard
+        self.folder = RunFolder(job.run_dir)
+        self.takes = job.plan.takes
+        self._codes: dict[int, Tensor] = {}
+        self._writer = VideoWriter(
+            job.partial_path,
+            fps=film.fps or job.plan.fps,
+            crf=settings.crf,
+            preset=settings.preset,
+            tags={"arlon": job.tag, "title": film.shots[0].prompt},
+        )
+
+    def run(self, request: WriteRequest) -> WriteResult:
+        """Store."""
+        codes, refined, decoded = request.codes, request.refined, request.decoded
+        assert codes is not None
+        assert refined is not None
+        assert decoded is not None
+        started_s = time.perf_counter()
+        segment = request.segment
+        fragment = self._writer.append(decoded.frames)
+        hashes = {"codes": refined.codes_hash, "overlap": refined.overlap_hash}
+        record = self.folder.commit_segment(
+            segment.index, latent=refined.latent, fragment=fragment.data, inputs=request.inputs | hashes
+        )
+        elapsed_s = {
+            "code": codes.elapsed_s,
+            "refine": refined.elapsed_s,
+            "decode": decoded.elapsed_s,
+            "write": time.perf_counter() - started_s,
+        }
+        self.folder.log("segment", index=segment.index, elapsed_s=_rounded(elapsed_s))
+        return WriteResult(
+            segment=segment,
+            fragment_hash=hash_bytes(fragment.data),
+            latent_hash=record.outputs["latents.safetensors"],
+            elapsed_s=elapsed_s,
+        )
+
+    def keep_codes(self, take: int, result: CodeResult) -> None:
+        """Store the whole codes of a take; the file appears with the last one."""
+        self._codes[take] = result.codes
+        if len(self._codes) == len(self.takes):
+            self.folder.write_codes(self._codes)
+            self.folder.log("codes", takes=len(self._codes))
+
+    def close(self) -> None:
+        """Close the film."""
+        self._writer.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _rounded(values: dict[str, float]) -> dict[str, float]:
+    return {name: round(value, 4) for name, value in values.items()}
+
+
+def _precision(settings: Settings) -> AbstractContextManager[Any]:
+    if settings.dtype == "float32":
+        return nullcontext()
+    return torch.autocast(torch.device(settings.device).type, dtype=torch.bfloat16)
