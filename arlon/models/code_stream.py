@@ -3,8 +3,8 @@
 At a prompt switch the text prefix is swapped and the codes so far are read again under it. When they outgrow the
 context, the window slides on by a fixed number of code frames. Memory does not grow with the film.
 
-Source: ARLON, arXiv:2410.20502 (codes of the whole film first, progressive prompts). How the context is kept at a switch
-and beyond the training length is ours.
+Source: ARLON, arXiv:2410.20502 (codes of the whole film first, progressive prompts). How the context is kept at a
+switch and beyond the training length is ours.
 
 Dimension key: S codes, K codebook size, L text tokens, E text width, cT cH cW code grid.
 """
