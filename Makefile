@@ -14,7 +14,7 @@ STAMP := $(VENV)/.installed
 SOURCES := arlon stages pipelines tests $(wildcard benchmarks)
 TRAIN = $(BIN)/python -m stages.train
 
-.PHONY: setup demo test check lint format train vae vqvae ar dit inject clean
+.PHONY: setup demo test check lint format train vae vqvae ar dit inject model clean
 
 setup: $(STAMP)
 
@@ -63,8 +63,12 @@ dit: setup
 inject: setup
 	$(TRAIN) inject --config $(CONFIG)/inject.yaml $(ARGS)
 
+# The exports of all stages as one model folder, runs/model: `arlon generate --model runs/model ...`.
+model: setup
+	$(BIN)/python -m stages.assemble runs/model --config $(CONFIG)/model.yaml
+
 train: setup
-	for stage in vae vqvae ar dit inject; do $(MAKE) --no-print-directory $$stage || exit $$?; done
+	for stage in vae vqvae ar dit inject model; do $(MAKE) --no-print-directory $$stage || exit $$?; done
 
 clean:
 	rm -rf build dist .pytest_cache .ruff_cache *.egg-info
