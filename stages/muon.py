@@ -23,17 +23,20 @@ NUM_ITERATIONS = 5
 RMS_OF_ADAMW = 0.2
 
 
-def orthogonalize(matrix: Tensor) -> Tensor:
-    """Nearly orthogonal factor U V^T of a matrix (rows, columns) = U S V^T; singular values land in [0.7, 1.2]."""
+def orthogonalize(matrix: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Nearly orthogonal factor U V^T of a matrix (rows, columns) = U S V^T; singular values land in [0.7, 1.2].
+
+    The iteration runs in `dtype`: it forgives rounding, and bfloat16 halves its time.
+    """
     a, b, c = NEWTON_SCHULZ
-    x = matrix.float() / (matrix.float().norm() + 1e-7)
+    x = (matrix / (matrix.norm() + 1e-7)).to(dtype)
     tall = x.shape[0] > x.shape[1]
     if tall:
         x = x.T
     for _ in range(NUM_ITERATIONS):
         gram = x @ x.T
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.T if tall else x
+    return (x.T if tall else x).to(matrix.dtype)
 
 
 class Muon(torch.optim.Optimizer):

@@ -30,6 +30,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from arlon.models.layers import attention
+
 NORM_EPS = 1e-6
 INIT_STD = 0.02
 ROPE_BASE = 1000.0
@@ -173,7 +175,7 @@ class Attention(nn.Module):
             keys[:, :, start:stop] = k
             values[:, :, start:stop] = v
             k, v = keys[:, :, :stop], values[:, :, :stop]
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        y = attention(q, k, v, mask)
         return self.out(y.transpose(1, 2).flatten(2))
 
 
@@ -360,7 +362,7 @@ class CodeTransformer(nn.Module):
         config = self.config
         shape = (config.depth, like.shape[0], config.num_heads, num_slots, config.dim // config.num_heads)
         bias = None
-        if not is_real.all():
+        if is_real.is_meta or not is_real.all():
             bias = like.new_zeros(like.shape[0], 1, 1, num_slots)
             bias[..., :num_prefix].masked_fill_(~is_real[:, None, None], float("-inf"))
         return KVCache(

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from arlon.diffusion import flow
-from arlon.models.layers import CrossAttention, RotaryTime, SelfAttention, rotate_pairs
+from arlon.models.layers import CrossAttention, RotaryTime, SelfAttention, attention, rotate_pairs
 from arlon.models.stdit import STDiT3, STDiT3Config
 
 DATA = Path(__file__).parents[2] / "data"
@@ -250,6 +250,33 @@ def test_inject_sees_tokens_in_time_row_column_order_and_replaces_them():
     assert changed[:2].max() == 0
 
 
+def test_inject_stands_between_temporal_attention_and_its_gate():
+    """x + gate * inject(attention(...)): what a temporal block adds follows by hand."""
+    dit, inputs = make_dit(), make_inputs()
+    block, seen = dit.temporal_blocks[1], {}
+    hooks = [
+        block.attn.register_forward_hook(lambda module, args, out: seen.update(attention=out)),
+        block.register_forward_pre_hook(lambda module, args: seen.update(x=args[0], six=args[1])),
+        block.cross_attn.register_forward_pre_hook(lambda module, args: seen.update(after=args[0])),
+    ]
+    added = torch.randn(2, 18, 16)
+
+    def inject(i: int, y: Tensor) -> Tensor:
+        seen.update(y=y)
+        return y + added
+
+    try:
+        dit(**inputs, inject=inject)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    by_frame = seen["attention"].view(2, 6, 3, 16).transpose(1, 2)  # (B, nT, S, D)
+    torch.testing.assert_close(seen["y"], by_frame.flatten(1, 2))
+    gate = (block.scale_shift_table + seen["six"])[:, :, None, 2]
+    expected = seen["x"] + gate * (by_frame + added.view(2, 3, 6, 16))
+    torch.testing.assert_close(seen["after"], expected.flatten(1, 2))
+
+
 def test_gradient_checkpointing_gives_the_same_gradients():
     dit, inputs = make_dit(drop_path=0.5).train(), make_inputs()
     scale = torch.ones(16, requires_grad=True)
@@ -353,3 +380,22 @@ def test_null_text_refuses_a_length_the_model_does_not_have():
     torch.testing.assert_close(dit.null_text(3), dit.y_embedder.y_embedding[:3])
     with pytest.raises(ValueError, match="null caption of 6 tokens"):
         dit.null_text(6)
+
+
+@pytest.mark.parametrize("mask_kind", ["none", "bool", "additive"])
+def test_attention_written_out_equals_the_fused_kernel(mask_kind: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 3, n, 8, generator=generator) for n in (5, 7, 7))
+    mask = None
+    if mask_kind != "none":
+        mask = torch.rand(2, 1, 5, 7, generator=generator) > 0.3
+        mask[..., 0] = True
+    if mask_kind == "additive":
+        mask = torch.zeros(2, 1, 5, 7).masked_fill(~mask, -torch.inf)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    half = [part.bfloat16().requires_grad_() for part in (q, k, v)]
+    got = attention(*half, mask if mask is None or mask.dtype == torch.bool else mask.bfloat16())
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got.float(), expected, rtol=0.03, atol=0.03)
+    got.float().square().sum().backward()
+    assert all(torch.isfinite(part.grad).all() for part in half)
