@@ -230,6 +230,38 @@ def _kept(before: Reading, after: Reading) -> dict[str, float]:
 
 
 @dataclass(frozen=True)
+class Outcome:
+    """What came of a case: readings of its shots, as made and as they should be, and the figures of both."""
+
+    case: Case
+    readings: tuple[Reading, ...]
+    truth: tuple[Reading, ...]
+    scores: dict[str, float]
+    truth_scores: dict[str, float]
+
+
+def judge(case: Case, shots: Sequence[np.ndarray], *, fps: float) -> Outcome:
+    """Read and score the frames (F, pH, pW, 3) uint8 of every shot of a case.
+
+    Raises:
+        ValueError: If there are not as many shots as prompts.
+    """
+    if len(shots) != len(case.prompts):
+        raise ValueError(f"the case has {len(case.prompts)} prompts, got frames of {len(shots)} shots")
+    height, width = shots[0].shape[1:3]
+    ideal = render_case(case, height=height, width=width, fps=fps)
+    readings, truth = (tuple(oracle.read_clip(frames, fps=fps) for frames in kind) for kind in (shots, ideal))
+    return Outcome(case, readings, truth, score_case(case, readings), score_case(case, truth))
+
+
+def score_case(case: Case, readings: Sequence[Reading]) -> dict[str, float]:
+    """Figures of a case: those of a prompt, or those of a prompt switch."""
+    if case.changed is None:
+        return score_prompt(readings[0], case.scene.shots[0])
+    return score_switch(readings[0], readings[1], case)
+
+
+@dataclass(frozen=True)
 class Share:
     """Mean over cases, with its interval. NaN and a count of 0 where no case has a value."""
 
@@ -238,6 +270,41 @@ class Share:
     high: float
     count: int
     """Cases that have a value."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure of a suite beside what it compares with; NaN where a comparison says nothing."""
+
+    right: Share
+    guess: float
+    """Chance of a uniform guess."""
+    shuffled: float
+    """Score against the prompts of the other cases; see `shuffled_scores`."""
+    truth: float
+    """Mean of the scenes rendered as asked."""
+
+
+def tabulate(outcomes: Sequence[Outcome]) -> dict[str, Row]:
+    """Every figure of a suite, by name. All cases have the same number of shots; several have no `shuffled`.
+
+    Raises:
+        ValueError: If there is no case.
+    """
+    right = summarise([outcome.scores for outcome in outcomes])
+    truth = summarise([outcome.truth_scores for outcome in outcomes])
+    shuffled: dict[str, float] = {}
+    if outcomes[0].case.changed is None:
+        shots = [outcome.case.scene.shots[0] for outcome in outcomes]
+        shuffled = shuffled_scores([outcome.readings[0] for outcome in outcomes], shots)
+    return {
+        name: Row(share, _guess(name), shuffled.get(name, math.nan), truth[name].mean) for name, share in right.items()
+    }
+
+
+def _guess(name: str) -> float:
+    """Chance of a figure such as `colour`, `told colour`; none for what is no guess."""
+    return math.nan if name.startswith(("kept", "join")) else GUESS.get(name.split()[-1], math.nan)
 
 
 def summarise(scores: Sequence[Mapping[str, float]], *, level: float = 0.95, seed: int = 0) -> dict[str, Share]:
