@@ -42,7 +42,11 @@ class SegmentGrid:
     """How a take is cut: `segment` latent frames a segment, of which `overlap` are carried over from the one before.
 
     Both count latent frames and are multiples of the latent frames of one VAE chunk, so that every segment starts at a
-    chunk border and its new frames decode by themselves.
+    chunk border and its new frames decode by themselves. At most half of a segment is carried over: what is carried
+    over are new frames of the one segment before.
+
+    Raises:
+        ValueError: If the two do not fit the chunks or each other.
     """
 
     segment: int = 15
@@ -52,10 +56,10 @@ class SegmentGrid:
 
     def __post_init__(self) -> None:
         chunk = self.chunk_latents
-        if self.segment % chunk or self.overlap % chunk or not 0 < self.overlap < self.segment:
+        if self.segment % chunk or self.overlap % chunk or not 0 < 2 * self.overlap <= self.segment:
             raise ValueError(
                 f"segment ({self.segment}) and overlap ({self.overlap}) count latent frames: both must be multiples of "
-                f"{chunk} (one VAE chunk) with 0 < overlap < segment; try segment={3 * chunk} overlap={chunk}"
+                f"{chunk} (one VAE chunk) with 0 < overlap <= segment / 2; try segment={3 * chunk} overlap={chunk}"
             )
 
     @property

@@ -38,8 +38,6 @@ class ARStageConfig:
     ar: CodeTransformerConfig = field(default_factory=CodeTransformerConfig)
     vqvae: str = "runs/vqvae/export"
     """Component folder of the fine VQ-VAE."""
-    min_code_frames: int | None = None
-    """Shortest window that the start of a window leaves of its take; half of the longest if None."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """How the codes of the sample pictures are drawn."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -174,7 +172,6 @@ def build(config: ARStageConfig) -> StageParts:
             codes,
             texts=data.texts,
             num_frames=config.ar.max_code_frames,
-            min_frames=config.min_code_frames,
             time_ratio=ratio,
             seed=config.train.seed,
         )

@@ -184,15 +184,18 @@ class LatentWindows:
 class CodeWindows:
     """Windows of codes with the caption they end under: one training sample of `ar`.
 
-    A window starts at any code frame that leaves at least `min_frames` of the take, and spans at most
-    `num_frames` code frames. Its caption is the one of its last code frame; only code frames under that
-    caption are learned, earlier ones are context, as after a prompt switch. A code frame belongs to the
-    caption of its first latent frame. A code frame that is partly padding (the last one of an odd take) is
-    left out. A sample holds
+    A window ends where one of the captions of its take ends, so that the codes before a switch are learned as often as
+    those behind it, and spans at most `num_frames` code frames. Half of the windows start where the take starts; the
+    others anywhere, and then their first frame is context: without context generation writes only starts of takes, and
+    where a code frame lies within its VAE chunk cannot be told from the text. Its caption is the one of its last code
+    frame; only code frames under that caption are learned, earlier ones are context, as after a prompt switch. A code
+    frame belongs to the caption of its first latent frame. A code frame that is partly padding (the last one of an odd
+    take) is left out. A sample holds
 
         codes (S,) int64   loss_mask (S,) bool   is_end () bool, False   text (L, E)   text_mask (L,)
 
-    where S = num_frames cH cW; short windows are padded at the end with code 0 outside the loss mask.
+    where S = num_frames cH cW; short windows are padded at the end with code 0 outside the loss mask. No take is the
+    end of a film, so `is_end` is False: the length of a film is decided by its storyboard.
     """
 
     def __init__(
@@ -204,35 +207,43 @@ class CodeWindows:
         num_frames: int,
         time_ratio: int,
         seed: int,
-        min_frames: int | None = None,
     ) -> None:
         self._cache, self._codes, self._texts, self._seed = cache, codes, texts, seed
         self._ratio, self._complete = time_ratio, cache.latent_shape[1] // time_ratio
         self._num_frames = min(num_frames, self._complete)
-        self._min_frames = max(1, self._num_frames // 2) if min_frames is None else min_frames
-        if not 1 <= self._min_frames <= self._num_frames:
+        if self._num_frames < 2:
             raise ValueError(
-                f"min_frames must be in 1..{self._num_frames} (complete code frames of a window), got "
-                f"{min_frames}; a take has {cache.latent_shape[1]} latent frames, {time_ratio} a code frame"
+                f"a window needs two complete code frames, got {self._num_frames}; a take has "
+                f"{cache.latent_shape[1]} latent frames, {time_ratio} to a code frame"
             )
 
     def sample(self, number: int) -> Sample:
         """Sample `number` of the stream."""
         generator = _generator(self._seed, "codes", number)
         index = shuffled(number, len(self._cache), self._seed)
-        start = _draw(self._complete - self._min_frames + 1, generator)
-        stop = min(start + self._num_frames, self._complete)
         spans = self._cache.spans(index)
+        start, stop = self._window(spans, generator)
         owners = [span_at(spans, frame * self._ratio) for frame in range(start, stop)]
         codes = self._codes.codes(index, slice(start, stop))
-        learned = torch.tensor([owner is owners[-1] for owner in owners]).repeat_interleave(codes[0].numel())
+        learned = torch.tensor([owner is owners[-1] for owner in owners])
+        learned[0] &= start == 0
         padding = (self._num_frames - len(owners)) * codes[0].numel()
         return {
             "codes": F.pad(codes.flatten(), (0, padding)),
-            "loss_mask": F.pad(learned, (0, padding)),
+            "loss_mask": F.pad(learned.repeat_interleave(codes[0].numel()), (0, padding)),
             "is_end": torch.tensor(False),
             **_text_of(self._texts, owners[-1], generator),
         }
+
+    def _window(self, spans: tuple[CaptionSpan, ...], generator: torch.Generator) -> tuple[int, int]:
+        """Code frames [start, stop) of a window, at least two of them."""
+        owners = [span_at(spans, frame * self._ratio) for frame in range(self._complete)]
+        last = [f for f in range(1, self._complete) if f + 1 == self._complete or owners[f + 1] is not owners[f]]
+        stop = last[_draw(len(last), generator)] + 1
+        if _draw(2, generator):
+            return 0, min(stop, self._num_frames)
+        start = _draw(max(1, stop - 1), generator)
+        return start, min(start + self._num_frames, stop)
 
 
 def window_starts(spans: tuple[CaptionSpan, ...], take_latents: int, config: WindowConfig) -> list[int]:

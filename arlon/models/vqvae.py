@@ -24,15 +24,17 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from vector_quantize_pytorch import VectorQuantize
 
 from arlon.grids import ceil_div, code_grid
+
+if TYPE_CHECKING:
+    from vector_quantize_pytorch import VectorQuantize
 
 MIN_WIDTH = 32
 """Narrowest level of the encoder and decoder (if `hidden_dim` is not narrower still)."""
@@ -101,6 +103,14 @@ class LatentVQVAEConfig:
             )
         if problems:
             raise ValueError("LatentVQVAEConfig: " + "; ".join(problems))
+
+    @property
+    def receptive_halo(self) -> int:
+        """Code frames on either side of a code frame that its decoded latent frames depend on."""
+        halo = 0
+        for t, _, _ in _level_strides(self.ratio):
+            halo = ceil_div(halo + 1, t)  # one block on this level, then one patch of the next coarser level
+        return halo + self.num_res_blocks
 
 
 @dataclass(frozen=True)
@@ -235,10 +245,7 @@ class LatentVQVAE(nn.Module):
     @property
     def receptive_halo(self) -> int:
         """Code frames on either side of a code frame that its decoded latent frames depend on."""
-        halo = 0
-        for t, _, _ in _level_strides(self.config.ratio):
-            halo = ceil_div(halo + 1, t)  # one block on this level, then one patch of the next coarser level
-        return halo + self.config.num_res_blocks
+        return self.config.receptive_halo
 
     def forward(self, latent: Tensor, generator: torch.Generator | None = None) -> VQVAEOutput:
         """Reconstruct a latent through the codebook, with the losses of training.
@@ -499,6 +506,8 @@ def _build_decoder(config: LatentVQVAEConfig, widths: list[int], strides: list[S
 
 def _build_quantizer(config: LatentVQVAEConfig) -> VectorQuantize:
     """The codebook; its commitment term is left unweighted."""
+    from vector_quantize_pytorch import VectorQuantize  # takes seconds to import, and a config needs none of it
+
     return VectorQuantize(
         dim=config.code_dim,
         codebook_size=config.codebook_size,

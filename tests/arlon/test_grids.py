@@ -50,5 +50,12 @@ def test_overlap_off_the_chunk_grid_is_refused() -> None:
         grids.SegmentGrid(segment=15, overlap=4)
 
 
+@pytest.mark.parametrize("overlap", [0, 10, 15])
+def test_overlap_that_the_segment_before_cannot_give_is_refused(overlap: int) -> None:
+    with pytest.raises(ValueError, match="overlap <= segment / 2"):
+        grids.SegmentGrid(segment=15, overlap=overlap)
+    assert grids.SegmentGrid(segment=20, overlap=10).stride == 10
+
+
 def test_code_grid_rounds_up() -> None:
     assert grids.code_grid((15, 8, 8), (2, 2, 2)) == (8, 4, 4)

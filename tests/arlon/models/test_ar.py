@@ -365,6 +365,9 @@ def test_full_size_builds_and_runs_on_the_meta_device():
         model = CodeTransformer(config).eval()
         codes, text = torch.zeros(1, 640, dtype=torch.int64), torch.zeros(1, 300, 4096)
     assert model(codes, text).shape == (1, 641, 8193)
+    logits, cache = model.prefill(codes, text, max_codes=641)
+    assert logits.shape == model.step(codes[:, 0], cache).shape == (1, 8193)
+    assert logits.is_meta
     assert 0.15e9 < sum(parameter.numel() for parameter in model.parameters()) < 0.2e9
 
 
