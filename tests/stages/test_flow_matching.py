@@ -1,0 +1,75 @@
+"""The flow-matching step against a loop over samples and frames."""
+
+import torch
+from torch import Tensor
+
+from arlon.models.vqvae import LatentVQVAE, LatentVQVAEConfig
+from stages.config import FlowConfig
+from stages.flow_matching import FrameSize, flow_losses, shift_for
+from stages.inject import InjectStage
+
+SIZE = FrameSize(48, 80)
+
+
+class Recorder:
+    """A model whose velocity is twice what it is given; keeps its arguments."""
+
+    def __call__(self, noisy: Tensor, t: Tensor, text: Tensor, text_mask: Tensor, frame_mask: Tensor, **rest) -> Tensor:
+        self.noisy, self.t, self.rest = noisy, t, rest
+        return 2 * noisy
+
+
+def make_batch() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.ones(3, 5, dtype=torch.bool)
+    mask[1, :2] = False
+    mask[2, 3] = False
+    return {
+        "latent": torch.randn(3, 2, 5, 3, 4, generator=generator),
+        "text": torch.randn(3, 6, 7, generator=generator),
+        "text_mask": torch.ones(3, 6, dtype=torch.bool),
+        "frame_mask": mask,
+        "fps": torch.tensor([8.0, 8.0, 8.0]),
+        "start": torch.tensor([0, 5, 10]),
+    }
+
+
+def test_loss_equals_a_loop_over_frames() -> None:
+    model, batch, t = Recorder(), make_batch(), torch.tensor([0.2, 0.5, 0.9])
+    losses = flow_losses(model, batch, t, size=SIZE, generator=torch.Generator().manual_seed(4))
+    noise = torch.randn(batch["latent"].shape, generator=torch.Generator().manual_seed(4))
+    for row in range(3):
+        errors = []
+        for frame in range(5):
+            clean, eps = batch["latent"][row, :, frame], noise[row, :, frame]
+            if not batch["frame_mask"][row, frame]:
+                assert torch.equal(model.noisy[row, :, frame], clean), "given frames are clean"
+                continue
+            noisy = (1 - t[row]) * clean + t[row] * eps
+            errors.append((2 * noisy - (eps - clean)).square())
+        torch.testing.assert_close(losses[row], torch.stack(errors).mean())
+    assert torch.equal(model.t, t)
+    assert (model.rest["height"], model.rest["width"]) == (48.0, 80.0)
+
+
+def test_times_are_shifted_for_size_and_length() -> None:
+    t = torch.tensor([0.25, 0.5])
+    config = FlowConfig(base_size=64, shift_scale=0.5)
+    ratio = (48 * 80 / 64**2) ** 0.5 * 10**0.5 * 0.5  # 34 frames are ten latent frames
+    expected = ratio * t / (1 + (ratio - 1) * t)
+    torch.testing.assert_close(shift_for(config, SIZE, 10)(t), expected)
+
+
+def test_coarse_latents_are_cut_at_the_start_of_the_window() -> None:
+    torch.manual_seed(0)
+    vqvae = LatentVQVAE(
+        LatentVQVAEConfig(latent_channels=2, ratio=(2, 2, 2), hidden_dim=8, codebook_size=16, code_dim=4)
+    ).eval()
+    batch = make_batch() | {"codes_fine": torch.randint(16, (3, 8, 2, 2))}
+    stage = InjectStage.__new__(InjectStage)
+    torch.nn.Module.__init__(stage)
+    stage.frozen, stage._take_latents = {"fine": vqvae}, 15
+    cut = stage._decode("fine", batch)
+    for row, start in enumerate((0, 5, 10)):
+        whole = vqvae.decode(batch["codes_fine"][row : row + 1], num_latent_frames=15, grid=(3, 4))
+        torch.testing.assert_close(cut[row], whole[0, :, start : start + 5])
