@@ -262,8 +262,8 @@ def _from_hub(name: str) -> Path:
 def _verify(path: Path, hashes: Mapping[str, str]) -> None:
     if changed := [name for name, stored in hashes.items() if hash_component(path / name) != stored]:
         raise CheckpointError(
-            f"in {str(path)!r} the content of {', '.join(changed)} differs from {INDEX_NAME}; "
-            "if that is meant, write the index again (arlon.checkpoint.write_model_index)"
+            f"in {str(path)!r} the content of {', '.join(changed)} differs from {INDEX_NAME}: copy the model again; "
+            "if the change is meant, write the index again (arlon.checkpoint.write_model_index)"
         )
 
 

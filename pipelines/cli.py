@@ -357,8 +357,13 @@ def _message(error: BaseException) -> str:
 
 def _fail(text: str, code: int, error: BaseException) -> None:
     _debug()
-    _say(f"error: {text}")
+    _say(f"error: {_printable(text)}")
     raise typer.Exit(code) from error
+
+
+def _printable(text: str) -> str:
+    """Text whose control characters, which would steer a terminal, are written out."""
+    return "".join(char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in text)
 
 
 def _debug() -> None:

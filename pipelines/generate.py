@@ -1,12 +1,6 @@
 """From a storyboard to a film on disk: check everything, run, and put the film in its place.
 
-`prepare` does all the checks and no work; `generate` does the work. Where things go:
-
-    --output film.mp4     film.mp4, film.json (sidecar), film.run/ (run folder)
-    --output folder       folder/film.mp4, folder/film.json; the folder is the run folder
-    nothing               outputs/<first prompt>-<seed>/ as such a folder
-
-While it grows the film is film.partial.mp4, which plays; it is renamed when it is complete.
+`prepare` does all the checks and no work; `generate` does the work. See `pipelines/output.py` for where things go.
 """
 
 from __future__ import annotations
@@ -15,7 +9,6 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-import re
 import time
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -23,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipelines.model import GenerationDefaults, ModelGeometry, open_model, read_geometry
+from pipelines.output import OutputPaths, check_output, output_paths
 from pipelines.plan import Plan, make_plan, resolve_storyboard
 from pipelines.requests import Job, Settings, WriteResult
 from pipelines.run_folder import RunFolder, hash_bytes, write_json
@@ -32,25 +26,6 @@ from pipelines.version import version
 Executor = Literal["local", "ray"]
 DEFAULT_MODEL = "shapes"
 RECORD_FORMAT = 1
-MAX_SLUG_LENGTH = 40
-
-
-@dataclass(frozen=True, kw_only=True)
-class OutputPaths:
-    """Where a film and what belongs to it go."""
-
-    film: Path
-    run_dir: Path
-
-    @property
-    def partial(self) -> Path:
-        """The film while it grows."""
-        return self.film.with_name(f"{self.film.stem}.partial.mp4")
-
-    @property
-    def sidecar(self) -> Path:
-        """What the film was made from, as JSON."""
-        return self.film.with_suffix(".json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +98,7 @@ def open_for_film(storyboard: Storyboard, model: str | None = None) -> tuple[Pla
     """
     from arlon.diffusion import samplers
 
-    source = model or storyboard.model or DEFAULT_MODEL
+    source = _model_source(storyboard, model)
     try:
         folder, identity = open_model(source)
     except FileNotFoundError as error:
@@ -163,7 +138,7 @@ def prepare(
     plan, identity, folder = open_for_film(storyboard, model)
     checked = make_settings(plan.geometry.defaults, settings or {})
     paths = output_paths(output, plan.storyboard)
-    _check_output(paths, overwrite=overwrite)
+    check_output(paths, overwrite=overwrite)
     record = film_record(plan, identity, checked)
     job = Job(
         plan=plan,
@@ -174,8 +149,11 @@ def prepare(
         partial_path=str(paths.partial.resolve()),
         tag=json.dumps(record, ensure_ascii=False, separators=(",", ":")),
     )
-    source = model or storyboard.model or DEFAULT_MODEL
-    return Prepared(job=job, paths=paths, record=record, model_source=source)
+    return Prepared(job=job, paths=paths, record=record, model_source=_model_source(storyboard, model))
+
+
+def _model_source(storyboard: Storyboard, model: str | None) -> str:
+    return model if model is not None else storyboard.model or DEFAULT_MODEL
 
 
 def make_settings(defaults: GenerationDefaults, values: Mapping[str, Any]) -> Settings:
@@ -207,7 +185,7 @@ def check_device(device: str) -> None:
     import torch
 
     try:
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).cpu()  # back, too: the meta device computes nothing
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"cannot compute on device {device!r}, try 'cpu': {reason[:120]}") from error
@@ -229,51 +207,6 @@ def film_record(plan: Plan, identity: Mapping[str, str], settings: Settings) -> 
         "settings": asdict(settings),
         "timeline": timeline,
     }
-
-
-def output_paths(output: str | Path | None, storyboard: Storyboard) -> OutputPaths:
-    """Where a film goes; see the module.
-
-    Raises:
-        UsageError: If `output` names another kind of file.
-    """
-    if output is None:
-        run_dir = Path("outputs") / f"{slug(storyboard.shots[0].prompt)}-{storyboard.seed}"
-        return OutputPaths(film=run_dir / "film.mp4", run_dir=run_dir)
-    path = Path(output).expanduser()
-    if path.suffix.lower() == ".mp4":
-        return OutputPaths(film=path, run_dir=path.with_suffix(".run"))
-    if path.suffix.lower() in (".avi", ".gif", ".m4v", ".mkv", ".mov", ".mpg", ".webm"):
-        raise UsageError(f"films are written as .mp4: name the output '{path.with_suffix('.mp4')}'")
-    return OutputPaths(film=path / "film.mp4", run_dir=path)
-
-
-def slug(text: str) -> str:
-    """A short, safe folder name from a prompt."""
-    words = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
-    return words[:MAX_SLUG_LENGTH].strip("-") or "film"
-
-
-def _check_output(paths: OutputPaths, *, overwrite: bool) -> None:
-    """Refuse what is there already, and make sure that both folders can be written."""
-    if paths.film.is_dir():
-        raise UsageError(f"'{paths.film}' is a folder, a film cannot be written there")
-    if not overwrite:
-        for path in (paths.film, paths.sidecar):
-            if path.exists():
-                raise UsageError(f"'{path}' exists: choose another --output, or replace it with --overwrite")
-        if RunFolder(paths.run_dir).has_run():
-            raise UsageError(
-                f"'{paths.run_dir}' holds another run: choose another --output, or replace it with --overwrite"
-            )
-    for folder in {paths.film.parent, paths.run_dir}:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            probe = folder / f".arlon-{os.getpid()}.tmp"
-            probe.touch()
-            probe.unlink()
-        except OSError as error:
-            raise OSError(f"cannot write to '{folder}': {error.strerror or error}") from error
 
 
 def generate(
@@ -317,8 +250,8 @@ def generate(
         if results:
             folder.log("stopped", reason=type(error).__name__, segments=len(results))
         else:
-            folder.discard()
             prepared.paths.partial.unlink(missing_ok=True)
+            folder.discard()
         raise
     return _finish(prepared, folder, results, ends_s, started_s)
 

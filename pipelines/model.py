@@ -91,8 +91,6 @@ def read_geometry(model: ModelFolder) -> ModelGeometry:
     Raises:
         ConfigError: If a config or a default is not what this version knows.
     """
-    import torch
-
     from arlon.checkpoint import component_config
     from arlon.config import config_from_dict
     from arlon.models.video_vae import VideoVAE, VideoVAEConfig
@@ -102,8 +100,6 @@ def read_geometry(model: ModelFolder) -> ModelGeometry:
     vae_values = VideoVAE.translate_config(component_config(model.component("vae"), VideoVAE))
     vae: VideoVAEConfig = config_from_dict(VideoVAEConfig, vae_values)
     vqvae = config_from_dict(LatentVQVAEConfig, component_config(model.component("vqvae"), LatentVQVAE))
-    with torch.device("meta"):
-        code_halo = LatentVQVAE(vqvae).receptive_halo
     code_size = component_config(model.component("ar")).get("grid")
     return ModelGeometry(
         defaults=defaults,
@@ -111,7 +107,7 @@ def read_geometry(model: ModelFolder) -> ModelGeometry:
         space_stride=vae.space_stride,
         patch_size=_triple(component_config(model.component("dit")).get("patch_size", (1, 2, 2))),
         code_ratio=vqvae.ratio,
-        code_halo=code_halo,
+        code_halo=vqvae.receptive_halo,
         code_grid=None if code_size is None else (int(code_size[0]), int(code_size[1])),
     )
 

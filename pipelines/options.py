@@ -7,8 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from pipelines.markup import parse_yaml, shown
 from pipelines.requests import Settings
 from pipelines.storyboard import (
     Storyboard,
@@ -69,6 +68,8 @@ def _sorted_values(options: FilmOptions) -> tuple[dict[str, Any], dict[str, Any]
             near = difflib.get_close_matches(key, film_keys | setting_keys, n=1)
             hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(sorted(film_keys | setting_keys))}"
             raise UsageError(f"--set {key}: unknown key; {hint}")
+        if value is None:
+            raise UsageError(f"--set {key}: no value given; leave it out to take the model's own")
         given[key] = value
     if options.seed is not None:
         given["seed"] = options.seed
@@ -79,8 +80,8 @@ def _sorted_values(options: FilmOptions) -> tuple[dict[str, Any], dict[str, Any]
 def _assignment(text: str) -> tuple[str, Any]:
     key, sign, value = text.partition("=")
     if not sign or not key.strip():
-        raise UsageError(f"--set needs KEY=VALUE, got {text!r}")
+        raise UsageError(f"--set needs KEY=VALUE, got {shown(text)}")
     try:
-        return key.strip(), yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise UsageError(f"--set {key.strip()}: cannot read the value {value!r}") from error
+        return key.strip(), parse_yaml(value)
+    except ValueError as error:
+        raise UsageError(f"--set {key.strip()}: cannot read the value {shown(value)}") from error

@@ -132,6 +132,7 @@ def make_plan(storyboard: Storyboard, geometry: ModelGeometry) -> Plan:
         StoryboardError: If the frame size does not fit the model or the film is too long.
     """
     _check_size(storyboard, geometry)
+    _check_length(storyboard, geometry)
     spans: list[ShotSpan] = []
     takes: list[Take] = []
     segments: list[Segment] = []
@@ -141,8 +142,6 @@ def make_plan(storyboard: Storyboard, geometry: ModelGeometry) -> Plan:
         takes.append(new.take())
         spans += new.spans()
         segments += new.segments()
-    if len(segments) > MAX_SEGMENTS:
-        raise StoryboardError([f"the film has {len(segments)} segments, at most {MAX_SEGMENTS} are possible"])
     return Plan(
         storyboard=storyboard,
         geometry=geometry,
@@ -260,6 +259,17 @@ def _check_size(storyboard: Storyboard, geometry: ModelGeometry) -> None:
         )
     if problems:
         raise StoryboardError(problems)
+
+
+def _check_length(storyboard: Storyboard, geometry: ModelGeometry) -> None:
+    """Refuse a film that is too long, before its segments are laid out."""
+    total = sum(
+        geometry.grid.num_segments_for(shot.duration.num_frames(storyboard.fps), first=number == 0)
+        for group in _take_groups(storyboard.shots)
+        for number, (_, shot) in enumerate(group)
+    )
+    if total > MAX_SEGMENTS:
+        raise StoryboardError([f"the film has {total} segments, at most {MAX_SEGMENTS} are possible"])
 
 
 def timeline_rows(plan: Plan) -> list[dict[str, str]]:

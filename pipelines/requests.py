@@ -7,6 +7,7 @@ results (`local`), or with references to results (`graph`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +21,12 @@ from arlon.text.encoders import TextFeatures
 from pipelines.plan import Plan, Segment, Take
 
 R = TypeVar("R")
+MAX_THREADS = 512
+"""More threads than any machine has cores for; far more bring PyTorch down."""
+X264_PRESETS = (
+    *("ultrafast", "superfast", "veryfast", "faster", "fast"),
+    *("medium", "slow", "slower", "veryslow", "placebo"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,10 +51,15 @@ class Settings:
     """x264 preset of the film."""
 
     def __post_init__(self) -> None:
-        if self.num_threads < 1:
-            raise ValueError(f"num_threads must be at least 1, got {self.num_threads}")
+        if not 1 <= self.num_threads <= MAX_THREADS:
+            raise ValueError(f"num_threads must be between 1 and {MAX_THREADS}, got {self.num_threads}")
         if not 0 <= self.crf <= 51:
             raise ValueError(f"crf must be between 0 and 51, got {self.crf}")
+        if self.preset not in X264_PRESETS:
+            raise ValueError(f"preset must be one of {', '.join(X264_PRESETS)}, got {self.preset!r}")
+        for name in ("ar_temperature", "ar_top_p", "ar_guidance_scale"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name} must be a finite number, got {getattr(self, name)}")
         SamplingConfig(temperature=self.ar_temperature, top_p=self.ar_top_p, guidance_scale=self.ar_guidance_scale)
 
 

@@ -20,6 +20,7 @@ import os
 import shutil
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,7 +114,7 @@ class RunFolder:
             shutil.rmtree(self.path / SEGMENTS_NAME)
         for name in (CODES_NAME, EVENTS_NAME, RUN_NAME):  # run.json last: until then this is a run
             (self.path / name).unlink(missing_ok=True)
-        if not any(self.path.iterdir()):
+        with suppress(OSError):  # not empty, or where we are
             self.path.rmdir()
 
     def read_run(self) -> dict[str, Any]:

@@ -20,7 +20,6 @@ Reading never stops at the first problem: one StoryboardError lists them all, on
 from __future__ import annotations
 
 import difflib
-import json
 import math
 import re
 import secrets
@@ -30,7 +29,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import yaml
+from pipelines.markup import MAX_SHOWN, parse_json, parse_yaml, shown
 
 Transition = Literal["continue", "cut"]
 
@@ -42,6 +41,8 @@ MAX_SEED = 2**63 - 1
 RANDOM_SEED_LIMIT = 2**31
 MAX_SIZE = 8192
 MAX_FPS = 240.0
+MAX_LISTED = 20
+"""How many problems a message lists."""
 _UNSUPPORTED = {"image": "a reference image", "video": "a reference video"}
 
 
@@ -62,7 +63,9 @@ class StoryboardError(UsageError):
         if len(self.problems) == 1:
             super().__init__(f"{source}: {self.problems[0]}")
         else:
-            lines = "\n".join(f"  {problem}" for problem in self.problems)
+            rest = len(self.problems) - MAX_LISTED
+            listed = [*self.problems[:MAX_LISTED], *([f"... and {rest} more"] if rest > 0 else [])]
+            lines = "\n".join(f"  {problem}" for problem in listed)
             super().__init__(f"{source} has {len(self.problems)} problems:\n{lines}")
 
 
@@ -158,14 +161,9 @@ def load_storyboard(path: str | Path, *, default_duration: Duration | None = Non
 
 def _parse_markup(text: str, source: str, *, is_json: bool) -> Any:
     try:
-        return json.loads(text) if is_json else yaml.safe_load(text)
-    except json.JSONDecodeError as error:
-        raise StoryboardError([f"not JSON: line {error.lineno}: {error.msg}"], source) from error
-    except yaml.MarkedYAMLError as error:
-        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
-        raise StoryboardError([f"not YAML: {line}{error.problem}"], source) from error
-    except (yaml.YAMLError, RecursionError) as error:
-        raise StoryboardError([f"not YAML: {str(error).splitlines()[0]}"], source) from error
+        return parse_json(text) if is_json else parse_yaml(text)
+    except ValueError as error:
+        raise StoryboardError([str(error)], source) from error
 
 
 def _shots_from_text(text: str) -> list[dict[str, str]]:
@@ -248,11 +246,11 @@ def parse_duration(value: Any) -> Duration:
         if is_frames and not number.is_integer():
             raise ValueError
     except (ValueError, OverflowError):
-        raise ValueError(f'must be seconds such as 4.5, or frames such as "36f", got {value!r}') from None
+        raise ValueError(f'must be seconds such as 4.5, or frames such as "36f", got {shown(value)}') from None
     if not number > 0:
-        raise ValueError(f"must be more than 0, got {value!r}")
+        raise ValueError(f"must be more than 0, got {shown(value)}")
     if number > (MAX_DURATION_S * MAX_FPS if is_frames else MAX_DURATION_S):
-        raise ValueError(f"must be at most one hour ({MAX_DURATION_S:.0f} s), got {value!r}")
+        raise ValueError(f"must be at most one hour ({MAX_DURATION_S:.0f} s), got {shown(value)}")
     return Duration(frames=int(number)) if is_frames else Duration(seconds=number)
 
 
@@ -295,7 +293,8 @@ def _read(
         elif key not in known:
             near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
             hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(sorted(known))}"
-            problems.append(f"{prefix}{key}: unknown key; {hint}")
+            name = key if str(key).isprintable() and len(str(key)) <= MAX_SHOWN else shown(key)
+            problems.append(f"{prefix}{name}: unknown key; {hint}")
         elif key in readers and value is not None:
             try:
                 values[key] = readers[key](value)
@@ -307,15 +306,16 @@ def _read(
 
 
 def _kind(value: Any) -> str:
-    return "nothing" if value is None else f"a {type(value).__name__}"
+    name = type(value).__name__
+    return "nothing" if value is None else f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
 def _number(low: float, high: float) -> Callable[[Any], float]:
     def read(value: Any) -> float:
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise ValueError(f"must be a number, got {value!r}")
+            raise ValueError(f"must be a number, got {shown(value)}")
         if not low <= value <= high:
-            raise ValueError(f"must be between {low:g} and {high:g}, got {value!r}")
+            raise ValueError(f"must be between {low:g} and {high:g}, got {shown(value)}")
         return float(value)
 
     return read
@@ -324,9 +324,9 @@ def _number(low: float, high: float) -> Callable[[Any], float]:
 def _whole(low: int, high: int) -> Callable[[Any], int]:
     def read(value: Any) -> int:
         if isinstance(value, bool) or not isinstance(value, int):
-            raise ValueError(f"must be a whole number, got {value!r}")
+            raise ValueError(f"must be a whole number, got {shown(value)}")
         if not low <= value <= high:
-            raise ValueError(f"must be between {low} and {high}, got {value}")
+            raise ValueError(f"must be between {low} and {high}, got {shown(value)}")
         return value
 
     return read
@@ -334,7 +334,7 @@ def _whole(low: int, high: int) -> Callable[[Any], int]:
 
 def _text(value: Any) -> str:
     if not isinstance(value, str):
-        raise ValueError(f"must be text, got {value!r}")
+        raise ValueError(f"must be text, got {shown(value)}")
     text = " ".join(value.split())
     if len(text) > MAX_PROMPT_LENGTH:
         raise ValueError(f"must have at most {MAX_PROMPT_LENGTH} characters, got {len(text)}")
@@ -353,7 +353,7 @@ def _prompt(value: Any) -> str:
 
 def _transition(value: Any) -> str:
     if value not in get_args(Transition):
-        raise ValueError(f"must be 'continue' or 'cut', got {value!r}")
+        raise ValueError(f"must be 'continue' or 'cut', got {shown(value)}")
     return value
 
 

@@ -6,6 +6,7 @@ spent over `max_minutes`, so that a run on a time budget decays as it should on 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -40,11 +41,11 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         problems = []
-        if self.lr <= 0 or self.muon_lr <= 0:
+        if not (0 < self.lr < math.inf and 0 < self.muon_lr < math.inf):
             problems.append(f"optim.lr and optim.muon_lr must be positive, got {self.lr} and {self.muon_lr}")
         if not 0 <= self.min_lr_ratio <= 1:
             problems.append(f"optim.min_lr_ratio must be in [0, 1], got {self.min_lr_ratio}")
-        if self.warmup_steps < 0 or self.grad_clip < 0 or self.weight_decay < 0:
+        if self.warmup_steps < 0 or not (self.grad_clip >= 0 and self.weight_decay >= 0):
             problems.append("optim.warmup_steps, optim.grad_clip and optim.weight_decay must not be negative")
         if problems:
             raise ValueError("\n".join(problems))
@@ -87,8 +88,10 @@ class RunConfig:
         problems = []
         if self.batch_size < 1 or self.max_steps < 1 or self.log_steps < 1 or self.val_batches < 1:
             problems.append("train.batch_size, max_steps, log_steps and val_batches must be at least 1")
-        if self.max_minutes is not None and self.max_minutes <= 0:
+        if self.max_minutes is not None and not self.max_minutes > 0:
             problems.append(f"train.max_minutes must be positive, got {self.max_minutes}")
+        if self.num_threads is not None and self.num_threads < 1:
+            problems.append(f"train.num_threads must be at least 1, got {self.num_threads}")
         if not 0 <= self.ema_decay < 1:
             problems.append(f"train.ema_decay must be in [0, 1), got {self.ema_decay}")
         if problems:

@@ -15,14 +15,17 @@ import warnings
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 if TYPE_CHECKING:
     from stages.common import StageParts, Training
 
-INTERRUPTED = 130
+FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
+MAX_LINES = 24
+"""How many lines of an error are shown."""
+CHECKPOINT_KEYS = ("state_dict", "callbacks", "optimizer_states", "loops")
 
 
 class StageName(StrEnum):
@@ -84,6 +87,40 @@ def find_checkpoint(run_dir: Path, resume: str) -> Path | None:
     return Path(resume)
 
 
+def check_folder(folder: Path) -> None:
+    """Refuse a folder that cannot be written, or not be made where it is missing; nothing is created.
+
+    Raises:
+        OSError: If so.
+    """
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not there.is_dir():
+        raise OSError(f"cannot write to '{folder}': '{there}' is not a folder")
+    if not os.access(there, os.W_OK):
+        raise OSError(f"cannot write to '{folder}': no permission for '{there}'")
+
+
+def check_checkpoint(path: Path) -> None:
+    """Refuse a file that no training can be resumed from.
+
+    Raises:
+        ValueError: If it is damaged, or no checkpoint of a stage.
+    """
+    import pickle
+
+    import torch
+
+    hint = "remove it to start afresh, or name another one with --resume"
+    try:
+        values = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+        raise ValueError(f"the checkpoint {str(path)!r} is damaged or cut off ({reason}): {hint}") from error
+    missing = [key for key in CHECKPOINT_KEYS if not isinstance(values, dict) or key not in values]
+    if missing:
+        raise ValueError(f"{str(path)!r} is no checkpoint of a stage, it lacks {', '.join(missing)}: {hint}")
+
+
 def run_stage(
     stage: str, config: Any, run_dir: Path, *, resume: str = "auto", export_to: Path | None = None
 ) -> TrainResult:
@@ -101,7 +138,11 @@ def run_stage(
     from arlon.config import save_config
     from stages.common import export_model, make_training
 
+    for folder in (run_dir, *([export_to] if export_to else [])):
+        check_folder(folder)
     checkpoint = find_checkpoint(run_dir, resume)
+    if checkpoint is not None:
+        check_checkpoint(checkpoint)
     if config.train.num_threads is not None:
         torch.set_num_threads(config.train.num_threads)
     parts: StageParts = importlib.import_module(f"stages.{stage}").build(config)
@@ -145,15 +186,12 @@ def main(
     """Train one stage; running the same command again resumes it."""
     run_dir = output or Path("runs") / stage.value
     files = config or [Path("configs") / "shapes" / f"{stage.value}.yaml"]
+    settings = _settings(stage.value, files, overrides or [])
     try:
-        settings = load_stage_config(stage.value, files, overrides or [])
         _quieten_lightning()
         result = run_stage(stage.value, settings, run_dir, resume=resume, export_to=export_to)
-    except (ValueError, OSError, RuntimeError) as error:
-        if os.environ.get("ARLON_DEBUG"):
-            raise
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from None
+    except (ValueError, OSError, RuntimeError, ImportError, MemoryError) as error:
+        _fail(error, FAILED)
     except KeyboardInterrupt:
         typer.echo("interrupted while the data was prepared; the same command goes on from there", err=True)
         raise typer.Exit(INTERRUPTED) from None
@@ -161,6 +199,24 @@ def main(
         typer.echo(f"interrupted at step {result.step}; to resume: {_resume_command(run_dir)}", err=True)
         raise typer.Exit(INTERRUPTED)
     typer.echo(f"step {result.step}: exported {run_dir / 'export'}")
+
+
+def _settings(stage: str, files: list[Path], overrides: list[str]) -> Any:
+    try:
+        return load_stage_config(stage, files, overrides)
+    except (ValueError, OSError) as error:
+        _fail(error, WRONG_USAGE)
+
+
+def _fail(error: Exception, code: int) -> NoReturn:
+    """One message on stderr and an exit code; `ARLON_DEBUG=1` shows the traceback instead."""
+    if os.environ.get("ARLON_DEBUG"):
+        raise error
+    lines = (str(error).strip() or type(error).__name__).splitlines()
+    rest = len(lines) - MAX_LINES
+    shown = [*lines[:MAX_LINES], *([f"  ... and {rest} more lines"] if rest > 0 else [])]
+    typer.echo("error: " + "\n".join(shown), err=True)
+    raise typer.Exit(code) from None
 
 
 def _quieten_lightning() -> None:

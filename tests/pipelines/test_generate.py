@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import pytest
 
 from arlon.data.video_io import probe, read_video
 from pipelines import generate as module
-from pipelines.generate import FilmResult, Progress, generate, output_paths, slug
+from pipelines.generate import FilmResult, Progress, generate
+from pipelines.output import output_paths, slug
 from pipelines.run_folder import RunFolder, hash_bytes
 from pipelines.storyboard import UsageError, parse_storyboard, storyboard_from_prompts
 from tests.pipelines.films import SHOTS, prepared_film
@@ -148,22 +150,46 @@ def test_existing_files_are_not_replaced_unasked(tiny_model: Path, tmp_path: Pat
         with pytest.raises(UsageError, match=f"{name}' exists: .* --overwrite"):
             prepared_film(tiny_model, tmp_path / "a.mp4")
         (tmp_path / name).unlink()
-    (tmp_path / "b.mp4").mkdir()
-    with pytest.raises(UsageError, match="is a folder"):
-        prepared_film(tiny_model, tmp_path / "b.mp4")
+    for name in ("b.mp4", "b.json", "b.partial.mp4"):
+        (tmp_path / name).mkdir()
+        with pytest.raises(UsageError, match=f"{name}' is a folder"):
+            prepared_film(tiny_model, tmp_path / "b.mp4")
+        (tmp_path / name).rmdir()
+
+
+def test_a_run_of_another_program_is_never_replaced(tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "segments").mkdir()
+    for name in ("run.json", "segments/mine.txt"):
+        (tmp_path / name).write_text("{}")
+    film = parse_storyboard({"shots": ["a"]})
+    with pytest.raises(UsageError, match="will not replace"):
+        module.prepare(film, model=str(tiny_model), output=tmp_path, overwrite=True)
+    assert (tmp_path / "segments" / "mine.txt").exists()
 
 
 def test_a_place_that_cannot_be_written_is_refused(tiny_model: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="cannot write to"):
+    with pytest.raises(OSError, match=r"cannot write to .*file' is not a folder"):
         prepared_film(tiny_model, tmp_path / "file" / "a.mp4")
+    with pytest.raises(UsageError, match="the output is empty"):
+        module.prepare(parse_storyboard({"shots": ["a"]}), model=str(tiny_model), output="")
+
+
+def test_preparing_creates_nothing(tiny_model: Path, tmp_path: Path) -> None:
+    prepared_film(tiny_model, tmp_path / "new" / "folder" / "a.mp4")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"crf": 99}, "crf must be between 0 and 51, got 99"),
-        ({"num_threads": 0}, "num_threads must be at least 1"),
+        ({"num_threads": 0}, "num_threads must be between 1 and 512, got 0"),
+        ({"num_threads": 100_000}, "num_threads must be between 1 and 512"),
+        ({"preset": "warp"}, "preset must be one of ultrafast"),
+        ({"ar_temperature": math.nan}, "ar_temperature must be a finite number, got nan"),
+        ({"ar_guidance_scale": math.inf}, "ar_guidance_scale must be a finite number"),
+        ({"device": "meta"}, "cannot compute on device 'meta'"),
         ({"ar_top_p": 1.5}, "top_p"),
         ({"device": "toaster"}, "cannot compute on device 'toaster', try 'cpu'"),
         ({"dtype": "float8"}, "dtype"),

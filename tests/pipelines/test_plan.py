@@ -127,10 +127,13 @@ def test_size_problems_name_the_nearest_sizes() -> None:
     assert plan_of("a", height=128, geometry=make_geometry(code_grid=None)).storyboard.height == 128
 
 
-def test_absurdly_long_films_are_refused() -> None:
+def test_absurdly_long_films_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     shots = [{"prompt": "a", "duration": 3600}] * 30
     with pytest.raises(StoryboardError, match="segments, at most"):
         plan_of(*shots)
+    monkeypatch.delattr("pipelines.plan._TakeLayout")  # millions of segments: refused before they are laid out
+    with pytest.raises(StoryboardError, match="segments, at most"):
+        plan_of(*shots * 30, fps=240)
 
 
 def test_timeline_says_what_rounding_does() -> None:

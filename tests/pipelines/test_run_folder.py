@@ -94,6 +94,14 @@ def test_a_new_run_replaces_the_old_one_and_nothing_else(tmp_path: Path) -> None
     assert {f.name for f in tmp_path.iterdir()} == {"mine.txt", "run.json"}
 
 
+def test_a_run_in_the_working_directory_is_discarded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = RunFolder(".")
+    folder.start({})
+    folder.discard()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_folder_that_holds_no_run_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "segments").mkdir()
     (tmp_path / "segments" / "mine.txt").write_text("keep")

@@ -93,7 +93,7 @@ def test_impossible_durations_are_refused(value: Any) -> None:
         ({"sed": 3}, "sed: unknown key; did you mean 'seed'?"),
         ({"shots": []}, "at least one shot"),
         ({"shots": "a red circle"}, "at least one shot"),
-        ({"shots": [3]}, r"shots\[0\] must be a mapping with the key 'prompt', got a int"),
+        ({"shots": [3]}, r"shots\[0\] must be a mapping with the key 'prompt', got an int"),
         ({"shots": [{"duration": 3}]}, r"shots\[0\].prompt is missing"),
         ({"shots": [{"prompt": " "}]}, r"shots\[0\].prompt is empty"),
         ({"shots": [{"prompt": None}]}, r"shots\[0\].prompt is empty"),
@@ -130,11 +130,26 @@ def test_all_problems_are_listed_one_a_line() -> None:
     assert len(str(caught.value).splitlines()) == 5
 
 
+def test_long_lists_and_long_values_are_cut_short() -> None:
+    with pytest.raises(StoryboardError) as caught:
+        parse_storyboard({"fps": "x" * 9999, "\x1b[31mred": 1, "shots": [{"promt": "a"}] * 99})
+    assert len(caught.value.problems) == 200
+    assert len(str(caught.value).splitlines()) == 22
+    assert "... and 180 more" in str(caught.value)
+    assert len(str(caught.value)) < 3000
+    assert "\x1b" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("a.yaml", "shots: [a: b: c]", r"a\.yaml': not YAML: line 1"),
         ("a.json", '{"shots": [', r"a\.json': not JSON: line 1"),
+        ("a.yaml", "seed: 1\nshots: [a]\nseed: 2", r"not YAML: line 3: the key 'seed' stands twice"),
+        ("a.json", '{"seed": 1, "seed": 2, "shots": ["a"]}', r"not JSON: the key 'seed' stands twice"),
+        ("a.yaml", "seed: 2024-13-45\nshots: [a]", r"a\.yaml': not YAML: month must be in"),
+        ("a.json", '{"seed": ' + "9" * 5000 + "}", r"a\.json': not JSON: Exceeds the limit"),
+        ("a.json", "[" * 100_000, r"a\.json': not JSON: maximum recursion"),
         ("a.yaml", "", "must be a mapping"),
         ("a.yaml", "- a\n- b", "must be a mapping"),
         ("a.txt", "\n# nothing\n", "at least one shot"),

@@ -21,7 +21,7 @@ from arlon.config import save_config
 from stages import common
 from stages.callbacks import LAST_CHECKPOINT
 from stages.dit import DiTStage
-from stages.train import fit, main, run_stage
+from stages.train import check_checkpoint, fit, main, run_stage
 
 STAGES = ("vae", "vqvae", "ar", "dit", "inject")
 
@@ -169,22 +169,40 @@ def test_fine_tuning_starts_from_exported_weights(stage_config: Any, tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "code", "message"),
     [
-        (("dit", "dit.dept=3"), "dit.dept"),
-        (("dit", "data.vae=nowhere"), "data.vae = 'nowhere' holds no VideoVAE"),
-        (("dit", "--resume", "nowhere.ckpt"), "no checkpoint 'nowhere.ckpt'"),
+        (("dit", "dit.dept=3"), 2, "dit.dept"),
+        (("dit", "dit.depth=deep"), 2, "dit.depth"),
+        (("dit", "train.max_steps=0"), 2, "max_steps"),
+        (("dit", "train.num_threads=0"), 2, "train.num_threads must be at least 1, got 0"),
+        (("dit", "optim.lr=.nan"), 2, "optim.lr and optim.muon_lr must be positive"),
+        (("dit", "--config", "nowhere.yaml"), 2, "no configuration file 'nowhere.yaml'"),
+        (("dit", "data.vae=nowhere"), 1, "data.vae = 'nowhere' holds no VideoVAE"),
+        (("dit", "data.manifest=nowhere.jsonl"), 1, "no such manifest: 'nowhere.jsonl'"),
+        (("dit", "--export-to", "pyproject.toml/dit"), 1, "pyproject.toml' is not a folder"),
+        (("dit", "--resume", "nowhere.ckpt"), 1, "no checkpoint 'nowhere.ckpt'"),
     ],
 )
 def test_bad_input_is_one_readable_line(
-    arguments: tuple[str, ...], message: str, tmp_path: Path, hash_text: None
+    arguments: tuple[str, ...], code: int, message: str, tmp_path: Path, hash_text: None
 ) -> None:
     config = Path("configs/shapes/tiny") / f"{arguments[0]}.yaml"
     result = command_line(*arguments, "--config", str(config), "--output", str(tmp_path))
-    assert result.exit_code == 1
+    assert result.exit_code == code
     assert result.output.startswith("error: ")
     assert message in result.output
     assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut off", "foreign"])
+def test_a_damaged_or_foreign_checkpoint_is_refused(content: bytes | str, tmp_path: Path) -> None:
+    path = tmp_path / "last.ckpt"
+    if isinstance(content, str):
+        torch.save({"weights": torch.zeros(2)}, path)
+    else:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"last\.ckpt.*remove it to start afresh"):
+        check_checkpoint(path)
 
 
 @pytest.mark.parametrize("stage", ["ar", "dit"])

@@ -1,0 +1,78 @@
+"""Reading YAML and JSON strictly: plain values only, no key twice in a mapping, one line of reason for a refusal."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import yaml
+
+MAX_SHOWN = 60
+"""Characters of a wrong value that a message repeats."""
+_MERGE_TAG = "tag:yaml.org,2002:merge"
+
+
+def shown(value: Any) -> str:
+    """A value for a message: printable and short."""
+    text = repr(value)
+    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 3]}..."
+
+
+def parse_yaml(text: str) -> Any:
+    """Plain values of a YAML document.
+
+    Raises:
+        ValueError: If it is not YAML, has a key twice, or holds a date or a number beyond reason.
+    """
+    try:
+        return yaml.load(text, Loader=_StrictLoader)
+    except yaml.MarkedYAMLError as error:
+        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        raise ValueError(f"not YAML: {line}{error.problem}") from error
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise ValueError(f"not YAML: {_reason(error)}") from error
+
+
+def parse_json(text: str) -> Any:
+    """Plain values of a JSON document.
+
+    Raises:
+        ValueError: If it is not JSON, has a key twice, or holds a number beyond reason.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_unique_keys)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: line {error.lineno}: {error.msg}") from error
+    except (RecursionError, ValueError) as error:
+        raise ValueError(f"not JSON: {_reason(error)}") from error
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """The safe loader, which refuses a key that stands twice in a mapping instead of taking the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            if not isinstance(key, yaml.ScalarNode) or key.tag == _MERGE_TAG:
+                continue
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(problem=_twice(key.value), problem_mark=key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in values:
+            raise ValueError(_twice(key))
+        values[key] = value
+    return values
+
+
+def _twice(key: str) -> str:
+    return f"the key {shown(key)} stands twice"
+
+
+def _reason(error: Exception) -> str:
+    return str(error).partition("\n")[0].partition(";")[0]
