@@ -53,6 +53,9 @@ FULL_PRECISION = frozenset({"rope.freqs"})
 """Parameters that are constants: rounding rotary frequencies turns late frames by a visible angle."""
 
 
+READABLE = 0o644
+
+
 class CheckpointError(ValueError):
     """Weights or a model folder that cannot be used; the message names the file and what is wrong."""
 
@@ -77,6 +80,7 @@ def save_component(module: nn.Module, folder: str | Path, dtype: torch.dtype | N
     temporary = folder / f".{WEIGHTS_NAME}.{os.getpid()}.tmp"
     try:
         save_file(_storable(module, dtype), temporary, metadata={"format": "pt"})
+        temporary.chmod(READABLE)  # safetensors makes files that only their owner can read
         _sync(temporary)
         temporary.replace(folder / WEIGHTS_NAME)
         write_text(folder / CONFIG_NAME, json.dumps(values, indent=2) + "\n")

@@ -83,6 +83,11 @@ def test_stored_precision_is_rounded_once_and_loads_as_float32(tmp_path: Path) -
     assert (half.linear.weight.dtype, half.table.dtype) == (torch.bfloat16, torch.float32)
 
 
+def test_weights_can_be_read_by_others(tmp_path: Path) -> None:
+    folder = save_component(Tiny(TinyConfig()), tmp_path / "t")
+    assert (folder / "model.safetensors").stat().st_mode & 0o777 == 0o644
+
+
 def test_saving_again_replaces_weights_and_drops_stale_shards(folder: Path) -> None:
     (folder / "notes.txt").write_text("kept")
     (folder / "model.safetensors.index.json").write_text("{}")
