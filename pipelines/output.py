@@ -86,7 +86,7 @@ def check_output(paths: OutputPaths, *, overwrite: bool) -> None:
             run.read_run()
         except RunFolderError as error:
             raise UsageError(f"will not replace what this program did not write: {error}") from error
-    for folder in {paths.film.parent, paths.run_dir}:
+    for folder in (paths.run_dir, paths.film.parent):
         _check_writable(folder)
 
 
