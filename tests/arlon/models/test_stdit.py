@@ -392,10 +392,13 @@ def test_attention_written_out_equals_the_fused_kernel(mask_kind: str) -> None:
         mask[..., 0] = True
     if mask_kind == "additive":
         mask = torch.zeros(2, 1, 5, 7).masked_fill(~mask, -torch.inf)
-    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    full = [part.clone().requires_grad_() for part in (q, k, v)]
+    expected = torch.nn.functional.scaled_dot_product_attention(*full, attn_mask=mask)
+    expected.square().sum().backward()
     half = [part.bfloat16().requires_grad_() for part in (q, k, v)]
     got = attention(*half, mask if mask is None or mask.dtype == torch.bool else mask.bfloat16())
     assert got.dtype == torch.bfloat16
     torch.testing.assert_close(got.float(), expected, rtol=0.03, atol=0.03)
     got.float().square().sum().backward()
-    assert all(torch.isfinite(part.grad).all() for part in half)
+    for ours, exact in zip(half, full, strict=True):
+        assert (ours.grad.float() - exact.grad).norm() < 0.03 * exact.grad.norm()
