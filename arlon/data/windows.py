@@ -24,6 +24,8 @@ from arlon.data.datasets import CaptionSpan, TakeSource
 from arlon.data.latent_cache import CodeCache, LatentCache, TextCache
 from arlon.grids import CHUNK_FRAMES, num_latent_frames
 
+IMAGE_FPS = 120.0
+"""Frame rate that the DiT is told for a picture (Open-Sora v1.2)."""
 Sample = dict[str, Tensor]
 
 
@@ -96,16 +98,17 @@ class WindowConfig:
     latent_frames: int = 15
     """Latent frames of a window: one segment."""
     overlap: int = 5
-    """Latent frames a segment carries over; windows start at multiples of it."""
+    """Latent frames a segment carries over; windows start at multiples of it. 0: nothing is carried over, and windows
+    start where a VAE chunk does. Windows of one frame are pictures."""
     carry_prob: float = 0.5
     """Probability that the first `overlap` frames are given clean where the caption does not force it."""
     mask_ratios: dict[str, float] = field(default_factory=lambda: {"image_head": 0.05})
     """Open-Sora's mask modes with their probabilities, for windows whose first frames are not given."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.overlap < self.latent_frames:
+        if not 0 <= self.overlap < self.latent_frames:
             raise ValueError(
-                f"overlap ({self.overlap}) must be in 1..{self.latent_frames - 1} (latent_frames is "
+                f"overlap ({self.overlap}) must be in 0..{self.latent_frames - 1} (latent_frames is "
                 f"{self.latent_frames})"
             )
         if not 0 <= self.carry_prob <= 1:
@@ -159,7 +162,7 @@ class LatentWindows:
         sample: Sample = {
             "latent": self._cache.latent(index, slice(start, start + self._config.latent_frames)),
             "frame_mask": self._frame_mask(generator, forced=before is not after),
-            "fps": torch.tensor(self._cache.fps(index)),
+            "fps": torch.tensor(IMAGE_FPS if self._config.latent_frames == 1 else self._cache.fps(index)),
             "start": torch.tensor(start),
         }
         if self._texts is not None:
@@ -251,7 +254,7 @@ def window_starts(spans: tuple[CaptionSpan, ...], take_latents: int, config: Win
     last = take_latents - config.latent_frames
     return [
         start
-        for start in range(0, last + 1, config.overlap)
+        for start in range(0, last + 1, config.overlap or num_latent_frames(CHUNK_FRAMES))
         if span_at(spans, start + config.overlap) is span_at(spans, start + config.latent_frames - 1)
     ]
 
