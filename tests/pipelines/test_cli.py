@@ -153,7 +153,7 @@ def test_files_that_are_no_video_have_no_sheet(tmp_path: Path) -> None:
 def test_interruption_has_its_exit_code_and_says_what_is_kept(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipelines import cli
+    from pipelines.commands import generate as cli
 
     monkeypatch.setattr(cli, "progress_line", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
     result = arlon("generate", "--model", tiny_model, "--prompt", "a", "--threads", 1, "--output", tmp_path / "a.mp4")
