@@ -14,17 +14,22 @@ import html
 import re
 import urllib.parse
 
-_FORMATS = "png|jpe?g|bmp|webp|eps|pdf|apk|mp4"
+_FORMATS = "png|jpg|jpeg|bmp|webp|eps|pdf|apk|mp4"
+_DOMAIN = r"[a-z0-9.\-]+\.(?:com|co|ru|net|org|edu|gov|it)[\w/-]*\b/?(?!@)"
+_DASHES = "\u058a\u05be\u1400\u1806\u2010-\u2015\u2e17\u2e1a\u2e3a\u2e3b\u2e40\u301c\u3030\u30a0"
+_WIDE_DASHES = "\ufe31\ufe32\ufe58\ufe63\uff0d"
 _BAD_PUNCTUATION = r"[#®•©™&@·º½¾¿¡§~()\[\]{}|\\/*]+"
 
 # In order: a rule relies on what the ones before it have removed.
-_ADDRESSES = ((r"\b(?:https?:/{1,3}|www\.)\S*\b/?", ""),)
+_ADDRESSES = (
+    (rf"\b(?:https?:(?:/{{1,3}}|[a-z0-9%])|{_DOMAIN})", ""),
+    (rf"\b(?:www:(?:/{{1,3}}|[a-z0-9%])|{_DOMAIN})", ""),
+)
 _SYMBOLS = (
     (r"@\w+\b", ""),
     # CJK strokes, phonetic extensions, enclosed letters, compatibility, extension A, hexagrams, ideographs.
-    ("[\u31c0-\u31ef\u31f0-\u31ff\u3200-\u32ff\u3300-\u33ff\u3400-\u4dbf\u4dc0-\u4dff\u4e00-\u9fff]+", ""),
-    ("[\u002d\u058a\u05be\u1400\u1806\u2010-\u2015\u2e17\u2e1a\u2e3a\u2e3b\u2e40\u301c\u3030\u30a0]", "-"),
-    ("[\ufe31\ufe32\ufe58\ufe63\uff0d]", "-"),
+    ("[\u31c0-\u9fff]+", ""),
+    (rf"[-{_DASHES}{_WIDE_DASHES}]+", "-"),
     ("[`\u00b4\u00ab\u00bb\u201c\u201d\u00a8]", '"'),
     ("[\u2018\u2019]", "'"),
     (r"&quot;?", ""),
@@ -32,7 +37,7 @@ _SYMBOLS = (
     (r"\d{1,3}\.\d{1,3}\.\d{1,3}\.\d{1,3}", " "),
     (r"\d:\d\d\s+$", ""),
     (r"\\n", " "),
-    (r"#\d{1,5}\b", ""),
+    (r"#(?:\d{1,3}|\d{5,})\b", ""),
     (r"\b\d{6,}\b", ""),
     (rf"\S+\.(?:{_FORMATS})", ""),
     (r"[\"']{2,}", '"'),
@@ -49,13 +54,14 @@ _PHRASES = (
     (r"\bclick\b\s(?:for|on)\s\w+", ""),
     (rf"\b(?:{_FORMATS})(?:\simages?)?\b", ""),
     (r"\bpage\s+\d+\b", ""),
+    (r"\b\d*[a-z]+\d+[a-z]+\d+[a-z\d]*\b", " "),  # j2d1a2
     ("\\b\\d+\\.?\\d*[x\u0445\u00d7]\\d+\\.?\\d*\\b", ""),  # Latin x, Cyrillic kha, times sign
     (r"\b\s+:\s+", ": "),
     (r"(\D[,./])\b", r"\1 "),
     (r"\s+", " "),
 )
 _EDGES = (
-    (r"^[\"'](.+)[\"']$", r"\1"),
+    (r"^[\"'](?s:(.+))[\"']$", r"\1"),
     (r"^['_,\-:;]", ""),
     (r"['_,\-:+]$", ""),
     (r"^\.\S+$", ""),
@@ -83,7 +89,7 @@ def _clean_once(text: str) -> str:
     text = _apply(_SYMBOLS, text)
     if len(_JOINTS.findall(text)) > MAX_JOINTS:
         text = _JOINTS.sub(" ", text)
-    return _apply(_EDGES, _apply(_PHRASES, _repair(text)).strip()).strip()
+    return _apply(_EDGES, _apply(_PHRASES, _repair(text))).strip()
 
 
 def _visible_text(text: str) -> str:

@@ -71,6 +71,15 @@ def test_short_videos_always_keep_something_to_make(mode: str, num_frames: int):
         assert all("0" in mask for mask in masks)
 
 
+def test_quarters_of_short_videos_are_one_frame_where_the_released_code_raises():
+    golden = json.loads((DATA / "mask_generator.json").read_text())["quarter_head_with_3_frames"]
+    assert golden.startswith("ValueError('empty range")
+    assert drawn_masks("quarter_head", 3) == {"011"}
+    assert drawn_masks("quarter_tail", 2) == {"10"}
+    assert drawn_masks("quarter_head_tail", 3) == {"010"}
+    assert drawn_masks("quarter_random", 3) == {"011", "101", "110"}
+
+
 def test_modes_come_with_their_ratios():
     ratios = {"image_head": 0.3, "image_tail": 0.2}
     masks = sample_frame_masks(2000, 4, ratios, torch.Generator().manual_seed(0))

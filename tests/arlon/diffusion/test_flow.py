@@ -72,6 +72,29 @@ def test_shift_equals_the_released_code():
     torch.testing.assert_close(doubled, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_short_videos_are_shifted_where_the_released_code_gives_zeros_and_nan():
+    table = json.loads((DATA / "flow_timestep_transform.json").read_text())
+    rows = [row for row in table["rows"] if 2 <= row["num_frames"] <= 16]
+    assert rows
+    for row in rows:
+        assert row["out"][:-1] == [0.0] * (len(table["t"]) - 1)
+        assert math.isnan(row["out"][-1])
+        sizes = {name: row[name] for name in ("height", "width", "num_frames")}
+        got = flow.shift_times(torch.tensor(table["t"]) / 1000, **sizes)
+        assert (got.diff() > 0).all()
+        assert (got[0], got[-1]) == (0, 1)
+
+
+def test_half_precision_sizes_do_not_overflow_where_the_released_code_gives_nan():
+    t, height, width = (torch.tensor([value], dtype=torch.float16) for value in (0.5, 480, 854))
+    released = (height * width / 512**2).sqrt() * 10**0.5
+    assert torch.isinf(released)
+    assert torch.isnan(released * t / (1 + (released - 1) * t))
+    got = flow.shift_times(t, height=height, width=width, num_frames=torch.full((1,), 34, dtype=torch.float16))
+    ratio = math.sqrt(480 * 854 / 512**2 * 10)
+    torch.testing.assert_close(got, torch.tensor([ratio * 0.5 / (1 + (ratio - 1) * 0.5)]), rtol=1e-5, atol=0)
+
+
 def test_schedules_equal_the_released_code():
     table = json.loads((DATA / "flow_timestep_transform.json").read_text())["schedules"]
     assert table

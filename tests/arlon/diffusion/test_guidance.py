@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from arlon.diffusion.guidance import guide
+from arlon.models.stdit import STDiT3, STDiT3Config
 
 
 class Recorder:
@@ -42,6 +43,24 @@ def test_null_half_uses_the_token_count_of_the_prompt():
     assert torch.equal(model.calls[1]["text_mask"], torch.cat((MASK, negative)))
     guide(model, TEXT, NULL, guidance_scale=2.0, null_mask=negative)(X, T)
     assert torch.equal(model.calls[2]["text_mask"], torch.cat((torch.ones_like(MASK), negative)))
+
+
+def test_a_prompt_of_n_tokens_is_compared_with_n_rows_of_the_null_caption():
+    config = STDiT3Config(hidden_size=16, depth=1, num_heads=2, caption_channels=5, model_max_length=4)
+    dit = STDiT3(config).eval()
+    for parameter in dit.parameters():
+        parameter.data.normal_(std=0.3)
+    dit.y_embedder.y_embedding.normal_()
+    x, t, sizes = torch.randn(2, 4, 3, 4, 6), torch.tensor([0.3, 0.8]), {"fps": 8.0, "height": 32.0, "width": 48.0}
+    with torch.no_grad():
+        got = guide(dit, TEXT, dit.null_text(4), guidance_scale=7.0, text_mask=MASK, **sizes)(x, t)
+        for i, count in enumerate(MASK.sum(dim=1).tolist()):
+            one = slice(i, i + 1)
+            conditional = dit(x[one], t[one], TEXT[one, :count], **sizes)
+            null = dit(x[one], t[one], dit.null_text(count)[None], **sizes)
+            torch.testing.assert_close(got[one], null + 7 * (conditional - null), rtol=1e-4, atol=1e-4)
+            whole = dit(x[one], t[one], dit.null_text(4)[None], **sizes)
+            assert (whole - null).abs().max() > 1e-3
 
 
 def test_scale_one_costs_one_forward_of_the_batch():

@@ -1,0 +1,325 @@
+"""Given frames in latent space: the mask-strategy grammar of Open-Sora v1.2, and what a film's own references give.
+
+A mask strategy says which latent frames of which reference stand where in which segment, and how much of them may
+change. Groups are separated by `;`, their fields by `,`:
+
+    segment, reference, reference start, target start, length, edit ratio        "0;2,1,-5,0,5,0.3"
+
+Fields left out are 0,0,0,0,1,0: "0" puts the first latent frame of the first reference at the head of the first
+segment. All but the ratio count latent frames or things from 0; a negative start counts from the end. Later groups
+overwrite earlier ones. (The original says loop where this project says segment.)
+
+The second half of this module needs no grammar: an image at the head, an image at the end, a video to go on from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from arlon.grids import SegmentGrid
+
+EncodeFn = Callable[[Tensor], Tensor]
+"""Video (1, 3, pT, pH, pW) in [-1, 1] -> latent (1, C, T, H, W), such as `VideoVAE.encode`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """One group of a mask strategy."""
+
+    segment: int = 0
+    """Segment of the take it belongs to."""
+    reference: int = 0
+    """Index among the references."""
+    reference_start: int = 0
+    """First latent frame taken; negative: from the end of the reference."""
+    target_start: int = 0
+    """Where it goes in the segment, in latent frames; negative: from the end of the segment."""
+    length: int = 1
+    """Latent frames, at most; fewer where the reference or the segment ends before."""
+    edit_ratio: float = 0.0
+    """0 keeps the frames, 1 makes them anew; see `arlon.diffusion.conditioning.sample_with_edits`."""
+
+    def __post_init__(self) -> None:
+        if min(self.segment, self.reference) < 0 or self.length < 1 or not 0 <= self.edit_ratio <= 1:
+            raise ValueError(
+                "segment and reference must be at least 0, length at least 1, edit ratio from 0 to 1, got "
+                f"{self.segment}, {self.reference}, {self.length} and {self.edit_ratio:g}"
+            )
+
+
+def parse_mask_strategy(text: str) -> tuple[Placement, ...]:
+    """Read a mask strategy; an empty text places nothing.
+
+    Raises:
+        ValueError: If a group is not one to six numbers in range; the message names it.
+    """
+    return tuple(_parse_group(group) for group in text.split(";")) if text.strip() else ()
+
+
+def _parse_group(group: str) -> Placement:
+    names = [field.name for field in fields(Placement)]
+    values = group.split(",")
+    try:
+        if len(values) > len(names):
+            raise ValueError(f"expected at most {len(names)} fields, got {len(values)}")
+        pairs = zip(names, values, strict=False)
+        return Placement(**{name: float(value) if name == "edit_ratio" else int(value) for name, value in pairs})
+    except ValueError as error:
+        expected = ", ".join(name.replace("_", " ") for name in names)
+        raise ValueError(f"mask strategy group {group!r} must be numbers: {expected} ({error})") from None
+
+
+def snap(value: int, step: int, limit: int) -> int:
+    """Multiple of `step` that a start snaps to under the `align` option of the original.
+
+    The nearest one, a half going down; but never up to the last whole step before `limit`, nor past it.
+
+    Args:
+        value: Start in latent frames, at least 0.
+        step: Latent frames of a VAE chunk (5).
+        limit: Latent frames of the whole.
+    """
+    below, rest = divmod(value, step)
+    return (below + (2 * rest > step and below < limit // step - 1)) * step
+
+
+def place_references(
+    latent: Tensor,
+    references: Sequence[Sequence[Tensor]],
+    placements: Sequence[Sequence[Placement]],
+    *,
+    segment: int,
+    align: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Put latent frames of references into the noise of a segment.
+
+    Args:
+        latent: Noise, (B, C, T, H, W); left as it is.
+        references: For every sample its references, each (C, T_ref, H, W).
+        placements: For every sample its groups; those of other segments are passed over.
+        segment: Index of the segment.
+        align: Starts snap to multiples of this, see `snap`; 5 in the released configs. A target start of -1 in 15
+            latent frames then means 10, the start of the last chunk. None: starts as they are.
+
+    Returns:
+        The latent with the references in it, (B, C, T, H, W), and the edit ratio, (B, T): 1 on free frames.
+
+    Raises:
+        ValueError: If a group names a reference or a frame that is not there, or sizes differ.
+    """
+    if not len(references) == len(placements) == len(latent):
+        raise ValueError(
+            f"references and placements need one entry a sample: expected {len(latent)}, got {len(references)} and "
+            f"{len(placements)}"
+        )
+    placed = latent.clone()
+    edit_ratio = torch.ones(latent.shape[0], latent.shape[2], device=latent.device)
+    for target, ratio, sources, groups in zip(placed, edit_ratio, references, placements, strict=True):
+        for group in groups:
+            if group.segment == segment:
+                _place(target, ratio, sources, group, align)
+    return placed, edit_ratio
+
+
+def _place(target: Tensor, ratio: Tensor, references: Sequence[Tensor], group: Placement, align: int | None) -> None:
+    """Write one group into a sample, target (C, T, H, W) and ratio (T,)."""
+    if group.reference >= len(references):
+        raise ValueError(
+            f"the mask strategy names reference {group.reference}, but there are {len(references)} (counted from 0)"
+        )
+    source = references[group.reference]
+    sizes = tuple((*tensor.shape[:1], *tensor.shape[2:]) for tensor in (target, source))
+    if sizes[0] != sizes[1]:
+        raise ValueError(f"reference {group.reference} must have (C, H, W) = {sizes[0]} as the segment, got {sizes[1]}")
+    start = _resolve(group.target_start, target.shape[1], align, "target start")
+    source_start = _resolve(group.reference_start, source.shape[1], align, "reference start")
+    length = min(group.length, target.shape[1] - start, source.shape[1] - source_start)
+    target[:, start : start + length] = source[:, source_start : source_start + length].to(target)
+    ratio[start : start + length] = group.edit_ratio
+
+
+def _resolve(start: int, num_frames: int, align: int | None, name: str) -> int:
+    """A start as an index from the front."""
+    if not -num_frames <= start < num_frames:
+        raise ValueError(
+            f"{name} {start} of the mask strategy is outside of {num_frames} latent frames: "
+            f"expected {-num_frames} to {num_frames - 1}"
+        )
+    index = start % num_frames
+    return index if align is None else snap(index, align, num_frames)
+
+
+def carry_over(
+    latent: Tensor,
+    placements: Sequence[Placement],
+    references: Sequence[Tensor],
+    *,
+    segment: int,
+    overlap: int,
+    edit_ratio: float = 0.0,
+) -> tuple[tuple[Placement, ...], tuple[Tensor, ...]]:
+    """Let a segment start with the last latent frames of the one before.
+
+    What is given is not changed, so the next film begins with its own references alone; the original appends to the
+    caller's lists, and a second sample starts with the clips of the first.
+
+    Args:
+        latent: Of the segment before, or at least its end, (C, T, H, W).
+        placements: Groups so far.
+        references: References so far, each (C, T_ref, H, W).
+        segment: Index of the segment that is to start with it.
+        overlap: Latent frames carried over (`condition_frame_length` of the original).
+        edit_ratio: How much the carried frames may change (`condition_frame_edit`).
+
+    Returns:
+        Placements and references, one longer each.
+    """
+    carried = Placement(
+        segment=segment,
+        reference=len(references),
+        reference_start=-overlap,
+        length=overlap,
+        edit_ratio=edit_ratio,
+    )
+    return (*placements, carried), (*references, latent)
+
+
+@dataclass(frozen=True)
+class GivenSpan:
+    """The end of a video that a segment goes on from."""
+
+    frames: int
+    latents: int
+
+    def describe(self, num_frames: int) -> str:
+        """What is used of a video of `num_frames` frames, in words."""
+        used = "all" if self.frames == num_frames else f"the last {self.frames} of"
+        return f"goes on from {used} {num_frames} frames"
+
+
+def given_span(num_frames: int, grid: SegmentGrid) -> GivenSpan:
+    """How much of the end of a video can stand at the head of a segment.
+
+    As many latent frames as segments carry over, or as the video fills: the span starts at a chunk border of the
+    segment and ends with the last frame of the video, so that its latent frames cover the video frames they will
+    cover in the film. (The original encodes from the start of the video and snaps to its chunks, which may leave out
+    up to 16 of the last frames: a jump.)
+
+    Args:
+        num_frames: Frames of the video, at least 1.
+        grid: Of the take.
+
+    Raises:
+        ValueError: If the video is too short for one latent frame.
+    """
+    lead = grid.chunk_frames - (grid.chunk_latents - 1) * grid.time_stride
+    if num_frames < lead:
+        raise ValueError(f"a video to go on from needs at least {lead} frame{'s' * (lead > 1)}, got {num_frames}")
+    best = GivenSpan(0, 0)
+    for latents in range(1, grid.overlap + 1):
+        chunks, rest = divmod(latents, grid.chunk_latents)
+        frames = chunks * grid.chunk_frames + (lead + (rest - 1) * grid.time_stride if rest else 0)
+        if frames <= num_frames:
+            best = GivenSpan(frames, latents)
+    return best
+
+
+@torch.no_grad()
+def encode_continued(encode: EncodeFn, video: Tensor, grid: SegmentGrid) -> Tensor:
+    """Latent frames of the end of a video to go on from.
+
+    Args:
+        encode: Of the VAE.
+        video: (3, pT, pH, pW) in [-1, 1], at the frame rate of the film.
+        grid: Of the take.
+
+    Returns:
+        (1, C, n, H, W), n of `given_span`.
+    """
+    span = given_span(video.shape[1], grid)
+    return encode(_whole_chunks(video[:, -span.frames :], grid))[:, :, : span.latents]
+
+
+@torch.no_grad()
+def encode_image(encode: EncodeFn, image: Tensor, grid: SegmentGrid) -> Tensor:
+    """Latent frame (1, C, 1, H, W) of an image (3, 1, pH, pW) in [-1, 1] as the first frame of a take."""
+    return encode(_whole_chunks(_checked_image(image), grid))[:, :, :1]
+
+
+@torch.no_grad()
+def encode_end_image(encode: EncodeFn, image: Tensor, grid: SegmentGrid) -> Tensor:
+    """Latent frame (1, C, 1, H, W) of an image (3, 1, pH, pW) in [-1, 1] as the end of a segment.
+
+    It covers the last few video frames (4), which all show the image. (The original puts the latent of a single
+    frame there, or, under `align`, at the start of the last chunk.)
+    """
+    return encode(_whole_chunks(_checked_image(image), grid))[:, :, -1:]
+
+
+def _whole_chunks(video: Tensor, grid: SegmentGrid) -> Tensor:
+    """A video (3, pT, pH, pW) held at its last frame until its last chunk is full, with a batch axis.
+
+    Normalisation inside the VAE looks over a whole chunk: frames that are encoded alone, as the original does, get
+    latents unlike those of the same frames in a video.
+    """
+    missing = -video.shape[1] % grid.chunk_frames
+    return torch.cat((video, video[:, -1:].expand(-1, missing, -1, -1)), dim=1)[None]
+
+
+def _checked_image(image: Tensor) -> Tensor:
+    if image.ndim != 4 or image.shape[:2] != (3, 1):
+        raise ValueError(f"expected an image as a video of one frame, (3, 1, pH, pW), got {tuple(image.shape)}")
+    return image
+
+
+@dataclass(frozen=True)
+class SegmentCondition:
+    """What a segment is given.
+
+    Attributes:
+        latent: Clean latent, (B, C, T, H, W); zeros on frames that are to be made.
+        frame_mask: (B, T), bool, True = noisy, to be made.
+    """
+
+    latent: Tensor
+    frame_mask: Tensor
+
+
+def condition_segment(
+    shape: Sequence[int], *, head: Tensor | None = None, tail: Tensor | None = None
+) -> SegmentCondition:
+    """Lay given latent frames at the two ends of a segment.
+
+    Args:
+        shape: (B, C, T, H, W) of the segment.
+        head: Its first latent frames, (B, C, n, H, W): an image, the end of a video, or what is carried over.
+        tail: Its last latent frames, (B, C, m, H, W): an end image.
+
+    Returns:
+        For `conditioning.place_clean` and `conditioning.hold_clean`.
+
+    Raises:
+        ValueError: If sizes differ, or nothing is left to make.
+    """
+    given = [part for part in (head, tail) if part is not None]
+    for part in given:
+        expected = (*shape[:2], part.shape[2], *shape[3:])
+        if tuple(part.shape) != expected:
+            got = tuple(part.shape)
+            raise ValueError(f"given frames must fit the segment: expected (B, C, n, H, W) = {expected}, got {got}")
+    num_given = sum(part.shape[2] for part in given)
+    if num_given >= shape[2]:
+        raise ValueError(f"{num_given} of {shape[2]} latent frames of a segment are given: nothing is left to make")
+    latent = torch.zeros(*shape, device=given[0].device if given else None)
+    frame_mask = torch.ones(shape[0], shape[2], dtype=torch.bool, device=latent.device)
+    if head is not None:
+        latent[:, :, : head.shape[2]] = head
+        frame_mask[:, : head.shape[2]] = False
+    if tail is not None:
+        latent[:, :, -tail.shape[2] :] = tail
+        frame_mask[:, -tail.shape[2] :] = False
+    return SegmentCondition(latent, frame_mask)
