@@ -43,11 +43,12 @@ format: setup
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
 
-# Three parts, each from the export of the one before: frames, time, both together.
+# Four parts, each from the export of the one before: frames, time, both together, the decoders alone.
 vae: setup
 	$(TRAIN) vae --config $(CONFIG)/vae.yaml --config $(CONFIG)/vae_spatial.yaml --output runs/vae_spatial $(ARGS)
 	$(TRAIN) vae --config $(CONFIG)/vae.yaml --config $(CONFIG)/vae_temporal.yaml --output runs/vae_temporal $(ARGS)
-	$(TRAIN) vae --config $(CONFIG)/vae.yaml --config $(CONFIG)/vae_all.yaml --output runs/vae $(ARGS)
+	$(TRAIN) vae --config $(CONFIG)/vae.yaml --config $(CONFIG)/vae_all.yaml --output runs/vae_all $(ARGS)
+	$(TRAIN) vae --config $(CONFIG)/vae.yaml --config $(CONFIG)/vae_decoder.yaml --output runs/vae $(ARGS)
 
 # Two autoencoders: the fine one, whose codes the AR model writes, and the coarser one, which the DiT is trained on.
 vqvae: setup
@@ -57,8 +58,16 @@ vqvae: setup
 ar: setup
 	$(TRAIN) ar --config $(CONFIG)/ar.yaml $(ARGS)
 
+# Three parts, each from the export of the one before: frames, chunks, segments. A folder without them is one run, such
+# as the fine-tuning of a released base.
 dit: setup
+ifneq ($(wildcard $(CONFIG)/dit_images.yaml),)
+	$(TRAIN) dit --config $(CONFIG)/dit.yaml --config $(CONFIG)/dit_images.yaml --output runs/dit_images $(ARGS)
+	$(TRAIN) dit --config $(CONFIG)/dit.yaml --config $(CONFIG)/dit_clips.yaml --output runs/dit_clips $(ARGS)
+	$(TRAIN) dit --config $(CONFIG)/dit.yaml --config $(CONFIG)/dit_segments.yaml --output runs/dit $(ARGS)
+else
 	$(TRAIN) dit --config $(CONFIG)/dit.yaml $(ARGS)
+endif
 
 inject: setup
 	$(TRAIN) inject --config $(CONFIG)/inject.yaml $(ARGS)

@@ -38,7 +38,7 @@ from arlon.models.video_vae import VideoVAE
 from arlon.models.vqvae import LatentVQVAE, codebook_usage
 from arlon.text.encoders import MiniLMEncoder, TextEncoder, TextFeatures, load_text_encoder
 from pipelines.run_folder import write_json
-from stages.flow_matching import FrameSize, even_times, flow_losses
+from stages.flow_matching import even_times, flow_losses
 
 SEED = 2_000_003
 """Of the takes; no training or validation set has it."""
@@ -60,13 +60,13 @@ class EncodedTakes:
     Attributes:
         latent: (n, C, T, H, W).
         spans: Captions of each take; the first caption of a span is used.
-        size: Of the frames.
+        size: Height and width of the frames in pixels.
         fps: Frames a second.
     """
 
     latent: Tensor
     spans: tuple[tuple[CaptionSpan, ...], ...]
-    size: FrameSize
+    size: tuple[int, int]
     fps: float
 
 
@@ -145,7 +145,7 @@ def measure_vae(
         errors.append((decoded - take.video).double().square().mean().item())
         progress("vae", index + 1, len(source))
     config = source.config
-    takes = EncodedTakes(torch.cat(latents), tuple(spans), FrameSize(config.height, config.width), config.fps)
+    takes = EncodedTakes(torch.cat(latents), tuple(spans), (config.height, config.width), config.fps)
     pooled = 10 * math.log10(metrics.VIDEO_RANGE**2 / _mean(errors))
     return takes, {"psnr": _mean(psnr), "psnr_min": min(psnr), "psnr_pooled": pooled, "ssim": _mean(ssim)}
 
@@ -269,10 +269,12 @@ def measure_flow(
             "text_mask": text_mask,
             "frame_mask": mask,
             "fps": torch.tensor([takes.fps]),
+            "height": torch.tensor([float(takes.size[0])]),
+            "width": torch.tensor([float(takes.size[1])]),
         }
         generator = torch.Generator().manual_seed(len(losses))
         inject = None if condition is None else condition(index, start, stop)
-        losses.append(flow_losses(dit, batch, t[None], size=takes.size, generator=generator, inject=inject))
+        losses.append(flow_losses(dit, batch, t[None], generators=[generator], inject=inject))
     return {"loss": torch.cat(losses).mean().item(), "num_segments": float(len(losses))}
 
 

@@ -24,7 +24,7 @@ from arlon.models.ar import CodeTransformer, CodeTransformerConfig, code_loss
 from arlon.models.code_stream import PromptSpan, SamplingConfig, generate_codes
 from arlon.models.video_vae import VideoVAE
 from arlon.models.vqvae import LatentVQVAE
-from stages.common import Stage, StageParts, init_model, load_codes, load_data, load_frozen, trim_text
+from stages.common import Stage, StageParts, init_model, load_codes, load_data, load_frozen, trim_text, window_parts
 from stages.config import DataConfig, OptimConfig, RunConfig
 from stages.dit import picture_of_pairs
 
@@ -193,7 +193,7 @@ def build(config: ARStageConfig) -> StageParts:
             for i in range(min(NUM_PICTURES, len(data.val)))
         ],
     )
-    return StageParts(stage, train, val)
+    return window_parts(stage, train, val, config.train)
 
 
 def check_fit(config: ARStageConfig, vqvae: LatentVQVAE, codes: CodeCache) -> None:

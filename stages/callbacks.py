@@ -22,10 +22,12 @@ import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from stages.config import OptimConfig, RunConfig
+from stages.parallel import any_says, first_says, placed_like, whole_tensor
 
 LAST_CHECKPOINT = Path("checkpoints") / "last.ckpt"
 
@@ -55,7 +57,10 @@ class RunClock(L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        factor = lr_factor(self._optim, step=trainer.global_step, progress=self.progress(trainer.global_step))
+        progress = self.progress(trainer.global_step)
+        if self._run.max_minutes is not None:
+            progress = first_says(trainer, progress)
+        factor = lr_factor(self._optim, step=trainer.global_step, progress=progress)
         for group in trainer.optimizers[0].param_groups:
             group["lr"] = group["peak_lr"] * factor
 
@@ -63,7 +68,7 @@ class RunClock(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         limit = self._run.max_minutes
-        if limit is not None and self.elapsed_s >= 60 * limit:
+        if limit is not None and first_says(trainer, self.elapsed_s >= 60 * limit):
             trainer.should_stop = True
 
     def state_dict(self) -> dict[str, float]:
@@ -93,11 +98,12 @@ class WeightAverage(L.Callback):
         self._decay = decay
         self._average: dict[str, Tensor] = {}
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not self._average:
-            self._average = {
-                name: p.detach().float().clone() for name, p in pl_module.model.named_parameters() if p.requires_grad
-            }
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        own = {name: p.detach() for name, p in pl_module.model.named_parameters() if p.requires_grad}
+        if self._average:
+            self._average = {name: placed_like(average, own[name]) for name, average in self._average.items()}
+        else:
+            self._average = {name: parameter.float().clone() for name, parameter in own.items()}
 
     @torch.no_grad()
     def on_train_batch_end(
@@ -127,7 +133,7 @@ class WeightAverage(L.Callback):
                 model.train(training)
 
     def state_dict(self) -> dict[str, Tensor]:
-        return dict(self._average)
+        return {name: whole_tensor(average) for name, average in self._average.items()}
 
     def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
         self._average = {name: tensor.clone() for name, tensor in state_dict.items()}
@@ -143,7 +149,7 @@ class Validate(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if self._every and trainer.global_step % self._every == 0:
-            metrics = self.run(pl_module)
+            metrics = self.run(pl_module)  # in every process: a sharded model needs all of them
             for logger in trainer.loggers:
                 logger.log_metrics(metrics, step=trainer.global_step)
 
@@ -166,7 +172,7 @@ class SamplePictures(L.Callback):
             return
         with self._average.applied(pl_module.model):
             picture = pl_module.sample_picture()
-        if picture is None:
+        if picture is None or not trainer.is_global_zero:
             return
         write_png(self._folder / f"step_{trainer.global_step:06d}.png", picture)
         for logger in trainer.loggers:
@@ -208,7 +214,10 @@ class Checkpoints(L.Callback):
     ) -> None:
         self._between_steps = True
         every = self._run.checkpoint_steps
-        due = monotonic() - self._saved_s >= 60 * self._run.checkpoint_minutes
+        due = first_says(trainer, monotonic() - self._saved_s >= 60 * self._run.checkpoint_minutes)
+        self.interrupted = any_says(trainer, self.interrupted)
+        if self.interrupted:
+            trainer.should_stop = True
         if due or self.interrupted or (every and trainer.global_step % every == 0):
             self.save(trainer, pl_module)
 
@@ -220,18 +229,20 @@ class Checkpoints(L.Callback):
         self._restore_handler()
         if isinstance(exception, KeyboardInterrupt):
             self.interrupted = True
-            if self._between_steps and trainer.global_step:
+            alone = trainer.world_size == 1  # the others may be within a step, and would not answer
+            if alone and self._between_steps and trainer.global_step:
                 self.save(trainer, pl_module)
 
     def save(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write checkpoint and export now, unless this step has been written."""
-        if trainer.global_step == self._saved_step and self._path.exists():
+        if first_says(trainer, trainer.global_step == self._saved_step and self._path.exists()):
             return
         self._path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}.tmp")
         try:
-            trainer.save_checkpoint(temporary)
-            temporary.replace(self._path)
+            trainer.save_checkpoint(temporary)  # all processes take part, the first writes
+            if trainer.is_global_zero:
+                temporary.replace(self._path)
         finally:
             temporary.unlink(missing_ok=True)
         self._export(pl_module)
@@ -260,6 +271,8 @@ class ProgressLine(L.Callback):
         self._bar: tqdm | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
         self._bar = tqdm(
             total=self._run.max_steps,
             initial=trainer.global_step,
@@ -268,16 +281,16 @@ class ProgressLine(L.Callback):
             mininterval=0.5 if sys.stderr.isatty() else 30.0,
             dynamic_ncols=True,
         )
-        self._first_step, self._first_s = trainer.global_step, monotonic()
+        self._samples, self._first_s = 0, monotonic()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if self._bar is None:
             return
+        self._samples += len(next(iter(batch.values()))) * trainer.world_size
         if trainer.global_step % self._run.log_steps == 0:
-            rate = (trainer.global_step - self._first_step) / max(monotonic() - self._first_s, 1e-9)
-            samples = rate * self._run.batch_size
+            samples = self._samples / max(monotonic() - self._first_s, 1e-9)
             fields = {"samples/s": f"{samples:.1f}"}
             loss = trainer.callback_metrics.get("train/loss")
             if loss is not None:
@@ -328,6 +341,7 @@ class JsonLinesLogger(Logger):
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
         """The resolved configuration is a file of its own."""
 
+    @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Append one line."""
         line = {"step": step, **{name: float(value) for name, value in metrics.items() if name != "epoch"}}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import lightning as L
 import numpy as np
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -27,7 +29,7 @@ from arlon.data.latent_cache import (
     build_code_cache,
     build_latent_cache,
 )
-from arlon.data.windows import BatchStream, Sample, SampleSet
+from arlon.data.windows import BatchSet, BatchStream, FixedBatches, Sample, SampleSet, Shard
 from arlon.diffusion.samplers import address_seed
 from arlon.models.video_vae import VideoVAE
 from arlon.text.encoders import MiniLMEncoder, TextEncoder, load_text_encoder
@@ -42,6 +44,7 @@ from stages.callbacks import (
 )
 from stages.config import DataConfig, OptimConfig, RunConfig
 from stages.optim import make_optimizer
+from stages.parallel import gathered, make_strategy, shard_model
 
 EXPORT_DIR = "export"
 TEXT_STEP = 8
@@ -51,8 +54,9 @@ log = logging.getLogger(__name__)
 class Stage(L.LightningModule):
     """Base of all stages: `model` is what is trained, averaged and exported.
 
-    Every draw of step n comes from a generator seeded by (seed, stage, n), and the global generator is seeded
-    likewise before each step, so that a resumed training goes on exactly as it would have.
+    Every draw of step n comes from a generator seeded by (seed, stage, n) and the process or the row of the batch, and
+    the global generator is seeded likewise before each step, so that a resumed training goes on exactly as it would
+    have. What is drawn by row does not depend on how many processes share the rows.
     """
 
     stage_name: ClassVar[str]
@@ -69,6 +73,11 @@ class Stage(L.LightningModule):
         self.save_hyperparameters({"config": config_to_dict(config)})
         self.config, self.model, self.frozen = config, model, dict(frozen or {})
 
+    def configure_model(self) -> None:
+        """Shard the model where the strategy does: every block by itself, then what is left."""
+        if self.device_mesh is not None:
+            shard_model(self.model, self.device_mesh["data_parallel"])
+
     def on_fit_start(self) -> None:
         for network in self.frozen.values():
             network.to(self.device)
@@ -77,11 +86,21 @@ class Stage(L.LightningModule):
         return make_optimizer(self.model, self.config.optim)
 
     def on_train_batch_start(self, batch: Sample, batch_idx: int) -> None:
-        torch.manual_seed(address_seed(self.config.train.seed, self.stage_name, "global", self.global_step))
+        address = ("global", self.global_step, self.global_rank)
+        torch.manual_seed(address_seed(self.config.train.seed, self.stage_name, *address))
 
     def step_generator(self) -> torch.Generator:
-        """CPU generator of this step's draws."""
-        return self._generator("step", self.global_step)
+        """CPU generator of this step's draws in this process."""
+        return self._generator("step", self.global_step, self.global_rank)
+
+    def row_generators(self, count: int) -> list[torch.Generator]:
+        """CPU generators of this step's draws, one for each of the `count` rows that this process has."""
+        first = self.global_rank * count
+        return [self._generator("row", self.global_step, first + row) for row in range(count)]
+
+    def validation_generators(self, number: int, count: int) -> list[torch.Generator]:
+        """CPU generators of the draws of validation batch `number`, one for each of its `count` rows."""
+        return [self._generator("validation", number, row) for row in range(count)]
 
     def log_figures(self, **figures: Tensor | float) -> None:
         """Log figures of this training step as `train/NAME`, counted as the step that it completes."""
@@ -89,15 +108,15 @@ class Stage(L.LightningModule):
         self.log_dict({**named, "step": float(self.global_step + 1)})
 
     def validate(self, batches: Iterable[Sample]) -> dict[str, float]:
-        """Mean of `validation_metrics` over batches."""
-        rows = [
-            self.validation_metrics(self._to_device(batch), self._generator("validation", number))
-            for number, batch in enumerate(batches)
-        ]
-        return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+        """Mean of each figure of `validation_metrics` over the batches that have it."""
+        figures = defaultdict(list)
+        for number, batch in enumerate(batches):
+            for name, value in self.validation_metrics(self._to_device(batch), number).items():
+                figures[name].append(value)
+        return {name: float(np.mean(values)) for name, values in figures.items()}
 
-    def validation_metrics(self, batch: Sample, generator: torch.Generator) -> dict[str, float]:
-        """Figures of one validation batch."""
+    def validation_metrics(self, batch: Sample, number: int) -> dict[str, float]:
+        """Figures of validation batch `number`."""
         raise NotImplementedError
 
     def sample_picture(self) -> np.ndarray | None:
@@ -119,8 +138,15 @@ class StageParts:
     """What a stage hands to the trainer."""
 
     stage: Stage
-    train: SampleSet
-    val: SampleSet
+    train: BatchSet
+    val: Iterable[Sample]
+    """The batches of a validation, the same ones each time."""
+
+
+def window_parts(stage: Stage, train: SampleSet, val: SampleSet, run: RunConfig) -> StageParts:
+    """Parts of a stage whose samples have one size: `train.batch_size` of them a batch."""
+    train_batches, val_batches = (FixedBatches(samples, run.batch_size) for samples in (train, val))
+    return StageParts(stage, train_batches, BatchStream(val_batches, num_batches=run.val_batches))
 
 
 # --- data ----------------------------------------------------------------------------------------
@@ -128,6 +154,8 @@ class StageParts:
 
 def make_sources(config: DataConfig) -> tuple[TakeSource, TakeSource]:
     """Takes to train on and to validate on: the clips of a manifest, or shapes world."""
+    if config.buckets:
+        raise ValueError("data.buckets is read by the stage dit only: leave it out, clips are brought to data.shapes")
     if config.manifest is None:
         return ShapesTakes(config.shapes), ShapesTakes(config.shapes_val)
     from arlon.data.video_clips import VideoClips
@@ -177,19 +205,14 @@ class CachedData:
 def load_data(config: DataConfig, *, with_text: bool) -> CachedData:
     """Open the caches of latents and captions, building what is missing."""
     train_source, val_source = make_sources(config)
-    vae = load_frozen(VideoVAE, config.vae, "data.vae")
-    key = hash_component(config.vae) + ("-bf16" if config.encode_bf16 else "")
-
-    def encode(video: Tensor) -> Tensor:
-        with torch.autocast(video.device.type, torch.bfloat16, enabled=config.encode_bf16):
-            return vae.encode(video).float()
+    encoder = load_encoder(config)
 
     def build(source: TakeSource, label: str) -> LatentCache:
         return build_latent_cache(
             source,
-            encode,
+            encoder.encode,
             root=config.cache_dir,
-            encoder_key=key,
+            encoder_key=encoder.key,
             shard_size=config.shard_size,
             batch_size=config.encode_batch_size,
             progress=progress_bar(f"latents ({label})", "take"),
@@ -197,8 +220,29 @@ def load_data(config: DataConfig, *, with_text: bool) -> CachedData:
 
     with torch.inference_mode():
         train, val = build(train_source, "train"), build(val_source, "val")
-        texts = _load_texts(config, [*train.all_captions(), *val.all_captions()]) if with_text else None
+        texts = load_texts(config, [*train.all_captions(), *val.all_captions()]) if with_text else None
     return CachedData(train=train, val=val, texts=texts)
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """The frozen video VAE, and the hash of what decides its latents."""
+
+    vae: VideoVAE
+    key: str
+    bf16: bool
+
+    def encode(self, video: Tensor) -> Tensor:
+        """Posterior mean of video (B, 3, pT, pH, pW) in [-1, 1], (B, C, T, H, W) float32, where the VAE is."""
+        video = video.to(self.vae.shift.device)
+        with torch.autocast(video.device.type, torch.bfloat16, enabled=self.bf16):
+            return self.vae.encode(video).float()
+
+
+def load_encoder(config: DataConfig) -> Encoder:
+    """The VAE that `data.vae` names."""
+    vae = load_frozen(VideoVAE, config.vae, "data.vae")
+    return Encoder(vae, hash_component(config.vae) + ("-bf16" if config.encode_bf16 else ""), config.encode_bf16)
 
 
 def load_codes(config: DataConfig, cache: LatentCache, vqvae: nn.Module, folder: str) -> CodeCache:
@@ -242,7 +286,8 @@ def progress_bar(label: str, unit: str) -> Progress:
     return show
 
 
-def _load_texts(config: DataConfig, captions: list[str]) -> TextCache:
+def load_texts(config: DataConfig, captions: Sequence[str]) -> TextCache:
+    """Open the cache of captions, encoding what is missing."""
     key = "minilm" if config.text_encoder == "minilm" else hash_component(config.text_encoder)
     texts = TextCache(config.cache_dir, key, max_length=config.text_length)
     if any(caption not in texts for caption in captions):
@@ -272,13 +317,13 @@ def trim_text(batch: Sample) -> Sample:
 # --- training ------------------------------------------------------------------------------------
 
 
-def init_model(model: nn.Module, run: RunConfig, *, measured: Sequence[str] = ()) -> nn.Module:
+def init_model(model: nn.Module, run: RunConfig, *, free: Sequence[str] = ()) -> nn.Module:
     """The model as it is, or with the weights of `train.init_from`.
 
     Args:
         model: Fresh model.
         run: Settings of the run.
-        measured: Config fields that an export measures and that may differ.
+        free: Config fields that do not shape the weights and may differ.
 
     Raises:
         ValueError: If that folder holds a model of another configuration.
@@ -286,7 +331,7 @@ def init_model(model: nn.Module, run: RunConfig, *, measured: Sequence[str] = ()
     if run.init_from is None:
         return model
     start = load_component(type(model), run.init_from)
-    if replace(start.config, **{name: getattr(model.config, name) for name in measured}) != model.config:
+    if replace(start.config, **{name: getattr(model.config, name) for name in free}) != model.config:
         raise ValueError(
             f"train.init_from = {run.init_from!r} has another configuration than this stage:"
             f"\n  there {start.config}"
@@ -319,12 +364,11 @@ def make_training(
         extra: More callbacks, run after the others.
     """
     average, clock = WeightAverage(run.ema_decay), RunClock(optim, run)
-    val = BatchStream(parts.val, batch_size=run.batch_size, num_batches=run.val_batches)
     checkpoints = Checkpoints(run, run_dir, _exporter(average, run_dir))
     callbacks = [
         clock,
         average,
-        Validate(average, val, run.val_steps),
+        Validate(average, parts.val, run.val_steps),
         SamplePictures(average, run_dir, run.sample_steps),
         ProgressLine(run, clock),
         checkpoints,
@@ -334,7 +378,9 @@ def make_training(
         warnings.filterwarnings("ignore", message="Starting from v1.9.0, `tensorboardX`")
         trainer = L.Trainer(
             accelerator="auto",
-            devices=1,
+            strategy=make_strategy(run, optim),
+            devices=run.devices,
+            num_nodes=run.num_nodes,
             precision=run.precision,
             max_steps=run.max_steps,
             max_epochs=-1,
@@ -349,15 +395,21 @@ def make_training(
             use_distributed_sampler=False,
             default_root_dir=run_dir,
         )
-    stream = BatchStream(parts.train, batch_size=run.batch_size, first_batch=lambda: trainer.global_step)
+    stream = BatchStream(
+        parts.train,
+        first_batch=lambda: trainer.global_step,
+        shard=lambda: Shard(trainer.global_rank, trainer.world_size),
+    )
     return Training(trainer=trainer, checkpoints=checkpoints, average=average, stream=stream)
 
 
 def export_model(stage: Stage, average: WeightAverage, folder: Path, dtype: torch.dtype | None = None) -> None:
-    """Write the averaged weights of a stage's model as a component folder."""
+    """Write the averaged weights of a stage's model as a component folder; all processes call it, the first writes."""
     with average.applied(stage.model):
         stage.before_export()
-        save_component(stage.model, folder, dtype=dtype)
+        model = gathered(stage.model)
+        if rank_zero_only.rank == 0:
+            save_component(model, folder, dtype=dtype)
 
 
 def _exporter(average: WeightAverage, run_dir: Path) -> Callable[[Stage], None]:

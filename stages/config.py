@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from arlon.data.buckets import Bucket
 from arlon.data.datasets import ShapesTakesConfig
 from arlon.data.windows import WindowConfig
 
@@ -58,13 +59,19 @@ class RunConfig:
     seed: int = 0
     """Seed of weights, data order and every draw of the training."""
     batch_size: int = 16
-    """Samples a step."""
+    """Samples a step in each process."""
     max_steps: int = 10000
     """Optimizer steps in all."""
     max_minutes: float | None = None
     """Minutes of training in all, interruptions left out; the run ends cleanly when they are over."""
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     """Lightning's name of the precision of forward and backward."""
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
+    """How several processes share the work: `ddp` repeats the model in each, `fsdp` shards it (needs adamw)."""
+    devices: int = 1
+    """Processes on this machine, each with a device of its own."""
+    num_nodes: int = 1
+    """Machines."""
     num_threads: int | None = None
     """Threads of PyTorch; its own choice if None."""
     checkpoint_minutes: float = 5.0
@@ -92,6 +99,10 @@ class RunConfig:
             problems.append(f"train.max_minutes must be positive, got {self.max_minutes}")
         if self.num_threads is not None and self.num_threads < 1:
             problems.append(f"train.num_threads must be at least 1, got {self.num_threads}")
+        if self.devices < 1 or self.num_nodes < 1:
+            problems.append("train.devices and train.num_nodes must be at least 1")
+        elif self.strategy == "auto" and self.devices * self.num_nodes > 1:
+            problems.append("several processes need train.strategy=ddp or train.strategy=fsdp")
         if not 0 <= self.ema_decay < 1:
             problems.append(f"train.ema_decay must be in [0, 1), got {self.ema_decay}")
         if problems:
@@ -116,6 +127,12 @@ class DataConfig:
     """Manifest of one's own clips; they are brought to the frame size, number and rate of `shapes`."""
     val_clips: int = 32
     """Clips at the end of the manifest that are kept for validation."""
+    buckets: tuple[Bucket, ...] = ()
+    """Sizes and lengths at which `dit` trains on the clips of the manifest, instead of the one size of `shapes`."""
+    clip_fps: float | None = None
+    """Frames a second that clips in buckets are brought to; None leaves each at its own."""
+    keep_latents: bool = True
+    """Keep the latents of clips in buckets in `cache_dir`, rather than encode them whenever they are drawn."""
     vae: str = "runs/vae/export"
     """Component folder of the video VAE."""
     text_encoder: str = "minilm"
@@ -128,6 +145,15 @@ class DataConfig:
     """Let the VAE compute in bfloat16 while the cache is built: twice as fast, errors far below its own."""
     shard_size: int = 256
     """Takes of a cache shard; an interrupted build loses one at most."""
+
+    def __post_init__(self) -> None:
+        if self.clip_fps is not None and not 0 < self.clip_fps < math.inf:
+            raise ValueError(f"data.clip_fps must be positive, got {self.clip_fps}")
+
+    @property
+    def frame_size(self) -> tuple[int, int]:
+        """Height and width of the takes in pixels."""
+        return self.shapes.height, self.shapes.width
 
 
 @dataclass(frozen=True, kw_only=True)

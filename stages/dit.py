@@ -1,11 +1,14 @@
 """Stage `dit`: the base diffusion transformer, rectified flow with captions and clean first frames.
 
+It learns from windows of takes of one size, or from clips of a manifest in buckets of many sizes and lengths.
+
 Source: Open-Sora v1.2, training recipe of stage 3 (logit-normal times with resolution-aware shift, frame
-masks, captions dropped at random).
+masks, captions dropped at random, buckets).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -13,16 +16,41 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from arlon.data.windows import LatentWindows, Sample
+from arlon.data.bucketed_clips import BucketedClips, ClipLatents, FixedClips
+from arlon.data.buckets import offered_order
+from arlon.data.manifest import Clip, read_manifest
+from arlon.data.windows import LatentWindows, MaskSampler, Sample, stack_samples
 from arlon.diffusion.conditioning import sample_frame_masks
 from arlon.grids import num_pixel_frames
 from arlon.models.stdit import STDiT3, STDiT3Config
 from arlon.models.video_vae import VideoVAE
-from stages.common import Stage, StageParts, init_model, load_data, load_frozen, picture_of_videos, trim_text
+from stages.common import (
+    Stage,
+    StageParts,
+    init_model,
+    load_data,
+    load_encoder,
+    load_frozen,
+    load_texts,
+    picture_of_videos,
+    trim_text,
+    window_parts,
+)
 from stages.config import DataConfig, FlowConfig, OptimConfig, RunConfig
-from stages.flow_matching import FrameSize, draw_times, even_times, flow_losses, sample_latents, shift_for
+from stages.flow_matching import draw_times, even_times, flow_losses, grid_times, sample_latents, shift_for
 
 NUM_PICTURES = 4
+TRAINING_FIELDS = (
+    "input_size",
+    "class_dropout_prob",
+    "drop_path",
+    "enable_flash_attn",
+    "enable_layernorm_kernel",
+    "enable_sequence_parallelism",
+    "only_train_temporal",
+    "freeze_y_embedder",
+)
+"""Fields of a DiT's config that say how it is trained or run, not what its weights are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +58,8 @@ class DiTStageConfig:
     """Settings of the stage. The defaults of `dit` are those of STDiT3-XL/2."""
 
     dit: STDiT3Config = field(default_factory=STDiT3Config)
+    gradient_checkpointing: bool = False
+    """Compute every block again in the backward pass: a fraction of the memory for about a third more time."""
     flow: FlowConfig = field(default_factory=FlowConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -45,32 +75,40 @@ class DiTStage(Stage):
     def __init__(self, config: DiTStageConfig, model: STDiT3, vae: VideoVAE, examples: Sample) -> None:
         """Set up the stage; `vae` decodes the pictures, made of the clips in `examples`."""
         super().__init__(config, model, {"vae": vae})
-        self._size = FrameSize(config.data.shapes.height, config.data.shapes.width)
         self._examples = examples
+        self._bucket_names = [bucket.name for bucket in offered_order(config.data.buckets)]
 
     def training_step(self, batch: Sample, batch_idx: int) -> Tensor:
         """Mean flow-matching loss at drawn times."""
         batch = trim_text(batch)
-        generator = self.step_generator()
-        t = draw_times(self.config.flow, len(batch["latent"]), generator)
-        loss = self._losses(batch, t, generator).mean()
+        generators = self.row_generators(len(batch["latent"]))
+        t = draw_times(self.config.flow, generators)
+        loss = self._losses(batch, t, generators).mean()
         self.log_figures(loss=loss)
         return loss
 
-    def validation_metrics(self, batch: Sample, generator: torch.Generator) -> dict[str, float]:
-        """`loss`: mean flow-matching loss at times spread evenly over the batch."""
-        t = even_times(len(batch["latent"]))
-        return {"loss": float(self._losses(batch, t, generator).mean())}
+    def validation_metrics(self, batch: Sample, number: int) -> dict[str, float]:
+        """`loss`: mean flow-matching loss at times spread evenly over the batch.
+
+        In buckets, `loss` and `loss_RESOLUTION_FRAMES`: at each of the fixed times of `grid_times`, not shifted, so
+        that sizes and runs can be compared.
+        """
+        generators = self.validation_generators(number, len(batch["latent"]))
+        if "bucket" not in batch:
+            return {"loss": float(self._losses(batch, even_times(len(generators)), generators).mean())}
+        times = [t.expand(len(generators)) for t in grid_times()]
+        loss = float(torch.stack([flow_losses(self.model, batch, t, generators=generators) for t in times]).mean())
+        return {"loss": loss, f"loss_{self._bucket_names[int(batch['bucket'][0])]}": loss}
 
     def sample_picture(self) -> np.ndarray:
         """Rows in pairs: a validation clip, and one sampled from its caption and given frames."""
         batch = self._to_device(self._examples)
-        sampled = sample_latents(self.model, batch, self.config.flow, size=self._size, seed=self.config.train.seed)
+        sampled = sample_latents(self.model, batch, self.config.flow, seed=self.config.train.seed)
         return picture_of_pairs(self.frozen["vae"], batch["latent"], sampled)
 
-    def _losses(self, batch: Sample, t: Tensor, generator: torch.Generator) -> Tensor:
-        t = shift_for(self.config.flow, self._size, batch["latent"].shape[2])(t)
-        return flow_losses(self.model, batch, t, size=self._size, generator=generator)
+    def _losses(self, batch: Sample, t: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        t = shift_for(self.config.flow, batch)(t)
+        return flow_losses(self.model, batch, t, generators=generators)
 
 
 def picture_of_pairs(vae: VideoVAE, truth: Tensor, made: Tensor) -> np.ndarray:
@@ -82,32 +120,76 @@ def picture_of_pairs(vae: VideoVAE, truth: Tensor, made: Tensor) -> np.ndarray:
 
 def build(config: DiTStageConfig) -> StageParts:
     """Load the data and make the stage."""
+    return _build_buckets(config) if config.data.buckets else _build_windows(config)
+
+
+def _build_windows(config: DiTStageConfig) -> StageParts:
+    """The stage on windows of takes of one size."""
     data = load_data(config.data, with_text=True)
-    ratios = config.flow.windows.mask_ratios
-
-    def mask_sampler(frames: int, generator: torch.Generator) -> Tensor:
-        return sample_frame_masks(1, frames, ratios, generator)[0]
-
     train, val = (
         LatentWindows(
             cache,
             config=config.flow.windows,
             seed=config.train.seed,
+            size=config.data.frame_size,
             texts=data.texts,
-            mask_sampler=mask_sampler if ratios else None,
+            mask_sampler=_mask_sampler(config),
         )
         for cache in (data.train, data.val)
     )
+    vae = load_frozen(VideoVAE, config.data.vae, "data.vae")
+    return window_parts(DiTStage(config, _make_model(config), vae, example_batch(val)), train, val, config.train)
+
+
+def _build_buckets(config: DiTStageConfig) -> StageParts:
+    """The stage on clips of a manifest in buckets of many sizes and lengths."""
+    data = config.data
+    if data.manifest is None:
+        raise ValueError("data.buckets sorts the clips of a manifest: set data.manifest")
+    clips = read_manifest(data.manifest)
+    if len(clips) <= data.val_clips:
+        raise ValueError(
+            f"{data.manifest!r} has {len(clips)} clips, of which data.val_clips = {data.val_clips} are kept for "
+            "validation: give more clips, or a smaller data.val_clips"
+        )
+    encoder = load_encoder(data)
+    with torch.inference_mode():
+        texts = load_texts(data, [clip.text for clip in clips])
+
+    def sort(some: Sequence[Clip]) -> BucketedClips:
+        return BucketedClips(
+            some,
+            data.buckets,
+            latents=ClipLatents(
+                encoder.encode, encoder_key=encoder.key, root=data.cache_dir if data.keep_latents else None
+            ),
+            texts=texts,
+            seed=config.train.seed,
+            size_multiple=encoder.vae.config.space_stride,
+            fps=data.clip_fps,
+            mask_sampler=_mask_sampler(config),
+        )
+
+    train, val = sort(clips[: -data.val_clips]), sort(clips[-data.val_clips :])
+    stage = DiTStage(config, _make_model(config), encoder.vae, val.examples(NUM_PICTURES))
+    return StageParts(stage, train, FixedClips(val, config.train.val_batches))
+
+
+def _mask_sampler(config: DiTStageConfig) -> MaskSampler | None:
+    ratios = config.flow.windows.mask_ratios
+    if not ratios:
+        return None
+    return lambda frames, generator: sample_frame_masks(1, frames, ratios, generator)[0]
+
+
+def _make_model(config: DiTStageConfig) -> STDiT3:
+    """The DiT to train: fresh, or from `train.init_from`, such as a released base."""
     torch.manual_seed(config.train.seed)
-    model = init_model(STDiT3(config.dit), config.train)
-    return StageParts(
-        DiTStage(config, model, load_frozen(VideoVAE, config.data.vae, "data.vae"), example_batch(val)),
-        train,
-        val,
-    )
+    model = init_model(STDiT3(config.dit), config.train, free=TRAINING_FIELDS)
+    model.gradient_checkpointing = config.gradient_checkpointing
+    return model
 
 
 def example_batch(samples: LatentWindows) -> Sample:
     """The first few samples of a set, for pictures."""
-    rows = [samples.sample(number) for number in range(NUM_PICTURES)]
-    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    return stack_samples([samples.sample(number) for number in range(NUM_PICTURES)])

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -15,32 +14,28 @@ from arlon.grids import num_pixel_frames
 from arlon.models.stdit import Inject, STDiT3
 from stages.config import FlowConfig
 
-
-@dataclass(frozen=True)
-class FrameSize:
-    """Size of the frames behind the latents, in pixels."""
-
-    height: int
-    width: int
+EVAL_TIMES = 10
+"""Times of a validation loss on a fixed grid."""
 
 
-def shift_for(config: FlowConfig, size: FrameSize, latent_frames: int) -> Callable[[Tensor], Tensor]:
-    """The resolution-aware shift of flow times for clips of one size."""
+def shift_for(config: FlowConfig, batch: Sample) -> Callable[[Tensor], Tensor]:
+    """The resolution-aware shift of flow times for the clips of a batch, which have one size."""
     return partial(
         flow.shift_times,
-        height=float(size.height),
-        width=float(size.width),
-        num_frames=float(num_pixel_frames(latent_frames)),
+        height=float(batch["height"][0]),
+        width=float(batch["width"][0]),
+        num_frames=float(num_pixel_frames(batch["latent"].shape[2])),
         base_size=config.base_size,
         scale=config.shift_scale,
     )
 
 
-def draw_times(config: FlowConfig, count: int, generator: torch.Generator) -> Tensor:
-    """Flow times (count,) of a training step, before the shift."""
+def draw_times(config: FlowConfig, generators: Sequence[torch.Generator]) -> Tensor:
+    """Flow times (B,) of a training step, before the shift; one from the generator of each row."""
     if config.times == "uniform":
-        return flow.uniform_times(count, generator)
-    return flow.logit_normal_times(count, loc=config.time_loc, scale=config.time_scale, generator=generator)
+        return torch.cat([flow.uniform_times(1, generator) for generator in generators])
+    loc, scale = config.time_loc, config.time_scale
+    return torch.cat([flow.logit_normal_times(1, loc=loc, scale=scale, generator=g) for g in generators])
 
 
 def even_times(count: int) -> Tensor:
@@ -48,30 +43,34 @@ def even_times(count: int) -> Tensor:
     return (torch.arange(count) + 0.5) / count
 
 
+def grid_times() -> Tensor:
+    """`EVAL_TIMES` times evenly spaced inside (0, 1), ends left out, as Open-Sora v1.2 evaluates its loss."""
+    return torch.linspace(0, 1, EVAL_TIMES + 2)[1:-1]
+
+
 def flow_losses(
     model: STDiT3,
     batch: Sample,
     t: Tensor,
     *,
-    size: FrameSize,
-    generator: torch.Generator,
+    generators: Sequence[torch.Generator],
     inject: Inject | None = None,
 ) -> Tensor:
     """Flow-matching loss of each sample at times t: |v(noisy, t) - (noise - clean)|^2 over its noisy frames.
 
     Args:
         model: The DiT.
-        batch: latent (B, C, T, H, W), text (B, L, E), text_mask (B, L), frame_mask (B, T), fps (B,).
+        batch: latent (B, C, T, H, W), text (B, L, E), text_mask (B, L), frame_mask (B, T), fps (B,), height and
+            width (B,) in pixels.
         t: Shifted flow times, (B,).
-        size: Frame size in pixels.
-        generator: CPU generator of the noise and of what the model drops.
+        generators: CPU generator of each row, for its noise and for what the model drops.
         inject: Semantic injection, if any.
 
     Returns:
         (B,), float32.
     """
     clean = batch["latent"]
-    noise = torch.randn(clean.shape, generator=generator).to(clean)
+    noise = torch.stack([torch.randn(clean.shape[1:], generator=generator) for generator in generators]).to(clean)
     t = t.to(clean.device)
     velocity = model(
         flow.add_noise(clean, noise, t, batch["frame_mask"]),
@@ -80,10 +79,10 @@ def flow_losses(
         batch["text_mask"],
         batch["frame_mask"],
         fps=batch["fps"],
-        height=float(size.height),
-        width=float(size.width),
+        height=batch["height"],
+        width=batch["width"],
         inject=inject,
-        generator=generator,
+        generator=generators,
     )
     return flow.flow_loss(velocity, flow.velocity_target(clean, noise), batch["frame_mask"])
 
@@ -93,7 +92,6 @@ def sample_latents(
     batch: Sample,
     config: FlowConfig,
     *,
-    size: FrameSize,
     seed: int,
     inject: Inject | None = None,
 ) -> Tensor:
@@ -111,11 +109,11 @@ def sample_latents(
         text_mask=batch["text_mask"],
         frame_mask=mask,
         fps=batch["fps"],
-        height=float(size.height),
-        width=float(size.width),
+        height=batch["height"],
+        width=batch["width"],
         inject=inject,
     )
     noise = samplers.draw_noise(clean.shape, seed, "sample picture").to(clean)
-    times = samplers.make_times(config.sampling_steps, shift_for(config, size, clean.shape[2]))
+    times = samplers.make_times(config.sampling_steps, shift_for(config, batch))
     start = conditioning.place_clean(noise, clean, mask)
     return samplers.sample(conditioning.hold_clean(velocity, mask), start, times)

@@ -6,6 +6,7 @@ compression than the one whose codes the AR model writes. The loss is that of th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from arlon.data.windows import LatentWindows, Sample
 from arlon.models.injection import InjectionConfig, SemanticInjection
-from arlon.models.stdit import STDiT3
+from arlon.models.stdit import Inject, STDiT3
 from arlon.models.video_vae import VideoVAE
 from arlon.models.vqvae import LatentVQVAE
 from stages.common import (
@@ -27,10 +28,11 @@ from stages.common import (
     load_data,
     load_frozen,
     trim_text,
+    window_parts,
 )
 from stages.config import DataConfig, FlowConfig, OptimConfig, RunConfig
 from stages.dit import example_batch, picture_of_pairs
-from stages.flow_matching import FrameSize, draw_times, even_times, flow_losses, sample_latents, shift_for
+from stages.flow_matching import draw_times, even_times, flow_losses, sample_latents, shift_for
 
 CoarseSource = Literal["coarser", "fine", "mix"]
 
@@ -94,27 +96,28 @@ class InjectStage(Stage):
             examples: Clips of the pictures.
         """
         super().__init__(config, model, {"dit": dit, "vae": vae, **vqvaes})
-        self._size = FrameSize(config.data.shapes.height, config.data.shapes.width)
         self._take_latents, self._examples = take_latents, examples
 
     def training_step(self, batch: Sample, batch_idx: int) -> Tensor:
         """Mean flow-matching loss of the frozen base with injected coarse features."""
         batch = trim_text(batch)
-        generator = self.step_generator()
-        t = draw_times(self.config.flow, len(batch["latent"]), generator)
+        generator, rows = self.step_generator(), self.row_generators(len(batch["latent"]))
+        t = draw_times(self.config.flow, rows)
         batch = self._drop_text(batch, generator)
         coarse = self._coarse_latent(batch, generator)
-        loss = self._losses(batch, coarse, t, generator).mean()
+        inject = self.model.condition(coarse, generator)
+        loss = self._losses(batch, inject, t, rows).mean()
         self.log_figures(loss=loss)
         return loss
 
-    def validation_metrics(self, batch: Sample, generator: torch.Generator) -> dict[str, float]:
+    def validation_metrics(self, batch: Sample, number: int) -> dict[str, float]:
         """`loss` with the fine codes of generation, `loss_base` without injection, at even times."""
         t = even_times(len(batch["latent"]))
-        state = generator.get_state()
-        loss = float(self._losses(batch, self._decode("fine", batch), t, generator).mean())
-        generator.set_state(state)
-        return {"loss": loss, "loss_base": float(self._losses(batch, None, t, generator).mean())}
+        injects = {"loss": self.model.condition(self._decode("fine", batch)), "loss_base": None}
+        return {
+            name: float(self._losses(batch, inject, t, self.validation_generators(number, len(t))).mean())
+            for name, inject in injects.items()
+        }
 
     def sample_picture(self) -> np.ndarray:
         """Rows in pairs: a validation clip, and a clip made from its caption and its fine codes."""
@@ -123,16 +126,14 @@ class InjectStage(Stage):
             self.frozen["dit"],
             batch,
             self.config.flow,
-            size=self._size,
             seed=self.config.train.seed,
             inject=self.model.condition(self._decode("fine", batch)),
         )
         return picture_of_pairs(self.frozen["vae"], batch["latent"], sampled)
 
-    def _losses(self, batch: Sample, coarse: Tensor | None, t: Tensor, generator: torch.Generator) -> Tensor:
-        t = shift_for(self.config.flow, self._size, batch["latent"].shape[2])(t)
-        inject = None if coarse is None else self.model.condition(coarse, generator)
-        return flow_losses(self.frozen["dit"], batch, t, size=self._size, generator=generator, inject=inject)
+    def _losses(self, batch: Sample, inject: Inject | None, t: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        t = shift_for(self.config.flow, batch)(t)
+        return flow_losses(self.frozen["dit"], batch, t, generators=generators, inject=inject)
 
     def _coarse_latent(self, batch: Sample, generator: torch.Generator) -> Tensor:
         """Coarse latents (B, C, T, H, W) of the windows, from the source the config names."""
@@ -183,7 +184,7 @@ def build(config: InjectStageConfig) -> StageParts:
         take_latents=data.train.latent_shape[1],
         examples=example_batch(val),
     )
-    return StageParts(stage, train, val)
+    return window_parts(stage, train, val, config.train)
 
 
 def _windows(
@@ -195,4 +196,11 @@ def _windows(
 ) -> LatentWindows:
     cache = data.train if which == "train" else data.val
     codes = {name: load_codes(config.data, cache, vqvae, folders[name]) for name, vqvae in vqvaes.items()}
-    return LatentWindows(cache, config=config.flow.windows, seed=config.train.seed, texts=data.texts, codes=codes)
+    return LatentWindows(
+        cache,
+        config=config.flow.windows,
+        seed=config.train.seed,
+        size=config.data.frame_size,
+        texts=data.texts,
+        codes=codes,
+    )

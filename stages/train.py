@@ -49,11 +49,12 @@ CONFIG_CLASSES = {
 
 @dataclass(frozen=True)
 class TrainResult:
-    """How a run ended: where it is, its last step, and whether it was interrupted."""
+    """How a run ended: where it is, its last step, whether it was interrupted, and if this is its first process."""
 
     run_dir: Path
     step: int
     interrupted: bool
+    is_first: bool = True
 
 
 def load_stage_config(stage: str, files: list[Path], overrides: list[str]) -> Any:
@@ -143,15 +144,18 @@ def run_stage(
     checkpoint = find_checkpoint(run_dir, resume)
     if checkpoint is not None:
         check_checkpoint(checkpoint)
+    if config.train.strategy == "fsdp" and stage != "dit":
+        raise ValueError(f"train.strategy=fsdp shards the DiT; the stage {stage} trains with auto or ddp")
     if config.train.num_threads is not None:
         torch.set_num_threads(config.train.num_threads)
     parts: StageParts = importlib.import_module(f"stages.{stage}").build(config)
     training = make_training(parts, config.train, config.optim, run_dir)
-    save_config(config, run_dir / "config.yaml")
+    if training.trainer.is_global_zero:
+        save_config(config, run_dir / "config.yaml")
     interrupted = fit(training, parts, checkpoint)
     if export_to is not None and not interrupted:
         export_model(parts.stage, training.average, export_to, dtype=torch.bfloat16)
-    return TrainResult(run_dir, training.trainer.global_step, interrupted)
+    return TrainResult(run_dir, training.trainer.global_step, interrupted, training.trainer.is_global_zero)
 
 
 def fit(training: Training, parts: StageParts, checkpoint: Path | None) -> bool:
@@ -195,10 +199,13 @@ def main(
     except KeyboardInterrupt:
         typer.echo("interrupted while the data was prepared; the same command goes on from there", err=True)
         raise typer.Exit(INTERRUPTED) from None
+    if result.interrupted and not result.is_first:
+        raise typer.Exit(INTERRUPTED)
     if result.interrupted:
         typer.echo(f"interrupted at step {result.step}; to resume: {_resume_command(run_dir)}", err=True)
         raise typer.Exit(INTERRUPTED)
-    typer.echo(f"step {result.step}: exported {run_dir / 'export'}")
+    if result.is_first:
+        typer.echo(f"step {result.step}: exported {run_dir / 'export'}")
 
 
 def _settings(stage: str, files: list[Path], overrides: list[str]) -> Any:

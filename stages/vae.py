@@ -6,6 +6,8 @@ weights of a classifier; in its place stand a squared error and one of chroma al
 
 The parts are trained one after another, as in the original: `part=spatial` autoencodes single frames, `part=temporal`
 the latents of a frozen per-frame part (its loss is theirs, no pixel is decoded), `part=all` both, in pixels.
+`part=decoder` then teaches the two decoders to read latents that are a little wrong, as a diffusion transformer writes
+them; the encoders, and with them every latent, stay as they are (noise-augmented decoding: arXiv:2510.11690, sec. 3.3).
 """
 
 from __future__ import annotations
@@ -16,12 +18,12 @@ from typing import ClassVar, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from arlon.data.windows import BatchStream, Sample, VideoWindows
+from arlon.data.windows import BatchStream, FixedBatches, Sample, VideoWindows
 from arlon.grids import CHUNK_FRAMES
 from arlon.models.video_vae import Posterior, VideoVAE, VideoVAEConfig, latent_statistics
-from stages.common import Stage, StageParts, init_model, make_sources, picture_of_videos
+from stages.common import Stage, StageParts, init_model, make_sources, picture_of_videos, window_parts
 from stages.config import DataConfig, OptimConfig, RunConfig
 
 STATISTICS_BATCHES = 8
@@ -40,7 +42,9 @@ class VAELossConfig:
     latent_l1: float = 0.2
     """Mean absolute error of per-frame latents, beside their squared error; part=temporal has these two alone."""
     kl: float = 1e-3
-    """KL divergence from a unit Gaussian, in nats a latent value."""
+    """KL divergence from a unit Gaussian, in nats a latent value; part=decoder has none."""
+    latent_noise: float = 0.0
+    """part=decoder: spread tau of the noise on normalised latents, whose level is |N(0, tau^2)| for each clip."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +52,7 @@ class VAEStageConfig:
     """Settings of the stage."""
 
     vae: VideoVAEConfig = field(default_factory=VideoVAEConfig)
-    part: Literal["spatial", "temporal", "all"] = "all"
+    part: Literal["spatial", "temporal", "all", "decoder"] = "all"
     """What is trained; the rest is frozen, and the spatial part alone sees single frames."""
     loss: VAELossConfig = field(default_factory=VAELossConfig)
     num_frames: int = CHUNK_FRAMES
@@ -77,14 +81,19 @@ class VAEStage(Stage):
     def training_step(self, batch: Sample, batch_idx: int) -> Tensor:
         """Reconstruction from a sampled latent, and KL."""
         video = batch["video"]
+        generator = self.step_generator()
         frames, posterior = self._encode(video)
-        made_frames = self._decode_latent(posterior.sample(self.step_generator()), video.shape[2])
+        latent = posterior.sample(generator)
+        if self.config.part == "decoder":
+            latent = latent + self._latent_noise(latent, generator)
+        made_frames = self._decode_latent(latent, video.shape[2])
         if self.config.part == "temporal":
             error = made_frames.float() - frames
             terms = {"latent": error.square().mean(), "latent_l1": error.abs().mean()}
         else:
             terms = pixel_errors(self.model.decode_frames(made_frames).float(), video)
-        terms["kl"] = posterior.kl().sum() / posterior.mean.numel()
+        if self.config.part != "decoder":
+            terms["kl"] = posterior.kl().sum() / posterior.mean.numel()
         loss = sum(getattr(self.config.loss, name, 1.0) * value for name, value in terms.items())
         self.log_figures(loss=loss, **terms)
         return loss
@@ -105,14 +114,26 @@ class VAEStage(Stage):
         return picture_of_videos(torch.stack([video, self._reconstruct(video)], dim=1).flatten(0, 1))
 
     def before_export(self) -> None:
-        """Measure `shift` and `scale`, so that exported latents have mean 0 and spread 1 in each channel."""
+        """Measure `shift` and `scale`, so that exported latents have mean 0 and spread 1 in each channel.
+
+        part=decoder keeps those it started from.
+        """
         model = self.model
+        if self.config.part == "decoder":
+            kept = {name: tuple(getattr(model, name).flatten().tolist()) for name in ("shift", "scale")}
+            model.config = replace(model.config, **kept)
+            return
         videos = (batch["video"].to(self.device) for batch in self._examples)
         means = [model.temporal_vae.encode(model.encode_frames(video)).mean for video in videos]
         shift, scale = latent_statistics(means)
         model.config = replace(model.config, shift=shift, scale=scale)
         for buffer, values in ((model.shift, shift), (model.scale, scale)):
             buffer.copy_(torch.tensor(values).view_as(buffer))
+
+    def _latent_noise(self, latent: Tensor, generator: torch.Generator) -> Tensor:
+        """Noise for latents that are not normalised yet."""
+        level = self.config.loss.latent_noise * torch.randn(len(latent), 1, 1, 1, 1, generator=generator).abs()
+        return (level * torch.randn(latent.shape, generator=generator)).to(latent) * self.model.scale
 
     def _reconstruct(self, video: Tensor) -> Tensor:
         latent = self._encode(video)[1].mean
@@ -144,6 +165,17 @@ def pixel_errors(made: Tensor, video: Tensor) -> dict[str, Tensor]:
     return {"l1": error.abs().mean(), "mse": error.square().mean(), "chroma": chroma.square().mean()}
 
 
+def trained_parts(model: VideoVAE, part: str) -> tuple[nn.Module, ...]:
+    """The modules that a part of the training changes."""
+    spatial, temporal = model.spatial_vae.module, model.temporal_vae
+    return {
+        "spatial": (spatial,),
+        "temporal": (temporal,),
+        "all": (spatial, temporal),
+        "decoder": (spatial.post_quant_conv, spatial.decoder, temporal.post_quant_conv, temporal.decoder),
+    }[part]
+
+
 def build(config: VAEStageConfig) -> StageParts:
     """Make the sources and the stage."""
     train, val = (
@@ -151,8 +183,8 @@ def build(config: VAEStageConfig) -> StageParts:
         for source in make_sources(config.data)
     )
     torch.manual_seed(config.train.seed)
-    model = init_model(VideoVAE(config.vae), config.train, measured=("shift", "scale"))
-    model.spatial_vae.requires_grad_(config.part != "temporal")
-    model.temporal_vae.requires_grad_(config.part != "spatial")
-    examples = list(BatchStream(val, batch_size=config.train.batch_size, num_batches=STATISTICS_BATCHES))
-    return StageParts(VAEStage(config, model, examples), train, val)
+    model = init_model(VideoVAE(config.vae), config.train, free=("shift", "scale")).requires_grad_(False)
+    for part in trained_parts(model, config.part):
+        part.requires_grad_(True)
+    examples = list(BatchStream(FixedBatches(val, config.train.batch_size), num_batches=STATISTICS_BATCHES))
+    return window_parts(VAEStage(config, model, examples), train, val, config.train)

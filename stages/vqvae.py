@@ -16,7 +16,7 @@ from torch import Tensor
 from arlon.data.windows import LatentWindows, Sample, WindowConfig
 from arlon.models.video_vae import VideoVAE
 from arlon.models.vqvae import LatentVQVAE, LatentVQVAEConfig, codebook_usage
-from stages.common import Stage, StageParts, init_model, load_data, load_frozen
+from stages.common import Stage, StageParts, init_model, load_data, load_frozen, window_parts
 from stages.config import DataConfig, OptimConfig, RunConfig
 from stages.dit import example_batch, picture_of_pairs
 
@@ -89,9 +89,10 @@ def build(config: VQVAEStageConfig) -> StageParts:
     """Load the data and make the stage."""
     data = load_data(config.data, with_text=False)
     train, val = (
-        LatentWindows(cache, config=config.windows, seed=config.train.seed) for cache in (data.train, data.val)
+        LatentWindows(cache, config=config.windows, seed=config.train.seed, size=config.data.frame_size)
+        for cache in (data.train, data.val)
     )
     torch.manual_seed(config.train.seed)
     model = init_model(LatentVQVAE(config.vqvae), config.train)
     stage = VQVAEStage(config, model, load_frozen(VideoVAE, config.data.vae, "data.vae"), example_batch(val))
-    return StageParts(stage, train, val)
+    return window_parts(stage, train, val, config.train)

@@ -2,7 +2,7 @@
 
 Sample n of a stream depends on (seed, n) only: on epoch n // N a permutation picks the take, and a generator
 of its own draws the window, the phrasing and the mask. Batch k holds samples k B to (k + 1) B - 1, so a
-training that resumes at step k needs no other state than k.
+training that resumes at step k needs no other state than k; W processes share a batch of W B samples.
 
 Dimension key: C latent channels, T H W latent grid of a window, cH cW code grid, S codes of a window, L text
 tokens, E text width.
@@ -11,10 +11,10 @@ tokens, E text width.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -35,40 +35,68 @@ class SampleSet(Protocol):
     def sample(self, number: int) -> Sample: ...
 
 
+class Shard(NamedTuple):
+    """Which process of how many: each takes its own rows of every batch."""
+
+    rank: int = 0
+    world: int = 1
+
+
+WHOLE = Shard()
+
+
+class BatchSet(Protocol):
+    """Anything with batches addressed by their number, of which each process gets its rows."""
+
+    def batch(self, number: int, shard: Shard = WHOLE) -> Sample: ...
+
+
+class FixedBatches:
+    """Batches of `batch_size` samples a process: batch k of W processes holds samples k W B to (k + 1) W B - 1."""
+
+    def __init__(self, samples: SampleSet, batch_size: int) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        self.samples, self.batch_size = samples, batch_size
+
+    def batch(self, number: int, shard: Shard = WHOLE) -> Sample:
+        """The rows of batch `number` that belong to a process, stacked."""
+        first = (number * shard.world + shard.rank) * self.batch_size
+        return stack_samples([self.samples.sample(first + i) for i in range(self.batch_size)])
+
+
 class BatchStream:
-    """Batches of an addressed sample set: endless from a given step on, or the same few each time.
+    """Addressed batches in order: endless from a given step on, or the same few each time.
 
     Args:
-        samples: The sample set.
-        batch_size: Samples a batch.
+        batches: The batches.
         first_batch: Called when an iteration starts; the number of the first batch. Default: 0.
         num_batches: Batches of one iteration; None is endless.
+        shard: Called when an iteration starts; whose rows are wanted. Default: all.
     """
 
     def __init__(
         self,
-        samples: SampleSet,
+        batches: BatchSet,
         *,
-        batch_size: int,
         first_batch: Callable[[], int] = lambda: 0,
         num_batches: int | None = None,
+        shard: Callable[[], Shard] = Shard,
     ) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        self.samples, self.batch_size = samples, batch_size
-        self._first_batch, self._num_batches = first_batch, num_batches
-
-    def batch(self, number: int) -> Sample:
-        """Batch `number`: samples number * B ... (number + 1) * B - 1, stacked."""
-        rows = [self.samples.sample(number * self.batch_size + i) for i in range(self.batch_size)]
-        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        self._batches, self._first_batch = batches, first_batch
+        self._num_batches, self._shard = num_batches, shard
 
     def __iter__(self) -> Iterator[Sample]:
-        number = self._first_batch()
+        number, shard = self._first_batch(), self._shard()
         stop = None if self._num_batches is None else number + self._num_batches
         while stop is None or number < stop:
-            yield self.batch(number)
+            yield self._batches.batch(number, shard)
             number += 1
+
+
+def stack_samples(rows: Sequence[Sample]) -> Sample:
+    """One batch of samples that have the same tensors."""
+    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
 
 class VideoWindows:
@@ -87,7 +115,7 @@ class VideoWindows:
             raise ValueError(f"a window of {self._num_frames} frames does not fit a take of {video.shape[1]} frames")
         step = 1 if self._num_frames % CHUNK_FRAMES else CHUNK_FRAMES
         starts = range(0, video.shape[1] - self._num_frames + 1, step)
-        start = starts[_draw(len(starts), _generator(self._seed, "video", number))]
+        start = starts[_draw(len(starts), addressed_generator(self._seed, "video", number))]
         return {"video": video[:, start : start + self._num_frames]}
 
 
@@ -126,11 +154,11 @@ class LatentWindows:
     one caption, which is the caption of the sample. If another caption holds in those first frames the window
     goes over a prompt switch: they are given clean, as the pipeline does. A sample holds
 
-        latent (C, T, H, W)   frame_mask (T,) bool, True = noisy   fps ()   start ()
+        latent (C, T, H, W)   frame_mask (T,) bool, True = noisy   fps ()   height ()   width ()   start ()
         text (L, E)   text_mask (L,) bool
 
-    and, for each of `codes`, the codes of the whole take as `codes_NAME` (cT, cH, cW). Without a text cache
-    there is no text.
+    with height and width in pixels, and, for each of `codes`, the codes of the whole take as `codes_NAME`
+    (cT, cH, cW). Without a text cache there is no text.
     """
 
     def __init__(
@@ -139,11 +167,13 @@ class LatentWindows:
         *,
         config: WindowConfig,
         seed: int,
+        size: tuple[int, int],
         texts: TextCache | None = None,
         codes: Mapping[str, CodeCache] | None = None,
         mask_sampler: MaskSampler | None = None,
     ) -> None:
         self._cache, self._config, self._seed = cache, config, seed
+        self._height, self._width = (float(side) for side in size)
         self._texts, self._codes, self._mask_sampler = texts, dict(codes or {}), mask_sampler
         starts = [window_starts(cache.spans(i), cache.latent_shape[1], config) for i in range(len(cache))]
         self._usable = [(index, found) for index, found in enumerate(starts) if found]
@@ -155,7 +185,7 @@ class LatentWindows:
 
     def sample(self, number: int) -> Sample:
         """Sample `number` of the stream."""
-        generator = _generator(self._seed, "latent", number)
+        generator = addressed_generator(self._seed, "latent", number)
         index, starts = self._usable[shuffled(number, len(self._usable), self._seed)]
         start = starts[_draw(len(starts), generator)]
         before, after = self._spans_at(index, start)
@@ -163,6 +193,8 @@ class LatentWindows:
             "latent": self._cache.latent(index, slice(start, start + self._config.latent_frames)),
             "frame_mask": self._frame_mask(generator, forced=before is not after),
             "fps": torch.tensor(IMAGE_FPS if self._config.latent_frames == 1 else self._cache.fps(index)),
+            "height": torch.tensor(self._height),
+            "width": torch.tensor(self._width),
             "start": torch.tensor(start),
         }
         if self._texts is not None:
@@ -222,7 +254,7 @@ class CodeWindows:
 
     def sample(self, number: int) -> Sample:
         """Sample `number` of the stream."""
-        generator = _generator(self._seed, "codes", number)
+        generator = addressed_generator(self._seed, "codes", number)
         index = shuffled(number, len(self._cache), self._seed)
         spans = self._cache.spans(index)
         start, stop = self._window(spans, generator)
@@ -270,9 +302,20 @@ def shuffled(number: int, length: int, seed: int) -> int:
     return int(_permutation(length, seed, epoch)[offset])
 
 
+def addressed_generator(seed: int, role: str, number: int) -> torch.Generator:
+    """CPU generator of what is drawn for `number` in a role."""
+    return torch.Generator().manual_seed(addressed_seed(seed, role, number))
+
+
+def addressed_seed(seed: int, role: str, number: int) -> int:
+    """Seed of that generator: 63 bits of a hash."""
+    digest = hashlib.sha256(f"{seed}/{role}/{number}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
 @lru_cache(maxsize=8)
 def _permutation(length: int, seed: int, epoch: int) -> Tensor:
-    return torch.randperm(length, generator=_generator(seed, "epoch", epoch))
+    return torch.randperm(length, generator=addressed_generator(seed, "epoch", epoch))
 
 
 def _first_latent(frame: int) -> int:
@@ -282,11 +325,6 @@ def _first_latent(frame: int) -> int:
 def _text_of(texts: TextCache, span: CaptionSpan, generator: torch.Generator) -> Sample:
     tokens, mask = texts.features(span.captions[_draw(len(span.captions), generator)])
     return {"text": tokens, "text_mask": mask}
-
-
-def _generator(seed: int, role: str, number: int) -> torch.Generator:
-    digest = hashlib.sha256(f"{seed}/{role}/{number}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def _draw(size: int, generator: torch.Generator) -> int:

@@ -18,7 +18,7 @@ Dimension key
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,6 +36,7 @@ from arlon.models.layers import (
     RotaryTime,
     ScalarEmbedder,
     STDiT3Block,
+    TextKeys,
     patch_grid,
     spatial_position,
 )
@@ -56,6 +57,22 @@ SIZES = (
 
 Inject = Callable[[int, Tensor], Tensor]
 """(temporal block i, output of its self-attention (B, N, D)) -> what takes its place, (B, N, D)."""
+
+Generators = torch.Generator | Sequence[torch.Generator] | None
+"""One generator, one for each sample, or the global one."""
+
+
+@dataclass(frozen=True)
+class PreparedText:
+    """A text as the cross-attentions of one model read it, with its weights of that moment; see `prepare_text`."""
+
+    blocks: tuple[tuple[TextKeys, TextKeys], ...]
+    """What spatial and temporal block i read."""
+
+    @property
+    def batch_size(self) -> int:
+        """Samples B."""
+        return self.blocks[0][0].keys.shape[0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,11 +205,39 @@ class STDiT3(nn.Module):
             )
         return self.y_embedder.y_embedding[:length]
 
+    def prepare_text(self, text: Tensor, text_mask: Tensor | None = None) -> PreparedText:
+        """Do once what does not depend on latent or time: project a text, and make keys and values of it.
+
+        Tokens that do not count are left out, so that the attention has no more keys than the longest text of the
+        batch. No caption is dropped, in training neither.
+
+        Args:
+            text: Text features, (B, L, E); (B, L, D) if the config says `skip_y_embedder`.
+            text_mask: True = real text token, (B, L). All are real if None.
+
+        Returns:
+            What `forward` takes in place of text and mask, as often as wanted until weights change.
+
+        Raises:
+            ValueError: If shapes do not fit the config or each other.
+        """
+        self._check_text(text, text_mask, text.shape[0])
+        if text_mask is not None:
+            text, text_mask = keep_tokens(text, text_mask)
+        projected = self._project_text(text.to(self.x_embedder.proj.weight.dtype))
+        pairs = zip(self.spatial_blocks, self.temporal_blocks, strict=True)
+        return PreparedText(
+            tuple(
+                (spatial.cross_attn.read(projected, text_mask), temporal.cross_attn.read(projected, text_mask))
+                for spatial, temporal in pairs
+            )
+        )
+
     def forward(
         self,
         latent: Tensor,
         t: Tensor,
-        text: Tensor,
+        text: Tensor | PreparedText,
         text_mask: Tensor | None = None,
         frame_mask: Tensor | None = None,
         *,
@@ -200,14 +245,15 @@ class STDiT3(nn.Module):
         height: Tensor | float,
         width: Tensor | float,
         inject: Inject | None = None,
-        generator: torch.Generator | None = None,
+        generator: Generators = None,
     ) -> Tensor:
         """Predict the velocity d noisy / dt = noise - clean.
 
         Args:
             latent: Noisy latent, (B, C, T, H, W); any T, H, W.
             t: Flow time, (B,), 1 = noise, 0 = data.
-            text: Text features, (B, L, E); (B, L, D) if the config says `skip_y_embedder`.
+            text: Text features, (B, L, E); (B, L, D) if the config says `skip_y_embedder`. Or what `prepare_text`
+                made of them, which saves work where the same text is given again.
             text_mask: True = real text token, (B, L). All are real if None.
             frame_mask: True = noisy frame, False = clean frame, a condition, (B, T). Noisy if None.
             fps: Frames a second, (B,) or a number.
@@ -215,7 +261,8 @@ class STDiT3(nn.Module):
             width: Width of the video in pixels, (B,) or a number.
             inject: Called in temporal block i on the output y (B, N, D) of its self-attention, tokens in
                 order of time, row, column; what it returns goes on to the gate and the residual.
-            generator: Draws which captions and branches are dropped, in training only. Global if None.
+            generator: Draws which captions and branches are dropped, in training only: one generator, or one for
+                each sample. The global one if None.
 
         Returns:
             Velocity, (B, C, T, H, W), float32.
@@ -231,7 +278,8 @@ class STDiT3(nn.Module):
         position = spatial_position(height, width, grid[1:], x.shape[-1], self.config.input_sq_size)
         x = x + position.to(dtype).unsqueeze(1)
         time, clean_time, six = self._embed_time(t, fps, frame_mask)
-        text = self._embed_text(text.to(dtype), generator)
+        if isinstance(text, Tensor):
+            text = self._embed_text(text.to(dtype), generator)
         x = self._run_blocks(x, six, text, text_mask, inject, generator)
         patches = self.final_layer(x, time, clean_time, frame_mask)
         return -self._unpatchify(patches, grid, latent.shape[2:]).float()
@@ -247,45 +295,49 @@ class STDiT3(nn.Module):
         clean_six = self.t_block(clean_time).unflatten(-1, (1, 6, -1))
         return time, clean_time, torch.where(frame_mask[:, :, None, None], six, clean_six)
 
-    def _embed_text(self, text: Tensor, generator: torch.Generator | None) -> Tensor:
+    def _embed_text(self, text: Tensor, generator: Generators) -> Tensor:
         """Text (B, L, E) as (B, L, D); in training some captions become the null caption, mask unchanged."""
-        if self.config.skip_y_embedder:
-            return text
-        if self.training and self.config.class_dropout_prob > 0:
+        if self.training and self.config.class_dropout_prob > 0 and not self.config.skip_y_embedder:
             drop = _draw(text.shape[0], text.device, generator) < self.config.class_dropout_prob
             text = torch.where(drop[:, None, None], self.null_text(text.shape[1]).to(text.dtype), text)
-        return self.y_embedder(text)
+        return self._project_text(text)
+
+    def _project_text(self, text: Tensor) -> Tensor:
+        """Text (B, L, E) as (B, L, D)."""
+        return text if self.config.skip_y_embedder else self.y_embedder(text)
 
     def _run_blocks(
         self,
         x: Tensor,
         six: Tensor,
-        text: Tensor,
+        text: Tensor | PreparedText,
         text_mask: Tensor | None,
         inject: Inject | None,
-        generator: torch.Generator | None,
+        generator: Generators,
     ) -> Tensor:
         """Tokens (B, nT, S, D) through spatial block 0, temporal block 0, spatial block 1, ..."""
         rotation = self.rope(x.shape[1])
         for i in range(self.config.depth):
             hook = None if inject is None else partial(inject, i)
-            for block in (self.spatial_blocks[i], self.temporal_blocks[i]):
+            texts = text.blocks[i] if isinstance(text, PreparedText) else (text, text)
+            for block, its_text in zip((self.spatial_blocks[i], self.temporal_blocks[i]), texts, strict=True):
                 extra = {"rotation": rotation, "inject": hook} if block.temporal else {}
                 extra["keep"] = self._draw_keep(i, x, generator)
                 if self.gradient_checkpointing and torch.is_grad_enabled():
-                    x = checkpoint(block, x, six, text, text_mask, use_reentrant=False, **extra)
+                    x = checkpoint(block, x, six, its_text, text_mask, use_reentrant=False, **extra)
                 else:
-                    x = block(x, six, text, text_mask, **extra)
+                    x = block(x, six, its_text, text_mask, **extra)
         return x
 
-    def _draw_keep(self, i: int, x: Tensor, generator: torch.Generator | None) -> Tensor | None:
+    def _draw_keep(self, i: int, x: Tensor, generator: Generators) -> Tensor | None:
         """Stochastic depth of block i: 0 for a skipped branch, else 1 / probability of keeping it, (2, B)."""
         if not self.training or self.config.drop_path == 0:
             return None
         probability = self.config.drop_path * i / max(1, self.config.depth - 1)
         if probability >= 1:
             return x.new_zeros(2, x.shape[0])
-        kept = _draw(2 * x.shape[0], x.device, generator).view(2, -1) >= probability
+        drawn = _draw(2 * x.shape[0], x.device, generator).view(-1, 2).T
+        kept = drawn >= probability
         return kept.to(x.dtype) / (1 - probability)
 
     def _unpatchify(self, patches: Tensor, grid: tuple[int, int, int], size: torch.Size) -> Tensor:
@@ -319,23 +371,54 @@ class STDiT3(nn.Module):
             self.y_embedder.requires_grad_(False)
 
     def _check_inputs(
-        self, latent: Tensor, t: Tensor, text: Tensor, text_mask: Tensor | None, frame_mask: Tensor | None
+        self,
+        latent: Tensor,
+        t: Tensor,
+        text: Tensor | PreparedText,
+        text_mask: Tensor | None,
+        frame_mask: Tensor | None,
     ) -> None:
         config = self.config
         if latent.ndim != 5 or latent.shape[1] != config.in_channels:
             raise ValueError(f"latent must be (B, {config.in_channels}, T, H, W), got {tuple(latent.shape)}")
         batch, frames = latent.shape[0], latent.shape[2]
-        width = config.hidden_size if config.skip_y_embedder else config.caption_channels
         if t.shape != (batch,):
             raise ValueError(f"t must hold one flow time a sample, ({batch},), got {tuple(t.shape)}")
+        if isinstance(text, Tensor):
+            self._check_text(text, text_mask, batch)
+        elif text_mask is not None:
+            raise ValueError("a prepared text has its mask inside: give text_mask to prepare_text, not beside it")
+        elif text.batch_size != batch:
+            raise ValueError(f"the prepared text has {text.batch_size} samples, the latent has {batch}")
+        _check_mask("frame_mask", frame_mask, (batch, frames))
+        if frame_mask is not None and config.patch_size[0] != 1:
+            raise ValueError(f"a frame_mask needs patches of one latent frame, patch_size is {config.patch_size}")
+
+    def _check_text(self, text: Tensor, text_mask: Tensor | None, batch: int) -> None:
+        config = self.config
+        width = config.hidden_size if config.skip_y_embedder else config.caption_channels
         if text.ndim != 3 or text.shape[0] != batch or text.shape[2] != width:
             raise ValueError(f"text must be (B, L, E) = ({batch}, L, {width}), got {tuple(text.shape)}")
         if text.shape[1] > config.model_max_length:
             raise ValueError(f"text has {text.shape[1]} tokens, at most {config.model_max_length} (model_max_length)")
         _check_mask("text_mask", text_mask, (batch, text.shape[1]))
-        _check_mask("frame_mask", frame_mask, (batch, frames))
-        if frame_mask is not None and config.patch_size[0] != 1:
-            raise ValueError(f"a frame_mask needs patches of one latent frame, patch_size is {config.patch_size}")
+
+
+def keep_tokens(text: Tensor, text_mask: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Move the real tokens of every sample to the front, in order, and cut behind the longest.
+
+    Args:
+        text: Text features, (B, L, E).
+        text_mask: True = real text token, (B, L).
+
+    Returns:
+        Features (B, L', E), L' >= 1, and their mask (B, L'), None if it would be all True.
+    """
+    longest = max(1, int(text_mask.sum(dim=1).max()))
+    order = text_mask.byte().argsort(dim=1, descending=True, stable=True)[:, :longest]
+    text = text.gather(1, order.unsqueeze(-1).expand(-1, -1, text.shape[2]))
+    kept = text_mask.gather(1, order)
+    return text, None if bool(kept.all()) else kept
 
 
 def _check_mask(name: str, mask: Tensor | None, shape: tuple[int, int]) -> None:
@@ -353,7 +436,12 @@ def _per_sample(value: Tensor | float, latent: Tensor) -> Tensor:
     return numbers.expand(latent.shape[0])
 
 
-def _draw(count: int, device: torch.device, generator: torch.Generator | None) -> Tensor:
-    """Uniform numbers (count,) from the generator, wherever it lives, or the global CPU one; on `device`."""
+def _draw(count: int, device: torch.device, generator: Generators) -> Tensor:
+    """Uniform numbers (count,) from the generator, wherever it lives, or the global CPU one; on `device`.
+
+    Several generators give an equal share each, in order.
+    """
+    if isinstance(generator, Sequence):
+        return torch.cat([_draw(count // len(generator), device, one) for one in generator])
     source = torch.device("cpu") if generator is None else generator.device
     return torch.rand(count, generator=generator, device=source).to(device)

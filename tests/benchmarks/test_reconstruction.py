@@ -18,7 +18,6 @@ from arlon.models.video_vae import VideoVAE
 from arlon.models.vqvae import LatentVQVAE
 from arlon.text.encoders import TextFeatures
 from benchmarks import reconstruction as bench
-from stages.flow_matching import FrameSize
 from tests.pipelines import tiny_model as tiny
 
 FRAMES = 34
@@ -113,7 +112,7 @@ def test_ar_loss_of_a_uniform_model_is_the_logarithm_of_its_vocabulary(folder):
     model = CodeTransformer.from_pretrained(folder / "ar").eval().requires_grad_(False)
     model.head.weight.zero_()
     codes = torch.randint(0, tiny.CODEBOOK_SIZE, (2, 5, 2, 3))
-    takes = bench.EncodedTakes(torch.zeros(2, 4, 9, 4, 6), (spans(0), spans(0, 17)), FrameSize(32, 48), 8.0)
+    takes = bench.EncodedTakes(torch.zeros(2, 4, 9, 4, 6), (spans(0), spans(0, 17)), (32, 48), 8.0)
     figures = bench.measure_ar(model, codes, takes, bench.Texts(WordEncoder()), ratio=2)
     assert figures["loss"] == pytest.approx(math.log(tiny.CODEBOOK_SIZE + 1), rel=1e-5)
     assert figures["loss_without_text"] == pytest.approx(figures["loss"], rel=1e-5)
@@ -129,7 +128,7 @@ def test_flow_loss_of_a_model_that_says_nothing_is_the_variance_of_the_velocity(
         seen.append((text.shape[1], bool(frame_mask.all())))
         return torch.zeros_like(latent)
 
-    takes = bench.EncodedTakes(torch.randn(6, 8, 20, 8, 8), (spans(0), spans(0, 17)) * 3, FrameSize(64, 64), 8.0)
+    takes = bench.EncodedTakes(torch.randn(6, 8, 20, 8, 8), (spans(0), spans(0, 17)) * 3, (64, 64), 8.0)
     figures = bench.measure_flow(nothing, takes, bench.Texts(WordEncoder()))
     assert figures["loss"] == pytest.approx(2, rel=0.02)
     # Takes with and without a switch at latent 5 have segments at latents 0 and 5.

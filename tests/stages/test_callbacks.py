@@ -36,7 +36,7 @@ def test_average_equals_the_sum_it_stands_for() -> None:
     weight, average, values = module.model.weight, WeightAverage(0.9), [1.0, -2.0, 5.0, 0.5]
     with torch.no_grad():
         weight.fill_(3.0)
-        average.on_fit_start(None, module)
+        average.on_train_start(None, module)
         expected = 3.0
         for step, value in enumerate(values, start=1):
             weight.fill_(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,43 @@ def model_of(name: str, folder: Path) -> torch.nn.Module:
     if stage == "inject":
         return module.SemanticInjection(config.injection)
     return getattr(module, MODELS[stage])(getattr(config, stage))
+
+
+DIT_PARTS = ("images", "clips", "segments")
+
+
+@pytest.mark.parametrize("folder", [FOLDER, FOLDER / "tiny"])
+def test_parts_of_the_dit_start_where_the_one_before_ends(folder: Path) -> None:
+    parts = [load_stage_config("dit", [folder / "dit.yaml", folder / f"dit_{name}.yaml"], []) for name in DIT_PARTS]
+    assert all(part.dit == parts[0].dit for part in parts)
+    assert [part.train.init_from for part in parts] == [None, "runs/dit_images/export", "runs/dit_clips/export"]
+    windows = [(part.flow.windows.latent_frames, part.flow.windows.overlap) for part in parts]
+    assert windows == [(1, 0), (5, 0), (15, 5)]
+    assert load_stage_config("dit", [folder / "dit.yaml"], []).train.init_from is None
+
+
+def test_make_dit_trains_the_parts_in_order_into_the_folders_that_the_next_one_reads() -> None:
+    lines = recipe("dit", "configs/shapes")
+    outputs = [line.split("--output ")[1].split()[0] for line in lines]
+    assert outputs == ["runs/dit_images", "runs/dit_clips", "runs/dit"]
+    assert all(f"configs/shapes/dit_{part}.yaml" in line for part, line in zip(DIT_PARTS, lines, strict=True))
+    assert all("--config configs/shapes/dit.yaml" in line for line in lines)
+    alone = recipe("dit", "configs/elsewhere")
+    assert [line.split("stages.train ")[1].split() for line in alone] == [
+        ["dit", "--config", "configs/elsewhere/dit.yaml"]
+    ]
+
+
+def recipe(target: str, folder: str) -> list[str]:
+    """The trainings that `make TARGET CONFIG=FOLDER` would run."""
+    done = subprocess.run(
+        ["make", "--dry-run", "--assume-old=setup", target, f"CONFIG={folder}"],
+        cwd=FOLDER.parents[1],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return [line for line in done.stdout.splitlines() if "stages.train" in line]
 
 
 @pytest.mark.parametrize("name", FILES)

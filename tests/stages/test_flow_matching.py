@@ -5,10 +5,8 @@ from torch import Tensor
 
 from arlon.models.vqvae import LatentVQVAE, LatentVQVAEConfig
 from stages.config import FlowConfig
-from stages.flow_matching import FrameSize, flow_losses, shift_for
+from stages.flow_matching import draw_times, flow_losses, grid_times, shift_for
 from stages.inject import InjectStage
-
-SIZE = FrameSize(48, 80)
 
 
 class Recorder:
@@ -30,18 +28,20 @@ def make_batch() -> dict[str, Tensor]:
         "text_mask": torch.ones(3, 6, dtype=torch.bool),
         "frame_mask": mask,
         "fps": torch.tensor([8.0, 8.0, 8.0]),
+        "height": torch.full((3,), 48.0),
+        "width": torch.full((3,), 80.0),
         "start": torch.tensor([0, 5, 10]),
     }
 
 
 def test_loss_equals_a_loop_over_frames() -> None:
     model, batch, t = Recorder(), make_batch(), torch.tensor([0.2, 0.5, 0.9])
-    losses = flow_losses(model, batch, t, size=SIZE, generator=torch.Generator().manual_seed(4))
-    noise = torch.randn(batch["latent"].shape, generator=torch.Generator().manual_seed(4))
+    losses = flow_losses(model, batch, t, generators=[torch.Generator().manual_seed(row) for row in range(3)])
+    noise = [torch.randn(2, 5, 3, 4, generator=torch.Generator().manual_seed(row)) for row in range(3)]
     for row in range(3):
         errors = []
         for frame in range(5):
-            clean, eps = batch["latent"][row, :, frame], noise[row, :, frame]
+            clean, eps = batch["latent"][row, :, frame], noise[row][:, frame]
             if not batch["frame_mask"][row, frame]:
                 assert torch.equal(model.noisy[row, :, frame], clean), "given frames are clean"
                 continue
@@ -49,7 +49,7 @@ def test_loss_equals_a_loop_over_frames() -> None:
             errors.append((2 * noisy - (eps - clean)).square())
         torch.testing.assert_close(losses[row], torch.stack(errors).mean())
     assert torch.equal(model.t, t)
-    assert (model.rest["height"], model.rest["width"]) == (48.0, 80.0)
+    assert (model.rest["height"].tolist(), model.rest["width"].tolist()) == ([48.0] * 3, [80.0] * 3)
 
 
 def test_times_are_shifted_for_size_and_length() -> None:
@@ -57,7 +57,29 @@ def test_times_are_shifted_for_size_and_length() -> None:
     config = FlowConfig(base_size=64, shift_scale=0.5)
     ratio = (48 * 80 / 64**2) ** 0.5 * 10**0.5 * 0.5  # 34 frames are ten latent frames
     expected = ratio * t / (1 + (ratio - 1) * t)
-    torch.testing.assert_close(shift_for(config, SIZE, 10)(t), expected)
+    batch = make_batch() | {"latent": torch.zeros(3, 2, 10, 3, 4)}
+    torch.testing.assert_close(shift_for(config, batch)(t), expected)
+
+
+def test_times_of_a_row_do_not_depend_on_the_other_rows() -> None:
+    def generators() -> list[torch.Generator]:
+        return [torch.Generator().manual_seed(row) for row in range(6)]
+
+    for times in ("logit-normal", "uniform"):
+        config = FlowConfig(times=times, time_loc=0.5, time_scale=2.0)
+        whole = draw_times(config, generators())
+        parts = [draw_times(config, generators()[:4]), draw_times(config, generators()[4:])]
+        assert torch.equal(torch.cat(parts), whole)
+        for row, generator in enumerate(generators()):
+            if times == "uniform":
+                assert torch.equal(whole[row], torch.rand((1,), generator=generator)[0])
+            else:
+                normal = torch.randn((1,), generator=generator)[0]
+                torch.testing.assert_close(torch.logit(whole[row]), 0.5 + 2 * normal, rtol=1e-4, atol=1e-4)
+
+
+def test_validation_times_are_the_ten_inner_ones_of_eleven_equal_parts() -> None:
+    torch.testing.assert_close(grid_times(), torch.tensor([k / 11 for k in range(1, 11)]))
 
 
 def test_coarse_latents_are_cut_at_the_start_of_the_window() -> None:

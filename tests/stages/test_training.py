@@ -18,6 +18,8 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from arlon.config import save_config
+from arlon.data.windows import FixedBatches
+from arlon.models.video_vae import VideoVAE
 from stages import common
 from stages.callbacks import LAST_CHECKPOINT
 from stages.dit import DiTStage
@@ -70,10 +72,11 @@ def test_resumed_training_equals_uninterrupted(stage: str, stage_config: Any, tm
 @pytest.mark.parametrize("stage", STAGES)
 def test_loss_of_one_batch_falls(stage: str, stage_config: Any, tmp_path: Path) -> None:
     parts = build(stage, stage_config(stage))
-    batch = common.BatchStream(parts.train, batch_size=2).batch(0)
+    batch = FixedBatches(parts.train.samples, 2).batch(0)
     stage_module = parts.stage
     stage_module.log_figures = lambda **figures: None
     stage_module.step_generator = lambda: torch.Generator().manual_seed(1)
+    stage_module.row_generators = lambda count: [torch.Generator().manual_seed(1 + row) for row in range(count)]
     optimizer = stage_module.configure_optimizers()
     losses = []
     for _ in range(12):
@@ -168,6 +171,19 @@ def test_fine_tuning_starts_from_exported_weights(stage_config: Any, tmp_path: P
     assert trainable == {"temporal_vae"}
 
 
+def test_training_of_the_decoders_leaves_every_latent_as_it_is(stage_config: Any, tmp_path: Path) -> None:
+    run_stage("vae", stage_config("vae", "train.max_steps=1"), tmp_path / "all")
+    start = f"train.init_from={tmp_path / 'all' / 'export'}"
+    noise = "loss.latent_noise=0.5"
+    run_stage("vae", stage_config("vae", "train.max_steps=2", "part=decoder", start, noise), tmp_path / "decoder")
+    before, after = (VideoVAE.from_pretrained(tmp_path / name / "export") for name in ("all", "decoder"))
+    video = torch.rand(1, 3, 17, 16, 16) * 2 - 1
+    with torch.inference_mode():
+        latent = before.encode(video)
+        assert torch.equal(after.encode(video), latent)
+        assert not torch.equal(after.decode(latent, 17), before.decode(latent, 17))
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
@@ -208,7 +224,7 @@ def test_a_damaged_or_foreign_checkpoint_is_refused(content: bytes | str, tmp_pa
 @pytest.mark.parametrize("stage", ["ar", "dit"])
 def test_trimmed_padding_changes_nothing(stage: str, stage_config: Any) -> None:
     parts = build(stage, stage_config(stage))
-    batch = common.BatchStream(parts.val, batch_size=2).batch(0)
+    batch = next(iter(parts.val))
     trimmed = common.trim_text(batch)
     assert trimmed["text"].shape[1] == trimmed["text_mask"].shape[1] < batch["text"].shape[1]
     assert torch.equal(trimmed["text_mask"].sum(dim=1), batch["text_mask"].sum(dim=1))

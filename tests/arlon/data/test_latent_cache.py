@@ -14,7 +14,15 @@ from torch import Tensor
 from arlon.data import windows
 from arlon.data.datasets import CaptionSpan, ShapesTakes, ShapesTakesConfig, Take
 from arlon.data.latent_cache import TextCache, build_code_cache, build_latent_cache
-from arlon.data.windows import BatchStream, CodeWindows, LatentWindows, VideoWindows, WindowConfig
+from arlon.data.windows import (
+    BatchStream,
+    CodeWindows,
+    FixedBatches,
+    LatentWindows,
+    Shard,
+    VideoWindows,
+    WindowConfig,
+)
 
 
 class NumberedTakes:
@@ -173,7 +181,7 @@ def test_windows_go_over_a_switch_only_in_the_carried_frames(tmp_path: Path) -> 
     source = NumberedTakes(3, spans(0, 34))
     cache = build_latent_cache(source, encode, root=tmp_path, encoder_key="a")
     texts = texts_for(cache, tmp_path)
-    samples = LatentWindows(cache, config=WindowConfig(carry_prob=0.3), seed=0, texts=texts)
+    samples = LatentWindows(cache, config=WindowConfig(carry_prob=0.3), seed=0, size=(4, 6), texts=texts)
     seen = set()
     for number in range(60):
         sample = samples.sample(number)
@@ -188,6 +196,26 @@ def test_windows_go_over_a_switch_only_in_the_carried_frames(tmp_path: Path) -> 
         assert tuple(sample["text"].flatten().tolist()) in words
         seen.add((start, carried))
     assert seen == {(5, True), (10, True), (10, False)} | {(5, True)}
+
+
+@pytest.mark.parametrize("latent_frames", [1, 5])
+def test_windows_that_carry_nothing_start_at_chunks_under_one_caption(latent_frames: int, tmp_path: Path) -> None:
+    """Against a reading frame by frame. A picture is the first latent frame of a chunk, and says so by its rate."""
+    cache = build_latent_cache(NumberedTakes(3, spans(0, 34)), encode, root=tmp_path, encoder_key="a")
+    texts = texts_for(cache, tmp_path)
+    config = WindowConfig(latent_frames=latent_frames, overlap=0, mask_ratios={})
+    samples, seen = LatentWindows(cache, config=config, seed=0, size=(4, 6), texts=texts), set()
+    for number in range(60):
+        sample = samples.sample(number)
+        start = int(sample["start"])
+        index = next(i for i in range(3) if torch.equal(cache.latent(i)[:, start], sample["latent"][:, 0]))
+        torch.testing.assert_close(sample["latent"], cache.latent(index)[:, start : start + latent_frames])
+        assert bool(sample["frame_mask"].all()), "nothing is carried over, nothing is given"
+        assert float(sample["fps"]) == (120.0 if latent_frames == 1 else 8.0)
+        span = cache.spans(index)[start >= 10]  # the caption changes at frame 34, latent frame 10
+        assert any(torch.equal(sample["text"], texts.features(caption)[0]) for caption in span.captions)
+        seen.add(start)
+    assert seen == {0, 5, 10, 15, 20}
 
 
 def test_code_windows_learn_the_codes_under_their_caption_only(tmp_path: Path) -> None:
@@ -218,11 +246,22 @@ def test_code_windows_learn_the_codes_under_their_caption_only(tmp_path: Path) -
 
 def test_stream_started_late_equals_the_tail_of_the_whole(tmp_path: Path) -> None:
     cache = build_latent_cache(NumberedTakes(5, spans(0, 34)), encode, root=tmp_path, encoder_key="a")
-    samples = LatentWindows(cache, config=WindowConfig(), seed=3, texts=texts_for(cache, tmp_path))
-    whole = [batch for batch, _ in zip(BatchStream(samples, batch_size=3), range(6), strict=False)]
-    tail = BatchStream(samples, batch_size=3, first_batch=lambda: 4, num_batches=2)
+    samples = LatentWindows(cache, config=WindowConfig(), seed=3, size=(4, 6), texts=texts_for(cache, tmp_path))
+    batches = FixedBatches(samples, 3)
+    whole = [batch for batch, _ in zip(BatchStream(batches), range(6), strict=False)]
+    tail = BatchStream(batches, first_batch=lambda: 4, num_batches=2)
     for ours, expected in zip(tail, whole[4:], strict=True):
         assert all(torch.equal(ours[name], expected[name]) for name in expected)
+
+
+def test_processes_share_the_rows_of_a_larger_batch(tmp_path: Path) -> None:
+    cache = build_latent_cache(NumberedTakes(5, spans(0)), encode, root=tmp_path, encoder_key="a")
+    samples = LatentWindows(cache, config=WindowConfig(), seed=3, size=(4, 6))
+    whole = [batch for batch, _ in zip(BatchStream(FixedBatches(samples, 6)), range(3), strict=False)]
+    for rank in range(2):
+        stream = BatchStream(FixedBatches(samples, 3), num_batches=3, shard=lambda: Shard(rank, 2))  # noqa: B023
+        for ours, expected in zip(stream, whole, strict=True):
+            assert all(torch.equal(ours[name], expected[name][3 * rank : 3 * rank + 3]) for name in expected)
 
 
 def test_an_epoch_shows_every_take_once() -> None:

@@ -1,0 +1,113 @@
+"""The DiT on one's own clips in buckets: learns, resumes exactly, says its loss for each bucket; and fine-tuning."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from arlon.checkpoint import load_component, save_component
+from arlon.config import load_config, save_config
+from arlon.data.manifest import Clip, write_manifest
+from arlon.data.video_io import VideoWriter
+from arlon.models.stdit import STDiT3
+from stages import common
+from stages.callbacks import LAST_CHECKPOINT
+from stages.dit import DiTStageConfig, build
+from stages.flow_matching import flow_losses
+from stages.train import run_stage
+
+BUCKETS = """
+data:
+  val_clips: 4
+  buckets:
+    - {resolution: 20x32, num_frames: 34, keep_prob: 0.5, batch_size: 1}
+    - {resolution: 16x16, num_frames: 17, batch_size: 2}
+"""
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight clips: four of 34 frames of 20 x 32, four of 17 frames of 16 x 16; two of each for validation."""
+    folder, clips = tmp_path_factory.mktemp("own"), []
+    rng = np.random.default_rng(0)
+    for number in range(8):
+        frames, height, width = ((34, 20, 32), (17, 16, 16))[number % 2]
+        path = folder / f"{number}.mp4"
+        with VideoWriter(path, fps=12, preset="ultrafast") as writer:
+            writer.append(rng.integers(0, 256, (frames, height, width, 3), dtype=np.uint8))
+        clips.append(Clip(path=path, text=f"noise {number}", num_frames=frames, height=height, width=width, fps=12.0))
+    write_manifest(clips, folder / "clips.jsonl")
+    return folder / "clips.jsonl"
+
+
+def bucket_config(stage_config: Any, manifest: Path, tmp_path: Path, *overrides: str) -> DiTStageConfig:
+    """The tiny configuration of `dit` with buckets."""
+    save_config(stage_config("dit", f"data.manifest={manifest}", *overrides), tmp_path / "base.yaml")
+    (tmp_path / "buckets.yaml").write_text(BUCKETS)
+    return load_config(DiTStageConfig, [tmp_path / "base.yaml", tmp_path / "buckets.yaml"], [])
+
+
+@pytest.mark.slow
+def test_training_in_buckets_resumes_exactly_and_validates_each(
+    stage_config: Any, manifest: Path, tmp_path: Path
+) -> None:
+    settings = ("gradient_checkpointing=true", "train.val_batches=2", "optim.schedule=constant")
+    run_stage("dit", bucket_config(stage_config, manifest, tmp_path, *settings), tmp_path / "a")
+    for steps in (3, 6):
+        config = bucket_config(stage_config, manifest, tmp_path, *settings, f"train.max_steps={steps}")
+        run_stage("dit", config, tmp_path / "b")
+    whole, halves = (torch.load(tmp_path / n / LAST_CHECKPOINT, weights_only=True)["state_dict"] for n in "ab")
+    assert all(torch.equal(halves[name], tensor) for name, tensor in whole.items())
+
+    lines = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
+    figures = next(line for line in lines if "val/loss" in line)
+    assert {name for name in figures if name.startswith("val/")} == {
+        "val/loss",
+        "val/loss_20x32_34",
+        "val/loss_16x16_17",
+    }
+
+
+def test_validation_is_the_mean_over_ten_unshifted_times(stage_config: Any, manifest: Path, tmp_path: Path) -> None:
+    parts = build(bucket_config(stage_config, manifest, tmp_path))
+    stage = parts.stage
+    stage.model.eval()
+    batch = next(iter(parts.val))
+    with torch.no_grad():
+        found = stage.validation_metrics(batch, 3)
+        generators = stage.validation_generators(3, len(batch["latent"]))
+        expected = [
+            flow_losses(stage.model, batch, torch.full((len(generators),), k / 11), generators=generators).mean()
+            for k in range(1, 11)
+        ]
+    assert found["loss"] == pytest.approx(float(torch.stack(expected).mean()), rel=1e-5)
+    assert found["loss"] == found["loss_20x32_34"]
+    assert (float(batch["height"][0]), float(batch["width"][0])) == (20.0, 32.0)
+
+
+def test_a_base_with_other_training_settings_is_fine_tuned(stage_config: Any, tmp_path: Path) -> None:
+    settings = ("dit.enable_flash_attn=true", "dit.class_dropout_prob=0.3", "dit.freeze_y_embedder=true")
+    save_component(STDiT3(stage_config("dit", *settings).dit), tmp_path / "released")
+    tuned = build(stage_config("dit", f"train.init_from={tmp_path / 'released'}")).stage.model
+    assert tuned.config.class_dropout_prob == 0.1
+    expected = load_component(STDiT3, tmp_path / "released").state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in tuned.state_dict().items())
+    assert all(p.requires_grad for p in tuned.y_embedder.parameters())
+    with pytest.raises(ValueError, match=r"train\.init_from = .* has another configuration"):
+        build(stage_config("dit", f"train.init_from={tmp_path / 'released'}", "dit.depth=1"))
+
+
+def test_buckets_without_what_they_need_are_refused(stage_config: Any, manifest: Path, tmp_path: Path) -> None:
+    config = bucket_config(stage_config, manifest, tmp_path)
+    with pytest.raises(ValueError, match=r"set data\.manifest"):
+        build(replace(config, data=replace(config.data, manifest=None)))
+    with pytest.raises(ValueError, match=r"has 8 clips, of which data\.val_clips = 8"):
+        build(replace(config, data=replace(config.data, val_clips=8)))
+    with pytest.raises(ValueError, match=r"data\.buckets is read by the stage dit only"):
+        common.make_sources(config.data)
