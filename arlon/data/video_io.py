@@ -6,7 +6,8 @@ stands in a film, a film that is still growing (or was cut off) plays up to its 
 put together again from stored fragments without encoding anything.
 
 Layout of a fragment as made here: ftyp, moov (the head, equal for equal settings), then moof + mdat (the frames). In a
-film the head comes once; each moof gets its running number and its start time (ISO/IEC 14496-12: mfhd, tfdt).
+film the head comes once, with the film's tags; each moof gets its running number and its start time. See
+`arlon.data.mp4` for the boxes, and for the shape of a film that is complete.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -23,15 +25,14 @@ from typing import Self
 import av
 import numpy as np
 
+from arlon.data import mp4
+from arlon.data.mp4 import VideoError
+
 MAX_FPS = 1000
-_FRAGMENT_FLAGS = "frag_custom+empty_moov+default_base_moof+use_metadata_tags"
+_FRAGMENT_FLAGS = "frag_custom+empty_moov+default_base_moof"
 _BT709 = 1  # the number ITU-T H.273 gives to BT.709 primaries, transfer and matrix alike
 _LIMITED_RANGE = 1
 _ONE_GOP = 1_000_000  # frames between keyframes: never inside a chunk, every chunk starts with one
-
-
-class VideoError(ValueError):
-    """A file cannot be read as video, or frames cannot be written as one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +86,17 @@ def probe(path: str | Path) -> VideoInfo:
     )
 
 
+def read_tags(path: str | Path) -> dict[str, str]:
+    """Text tags of a video file, also of one that is still growing or was cut off.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        VideoError: If the file is not a readable video.
+    """
+    with _open_video(path) as container:
+        return dict(container.metadata)
+
+
 def read_video(
     path: str | Path, *, start: int = 0, num_frames: int | None = None, fps: float | None = None
 ) -> np.ndarray:
@@ -133,7 +145,7 @@ def _open_video(path: str | Path) -> Iterator[av.container.InputContainer]:
     if not path.exists():
         raise FileNotFoundError(f"no such video file: '{path}'")
     try:
-        with av.open(str(path)) as container:
+        with _open_container(path) as container:
             if not container.streams.video:
                 kinds = sorted({stream.type for stream in container.streams}) or ["none"]
                 raise VideoError(f"no video stream (streams: {', '.join(kinds)})")
@@ -146,6 +158,18 @@ def _open_video(path: str | Path) -> Iterator[av.container.InputContainer]:
         raise VideoError(
             f"cannot read '{path}' as video: {reason.lower()} (not a video, damaged or cut off)"
         ) from error
+
+
+def _open_container(path: Path) -> av.container.InputContainer:
+    """Open a file; of a film that was cut off where FFmpeg does not open it (inside a moof), the part before."""
+    try:
+        return av.open(str(path))
+    except av.error.FFmpegError:
+        with path.open("rb") as file:
+            end = mp4.whole_length(file)
+        if not 0 < end < path.stat().st_size:
+            raise
+        return av.open(f"subfile,,start,0,end,{end},,:{path}")
 
 
 def _stream_fps(stream: av.video.stream.VideoStream) -> float:
@@ -187,27 +211,46 @@ def _to_rgb(frame: av.VideoFrame) -> np.ndarray:
 
 @dataclass(frozen=True, kw_only=True)
 class Fragment:
-    """One encoded chunk of frames, as bytes of a small MP4 that plays by itself."""
+    """One encoded chunk of frames, as bytes of a small MP4 that plays by itself.
+
+    Reading any property of bytes that are no such fragment, or only a part of one, raises VideoError.
+    """
 
     data: bytes
-    num_frames: int
+
+    @property
+    def num_frames(self) -> int:
+        """Frames in it."""
+        return len(self.samples.sizes)
+
+    @property
+    def num_ticks(self) -> int:
+        """Its length by the track's clock."""
+        return sum(self.samples.durations)
 
     @property
     def head(self) -> bytes:
         """The boxes ftyp and moov."""
-        return self.data[: self._body_start]
+        return mp4.box(b"ftyp", self._boxes[b"ftyp"]) + mp4.box(b"moov", self._boxes[b"moov"])
 
-    @property
-    def body(self) -> bytes:
-        """The boxes moof and mdat."""
-        return self.data[self._body_start :]
+    def placed(self, *, number: int, start: int) -> bytes:
+        """The boxes moof and mdat as fragment `number` of a film, from 1, its first frame at tick `start`."""
+        return mp4.placed(self._boxes[b"moof"], number=number, start=start) + mp4.box(b"mdat", self._boxes[b"mdat"])
 
-    @property
-    def _body_start(self) -> int:
-        for kind, start, _ in _boxes(self.data):
-            if kind == b"moof":
-                return start
-        raise VideoError("these bytes are not a fragment: they have no moof box")
+    @cached_property
+    def samples(self) -> mp4.Samples:
+        """Size, duration and kind of each frame."""
+        samples = mp4.read_samples(self._boxes[b"moof"])
+        if sum(samples.sizes) != len(self._boxes[b"mdat"]):
+            raise VideoError("these bytes are not a fragment: the frames do not fit their index")
+        return samples
+
+    @cached_property
+    def _boxes(self) -> dict[bytes, bytes]:
+        found = list(mp4.boxes(self.data))
+        if [kind for kind, _ in found] != [b"ftyp", b"moov", b"moof", b"mdat"]:
+            raise VideoError("these bytes are not one whole fragment (ftyp, moov, moof, mdat)")
+        return dict(found)
 
 
 def encode_fragment(
@@ -217,7 +260,6 @@ def encode_fragment(
     crf: int = 18,
     preset: str = "medium",
     num_threads: int = 1,
-    tags: Mapping[str, str] | None = None,
 ) -> Fragment:
     """Encode a chunk of frames as one fragment: H.264, yuv420p, BT.709, no B-frames, a keyframe first.
 
@@ -227,7 +269,6 @@ def encode_fragment(
         crf: Constant rate factor of x264, 0 (lossless in yuv420p) to 51.
         preset: x264 preset, `ultrafast` to `veryslow`.
         num_threads: Threads of the encoder; the bytes depend on it.
-        tags: Text tags of the container.
 
     Raises:
         VideoError: If the frames have the wrong shape or type, or an odd size.
@@ -236,7 +277,6 @@ def encode_fragment(
     rate = Fraction(fps).limit_denominator(1001)
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4", options={"movflags": _FRAGMENT_FLAGS}) as container:
-        container.metadata.update(tags or {})
         options = {"crf": str(crf), "preset": preset, "bf": "0", "g": str(_ONE_GOP)}
         stream = container.add_stream("libx264", rate=rate, options=options)
         stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
@@ -247,9 +287,9 @@ def encode_fragment(
         for index, rgb in enumerate(frames):
             container.mux(stream.encode(_to_yuv(rgb, index, rate)))
         container.mux(stream.encode(None))
-    data = buffer.getvalue()
-    end = next((start for kind, start, _ in _boxes(data) if kind == b"mfra"), len(data))
-    return Fragment(data=data[:end], num_frames=len(frames))
+    made = dict(mp4.boxes(buffer.getvalue()))
+    head = mp4.with_tags(b"".join(mp4.box(kind, made[kind]) for kind in (b"ftyp", b"moov")), {})
+    return Fragment(data=head + mp4.box(b"moof", made[b"moof"]) + mp4.box(b"mdat", made[b"mdat"]))
 
 
 def _to_yuv(rgb: np.ndarray, index: int, rate: Fraction) -> av.VideoFrame:
@@ -272,7 +312,8 @@ class VideoWriter:
     """A fragmented H.264 MP4 that grows by chunks of frames.
 
     After every `append` the file on disk is whole and plays. The caller chooses the name: write under a temporary one
-    and rename it when the film is done.
+    and rename it when the film is done. A film that was interrupted goes on as a new one that is given the stored
+    fragments first: the bytes are those of a film made in one go.
 
     Args:
         path: The file to write; an existing one is replaced.
@@ -297,15 +338,10 @@ class VideoWriter:
             raise ValueError(f"a video needs 0 < fps <= {MAX_FPS}, got {fps}")
         self.num_frames = 0
         self._num_fragments = 0
+        self._num_ticks = 0
         self._head = b""
-        self._settings = {
-            "fps": fps,
-            "crf": crf,
-            "preset": preset,
-            "num_threads": num_threads,
-            "tags": dict(tags or {}),
-        }
-        self._ticks_per_frame = 0
+        self._settings = {"fps": fps, "crf": crf, "preset": preset, "num_threads": num_threads}
+        self._tags = dict(tags or {})
         self._file = open(path, "wb")  # noqa: SIM115  (closed by close())
 
     def append(self, frames: np.ndarray) -> Fragment:
@@ -318,19 +354,20 @@ class VideoWriter:
         """Add an encoded fragment; one made with other settings than the first is refused.
 
         Raises:
-            VideoError: If its head differs from that of the first fragment (size, rate, encoder settings, tags).
+            VideoError: If its head differs from that of the first fragment (size, rate, encoder settings), or it is
+                not a whole fragment.
         """
+        num_frames = fragment.num_frames
+        placed = fragment.placed(number=self._num_fragments + 1, start=self._num_ticks)
         if not self._head:
             self._head = fragment.head
-            self._ticks_per_frame = _ticks_per_frame(fragment)
-            self._file.write(self._head)
+            self._file.write(mp4.with_tags(self._head, self._tags))
         elif fragment.head != self._head:
-            raise VideoError("a fragment was encoded with other settings (size, fps, crf, tags) than the first")
-        start = self.num_frames * self._ticks_per_frame
-        self._file.write(_placed(fragment.body, self._num_fragments + 1, start))
-        self._file.flush()
+            raise VideoError("a fragment was encoded with other settings (size, fps, crf) than the first")
+        mp4.append_fragment(self._file, placed)
         self._num_fragments += 1
-        self.num_frames += fragment.num_frames
+        self._num_ticks += fragment.num_ticks
+        self.num_frames += num_frames
 
     def close(self) -> None:
         """Close the file; nothing is added at the end, so it may be called at any time."""
@@ -343,32 +380,3 @@ class VideoWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _ticks_per_frame(fragment: Fragment) -> int:
-    """Units of the container's clock that one frame lasts."""
-    with av.open(io.BytesIO(fragment.data)) as container:
-        stream = container.streams.video[0]
-        first, second = (*(p.pts for p in container.demux(stream) if p.size), None)[:2]
-        if second is not None:
-            return second - first
-        return round(1 / (stream.average_rate * stream.time_base))
-
-
-def _boxes(data: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """Triples (kind, start, size) of the top-level boxes of an MP4."""
-    start = 0
-    while start + 8 <= len(data):
-        size = int.from_bytes(data[start : start + 4], "big")
-        yield data[start + 4 : start + 8], start, size
-        start += max(size, 8)
-
-
-def _placed(body: bytes, number: int, start: int) -> bytes:
-    """A copy of moof + mdat as fragment `number` of a film, its first frame at clock time `start`."""
-    placed = bytearray(body)
-    mfhd, tfdt = body.index(b"mfhd") + 4, body.index(b"tfdt") + 4  # just behind the name: version and flags
-    placed[mfhd + 4 : mfhd + 8] = number.to_bytes(4, "big")
-    width = 8 if body[tfdt] == 1 else 4
-    placed[tfdt + 4 : tfdt + 4 + width] = start.to_bytes(width, "big")
-    return bytes(placed)

@@ -3,8 +3,19 @@
 Source: Open-Sora v1.2, `VideoAutoencoderPipeline` (spatial part: diffusers AutoencoderKL, x8 in space; temporal part:
 `VAE_Temporal_SD`, x4 in time). State-dict keys are the released ones.
 
-Departures: encoding returns the posterior mean unless a generator is given (the original always samples); equal chunks
-go through the temporal part as one batch (same figures, group norm statistics are per sample).
+Departures: encoding returns the posterior mean unless a generator is given (the original always samples); chunks go
+through both parts one after another, so that memory does not grow with the length of a video; and two options, off
+unless asked for, which the original does not have:
+
+Blending. Chunks of 17 frames know nothing of each other, so the picture jumps from one to the next. With
+`blend_frames`, the 17 frames around a border (7 before, 10 after) are encoded and decoded once more as a chunk of their
+own: the border falls in the middle of the four frames that share a latent frame, so both sides come from the same
+numbers. The result is faded in over the last `blend_frames` frames before the border and out again over as many after
+it. All of that happens in per-frame latents; every frame still passes the spatial decoder once. (Decoding latents from
+both sides of a border as one window makes the jump larger, not smaller: the first latent frame of a chunk holds one
+frame, the others hold four, and the decoder tells them apart by the zeros in front.)
+
+Tiling. With `tile`, both parts run on overlapping squares of that many pixels, feathered into each other.
 
 Dimension key
     B  batch    pT pH pW  video frames, height, width    T H W  latent frames, height, width
@@ -14,7 +25,7 @@ Dimension key
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +35,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from arlon.grids import ceil_div, num_latent_frames
+
+TILE_OVERLAP = 0.25
+"""Share of its side, at least, that a tile has in common with each neighbour."""
+MIN_TILE = 4
+"""Shortest side of a tile, in latents."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +90,7 @@ class VideoVAEConfig:
     micro_frame_size: int | None = 17
     """Frames of one temporal chunk; None encodes a whole video as one chunk."""
     micro_batch_size: int | None = 4
-    """Frames that pass the spatial part together; bounds memory, changes nothing else. None: all."""
+    """Frames that pass the spatial part together; bounds memory, changes nothing else. None: all of a chunk."""
     shift: tuple[float, ...] = (-0.10, 0.34, 0.27, 0.98)
     scale: tuple[float, ...] = (3.85, 2.32, 2.33, 3.06)
 
@@ -99,6 +115,17 @@ class VideoVAEConfig:
     def space_stride(self) -> int:
         """Pixels per latent row or column (8)."""
         return 2 ** (len(self.spatial.block_out_channels) - 1)
+
+    @property
+    def chunk_latents(self) -> int | None:
+        """Latent frames of one temporal chunk (5); None: all."""
+        return None if self.micro_frame_size is None else ceil_div(self.micro_frame_size, self.temporal.time_stride)
+
+    @property
+    def max_blend_frames(self) -> int:
+        """Most frames on each side of a chunk border that blending can change (7); 0: blending is not possible."""
+        chunk, stride = self.micro_frame_size, self.temporal.time_stride
+        return 0 if chunk is None or chunk <= stride else min(_border_window(chunk, stride, chunk)[0], chunk // 2)
 
 
 @dataclass(frozen=True)
@@ -255,11 +282,14 @@ class TemporalVAE(nn.Module):
         self.post_quant_conv = CausalConv3d(config.embed_dim, config.latent_embed_dim, 1)
         self.decoder = TemporalDecoder(config)
 
+    def moments(self, x: Tensor) -> Tensor:
+        """Per-frame latents (B, F, pT, H, W) -> mean and log-variance (B, 2C, ceil(pT / 4), H, W)."""
+        front = -x.shape[2] % self.config.time_stride
+        return self.quant_conv(self.encoder(F.pad(x, (0, 0, 0, 0, front, 0))))
+
     def encode(self, x: Tensor) -> Posterior:
         """Per-frame latents (B, F, pT, H, W) -> posterior over (B, C, ceil(pT / 4), H, W); zeros go in front."""
-        front = -x.shape[2] % self.config.time_stride
-        x = F.pad(x, (0, 0, 0, 0, front, 0))
-        return Posterior.from_moments(self.quant_conv(self.encoder(x)))
+        return Posterior.from_moments(self.moments(x))
 
     def decode(self, z: Tensor, num_frames: int) -> Tensor:
         """(B, C, T, H, W) -> per-frame latents (B, F, num_frames, H, W); the frames that padding added are dropped."""
@@ -344,75 +374,188 @@ class VideoVAE(nn.Module):
         frames = num_latent_frames(num_frames, self.config.micro_frame_size, self.config.temporal.time_stride)
         return self.config.latent_channels, frames, height // stride, width // stride
 
-    def encode(self, video: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def encode(self, video: Tensor, generator: torch.Generator | None = None, *, tile: int | None = None) -> Tensor:
         """Encode a video.
 
         Args:
             video: (B, 3, pT, pH, pW) in [-1, 1].
             generator: If given, both posteriors are sampled from it; otherwise their means are used.
+            tile: Side of the tiles, pixels, a multiple of the space stride. None: whole frames.
 
         Returns:
             Normalised latent (B, C, T, H, W).
-        """
-        frames = self.encode_frames(video, generator)
-        parts = [self._draw(p, generator) for p in self._encode_chunks(frames)]
-        return (torch.cat(parts, dim=2) - self.shift) / self.scale
-
-    def decode(self, latent: Tensor, num_frames: int) -> Tensor:
-        """Decode a normalised latent (B, C, T, H, W) to (B, 3, num_frames, pH, pW), about [-1, 1].
 
         Raises:
-            ValueError: If `num_frames` video frames do not make T latent frames.
+            ValueError: If `tile` is no possible side.
         """
-        chunk = self.config.micro_frame_size
-        expected = num_latent_frames(num_frames, chunk, self.config.temporal.time_stride)
+        return torch.cat(list(self.encode_stream([video], generator, tile=tile)), dim=2)
+
+    def encode_stream(
+        self, videos: Iterable[Tensor], generator: torch.Generator | None = None, *, tile: int | None = None
+    ) -> Iterator[Tensor]:
+        """Encode a video that comes in pieces, a chunk at a time.
+
+        Memory does not grow with the length of the video, unless gradients are recorded or `micro_frame_size` is None.
+
+        Args:
+            videos: Consecutive pieces (B, 3, n, pH, pW) of a video, each of any length.
+            generator: As in `encode`.
+            tile: As in `encode`.
+
+        Returns:
+            Consecutive pieces of the normalised latent, one a chunk; together exactly what `encode` makes of the whole.
+
+        Raises:
+            ValueError: If `tile` is no possible side.
+        """
+        self._tile_side(tile)  # a wrong one is refused here, not when the first latent is asked for
+        return (
+            (self._encode_chunk(chunk, generator, tile) - self.shift) / self.scale
+            for chunk in _regroup(videos, self.config.micro_frame_size)
+        )
+
+    def decode(self, latent: Tensor, num_frames: int, *, blend_frames: int = 0, tile: int | None = None) -> Tensor:
+        """Decode a normalised latent.
+
+        Args:
+            latent: (B, C, T, H, W).
+            num_frames: Frames of the video it is of.
+            blend_frames: Frames on each side of a chunk border that are blended (see the module), at most
+                `config.max_blend_frames`; 2 is enough for the `shapes` VAE. 0: chunks stay as they are.
+            tile: Side of the tiles, pixels, a multiple of the space stride. None: whole frames.
+
+        Returns:
+            Video (B, 3, num_frames, pH, pW), about [-1, 1].
+
+        Raises:
+            ValueError: If `num_frames` video frames do not make T latent frames, or an option is out of range.
+        """
+        expected = num_latent_frames(num_frames, self.config.micro_frame_size, self.config.temporal.time_stride)
         if expected != latent.shape[2]:
             raise ValueError(
                 f"num_frames={num_frames} makes {expected} latent frames, but the latent has {latent.shape[2]}"
             )
-        z = latent * self.scale + self.shift
-        if chunk is None:
-            return self.decode_frames(self.temporal_vae.decode(z, num_frames))
-        step = ceil_div(chunk, self.config.temporal.time_stride)
-        full = num_frames // chunk
-        parts = []
-        if full:
-            folded = _fold(z[:, :, : full * step], full)
-            parts.append(_unfold(self.temporal_vae.decode(folded, chunk), full))
-        if num_frames % chunk:
-            parts.append(self.temporal_vae.decode(z[:, :, full * step :], num_frames % chunk))
-        return self.decode_frames(torch.cat(parts, dim=2))
+        return torch.cat(list(self.decode_stream([latent], num_frames, blend_frames=blend_frames, tile=tile)), dim=2)
 
-    def encode_frames(self, video: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def decode_stream(
+        self,
+        latents: Iterable[Tensor],
+        num_frames: int | None = None,
+        *,
+        blend_frames: int = 0,
+        tile: int | None = None,
+    ) -> Iterator[Tensor]:
+        """Decode a latent that comes in pieces, a chunk at a time.
+
+        Memory does not grow with the length of the video, unless gradients are recorded or `micro_frame_size` is None.
+        With blending, a chunk is handed out once the next one has come.
+
+        Args:
+            latents: Consecutive pieces (B, C, n, H, W) of a normalised latent, each of any length.
+            num_frames: Frames of the video. None: as many as the latent holds.
+            blend_frames: As in `decode`.
+            tile: As in `decode`.
+
+        Returns:
+            Consecutive pieces of the video, one a chunk; together exactly what `decode` makes of the whole.
+
+        Raises:
+            ValueError: If an option is out of range; on the way, if `num_frames` does not fit the latent.
+        """
+        limit = self.config.max_blend_frames
+        if not 0 <= blend_frames <= limit:
+            raise ValueError(
+                f"blend_frames ({blend_frames}) must be 0..{limit} with chunks of {self.config.micro_frame_size} frames"
+            )
+        side = self._tile_side(tile)
+        frames = self._decode_chunks(latents, num_frames, side)
+        if blend_frames:
+            frames = self._blend_borders(frames, blend_frames, side)
+        return (self.decode_frames(chunk, tile=tile) for chunk in frames)
+
+    def encode_frames(
+        self, video: Tensor, generator: torch.Generator | None = None, *, tile: int | None = None
+    ) -> Tensor:
         """Spatial part alone: (B, 3, pT, pH, pW) -> scaled per-frame latents (B, F, pT, H, W)."""
         module = self.spatial_vae.module
 
-        def run(frames: Tensor) -> Tensor:
-            moments = module.quant_conv(module.encoder(frames))
-            return self._draw(Posterior.from_moments(moments), generator) * self.config.spatial.scaling_factor
+        def moments(part: Tensor) -> Tensor:
+            return self._by_frame(lambda frames: module.quant_conv(module.encoder(frames)), part)
 
-        return self._by_frame(run, video)
+        # Tiles are joined before anything is drawn: noise of two tiles, averaged where they meet, would be too weak.
+        joined = _by_tile(moments, video, self._tile_side(tile), unit_in=self.config.space_stride)
+        return self._draw(Posterior.from_moments(joined), generator) * self.config.spatial.scaling_factor
 
-    def decode_frames(self, frames: Tensor) -> Tensor:
+    def decode_frames(self, frames: Tensor, *, tile: int | None = None) -> Tensor:
         """Spatial part alone: scaled per-frame latents (B, F, pT, H, W) -> (B, 3, pT, pH, pW)."""
         module = self.spatial_vae.module
 
-        def run(z: Tensor) -> Tensor:
-            return module.decoder(module.post_quant_conv(z / self.config.spatial.scaling_factor))
+        def pixels(part: Tensor) -> Tensor:
+            return self._by_frame(lambda z: module.decoder(module.post_quant_conv(z)), part)
 
-        return self._by_frame(run, frames)
+        frames = frames / self.config.spatial.scaling_factor
+        return _by_tile(pixels, frames, self._tile_side(tile), unit_out=self.config.space_stride)
 
-    def _encode_chunks(self, frames: Tensor) -> list[Posterior]:
-        """Posteriors of all temporal chunks, in order, for per-frame latents (B, F, pT, H, W)."""
-        chunk = self.config.micro_frame_size
-        if chunk is None or frames.shape[2] <= chunk:
-            return [self.temporal_vae.encode(frames)]
-        full = frames.shape[2] // chunk
-        folded = self.temporal_vae.encode(_fold(frames[:, :, : full * chunk], full))
-        parts = [Posterior(_unfold(folded.mean, full), _unfold(folded.logvar, full))]
-        if frames.shape[2] % chunk:
-            parts.append(self.temporal_vae.encode(frames[:, :, full * chunk :]))
-        return parts
+    def _tile_side(self, tile: int | None) -> int | None:
+        """Side of the tiles in latents."""
+        stride = self.config.space_stride
+        if tile is not None and (tile % stride or tile < MIN_TILE * stride):
+            raise ValueError(f"tile ({tile}) must be a multiple of {stride} pixels and at least {MIN_TILE * stride}")
+        return None if tile is None else tile // stride
+
+    def _encode_chunk(self, video: Tensor, generator: torch.Generator | None, tile: int | None) -> Tensor:
+        """(B, 3, n, pH, pW), one temporal chunk -> latents that are not normalised yet."""
+        frames = self.encode_frames(video, generator, tile=tile)
+        moments = _by_tile(self.temporal_vae.moments, frames, self._tile_side(tile))
+        return self._draw(Posterior.from_moments(moments), generator)
+
+    def _decode_chunks(self, latents: Iterable[Tensor], num_frames: int | None, side: int | None) -> Iterator[Tensor]:
+        """Per-frame latents (B, F, n, H, W) of each temporal chunk of a normalised latent."""
+        config, done = self.config, 0
+        for latent in _regroup(latents, config.chunk_latents):
+            count = latent.shape[2] * config.temporal.time_stride
+            if config.micro_frame_size is not None:
+                count = min(count, config.micro_frame_size)
+            if num_frames is not None:
+                count = min(count, num_frames - done)
+            if count < 1:
+                raise ValueError(f"num_frames={num_frames} are decoded, but there are latent frames left")
+            z = latent * self.scale + self.shift
+            yield _by_tile(lambda part, count=count: self.temporal_vae.decode(part, count), z, side)
+            done += count
+        if num_frames is not None and done != num_frames:
+            raise ValueError(f"num_frames={num_frames} were asked for, but the latents hold {done}")
+
+    def _blend_borders(self, chunks: Iterator[Tensor], blend_frames: int, side: int | None) -> Iterator[Tensor]:
+        """Chunks of per-frame latents (B, F, n, H, W) with their borders blended; see the module."""
+        last, waiting = None, None
+        for chunk in chunks:
+            blended = chunk
+            if last is not None:
+                waiting, blended = self._blend_border(last, chunk, waiting, blend_frames, side)
+                yield waiting
+            last, waiting = chunk, blended
+        if waiting is not None:
+            yield waiting
+
+    def _blend_border(
+        self, left: Tensor, right: Tensor, left_blended: Tensor, blend_frames: int, side: int | None
+    ) -> tuple[Tensor, Tensor]:
+        """Both sides of a border, blended; `left_blended` is `left` with its other border done already."""
+        before, after = _border_window(left.shape[2], self.config.temporal.time_stride, right.shape[2])
+        around = torch.cat([left[:, :, left.shape[2] - before :], right[:, :, :after]], dim=2)
+
+        def again(part: Tensor) -> Tensor:
+            return self.temporal_vae.decode(self.temporal_vae.encode(part).mean, before + after)
+
+        bridge = _by_tile(again, around, side)
+        rising = min(blend_frames, before)
+        falling = min(blend_frames, after)
+        head, tail = left_blended.split([left.shape[2] - rising, rising], dim=2)
+        tail = torch.lerp(tail, bridge[:, :, before - rising : before], _ramp(rising, tail))
+        start, rest = right.split([falling, right.shape[2] - falling], dim=2)
+        start = torch.lerp(start, bridge[:, :, before : before + falling], _ramp(falling, start).flip(0))
+        return torch.cat([head, tail], dim=2), torch.cat([start, rest], dim=2)
 
     def _by_frame(self, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """Apply `run` to (n, C, H, W) micro batches of the frames of (B, C, pT, H, W)."""
@@ -428,16 +571,96 @@ class VideoVAE(nn.Module):
         return posterior.mean if generator is None else posterior.sample(generator)
 
 
-def _fold(x: Tensor, chunks: int) -> Tensor:
-    """(B, C, chunks * n, H, W) -> (B * chunks, C, n, H, W)."""
-    b, c, t, h, w = x.shape
-    return x.reshape(b, c, chunks, t // chunks, h, w).transpose(1, 2).reshape(b * chunks, c, t // chunks, h, w)
+def _regroup(parts: Iterable[Tensor], size: int | None) -> Iterator[Tensor]:
+    """Cut consecutive pieces (B, C, n, H, W) anew, into `size` frames each, the last with what is left; None: all."""
+    held: list[Tensor] = []
+    missing = size
+    for part in parts:
+        while part.shape[2]:
+            head = part if missing is None else part[:, :, :missing]
+            part = part[:, :, head.shape[2] :]
+            held.append(head)
+            if missing is not None:
+                missing -= head.shape[2]
+            if missing == 0:
+                yield _joined(held)
+                held, missing = [], size
+    if held:
+        yield _joined(held)
 
 
-def _unfold(x: Tensor, chunks: int) -> Tensor:
-    """Inverse of `_fold`."""
-    bc, c, n, h, w = x.shape
-    return x.view(bc // chunks, chunks, c, n, h, w).transpose(1, 2).reshape(bc // chunks, c, chunks * n, h, w)
+def _border_window(chunk: int, stride: int, available: int) -> tuple[int, int]:
+    """Frames before and after the border of a chunk that are coded together, `available` of them being there after it.
+
+    One frame and then groups of `stride` frames, like a chunk and no longer, with the border in the middle of a group.
+    """
+    groups = (chunk - 1) // stride
+    before = 1 + stride * ((groups - 1) // 2) + stride // 2
+    after = min(available, chunk - before)
+    surplus = (before + after - 1) % stride
+    # A single frame after the border ends a group instead: it cannot be half of one.
+    return (before, after - surplus) if after > surplus else (stride, after)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
+def _ramp(length: int, like: Tensor) -> Tensor:
+    """Weights (length, 1, 1) rising evenly between 0 and 1, both left out."""
+    steps = torch.arange(length, device=like.device, dtype=torch.float32)
+    return ((steps + 0.5) / length).to(like.dtype).view(-1, 1, 1)
+
+
+# --- tiles -----------------------------------------------------------------------------------------------------------
+
+
+def _by_tile(
+    run: Callable[[Tensor], Tensor], x: Tensor, side: int | None, *, unit_in: int = 1, unit_out: int = 1
+) -> Tensor:
+    """Apply `run` to overlapping squares of x (..., H * unit_in, W * unit_in) and feather the results together.
+
+    Args:
+        run: Maps (..., h * unit_in, w * unit_in) to (..., h * unit_out, w * unit_out) for any h, w.
+        x: What to cut. Surplus rows and columns, fewer than `unit_in`, go with the last tile.
+        side: Of a tile, in units. None, or a frame that is no larger: `run(x)`.
+        unit_in: Values of x in a unit of length.
+        unit_out: Values of the result in a unit of length.
+    """
+    height, width = x.shape[-2] // unit_in, x.shape[-1] // unit_in
+    if side is None or max(height, width) <= side:
+        return run(x)
+    joined: Tensor | None = None
+    for top, bottom, row_weights in _tiles(height, side, unit_out):
+        for left, right, column_weights in _tiles(width, side, unit_out):
+            rows = slice(top * unit_in, None if bottom == height else bottom * unit_in)
+            columns = slice(left * unit_in, None if right == width else right * unit_in)
+            part = run(x[..., rows, columns])
+            if joined is None:
+                joined = part.new_zeros(*part.shape[:-2], height * unit_out, width * unit_out)
+            weights = row_weights[:, None] * column_weights
+            place = (..., slice(top * unit_out, bottom * unit_out), slice(left * unit_out, right * unit_out))
+            joined[place] += part * weights.to(part)
+    assert joined is not None
+    return joined
+
+
+def _tiles(length: int, side: int, unit: int) -> list[tuple[int, int, Tensor]]:
+    """Tiles of an axis: start and stop in units, and weights (n,) of its `n = (stop - start) * unit` values.
+
+    All tiles are equally long, since norms are taken over a tile. Weights of all tiles sum to 1 everywhere.
+    """
+    if length <= side:
+        return [(0, length, torch.ones(length * unit))]
+    overlap = max(1, int(side * TILE_OVERLAP))
+    count = ceil_div(length - overlap, side - overlap)
+    starts = [round(i * (length - side) / (count - 1)) for i in range(count)]
+    steps = (torch.arange(side * unit) + 0.5) / (overlap * unit)
+    feather = torch.minimum(steps, steps.flip(0)).clamp(max=1)
+    total = torch.zeros(length * unit)
+    for start in starts:
+        total[start * unit : (start + side) * unit] += feather
+    return [(start, start + side, feather / total[start * unit : (start + side) * unit]) for start in starts]
 
 
 def latent_statistics(latents: Sequence[Tensor]) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -8,30 +8,8 @@ import av
 import numpy as np
 import pytest
 
-from arlon.data.video_io import VideoError, VideoWriter, encode_fragment, probe, read_video
-
-HEIGHT, WIDTH = 32, 48
-CRF = 6  # a coarser one skips the small steps between these frames
-
-
-def make_clip(num_frames: int, first: int = 0) -> np.ndarray:
-    """Frames (n, 32, 48, 3): left half green, right half grey of four times their number."""
-    frames = np.zeros((num_frames, HEIGHT, WIDTH, 3), np.uint8)
-    frames[:, :, : WIDTH // 2] = (30, 200, 90)
-    frames[:, :, WIDTH // 2 :] = (4 * (first + np.arange(num_frames)))[:, None, None, None]
-    return frames
-
-
-def write_clip(path: Path, *lengths: int, fps: float = 8.0, tags: dict[str, str] | None = None) -> Path:
-    with VideoWriter(path, fps=fps, tags=tags, crf=CRF) as writer:
-        for length in lengths:
-            writer.append(make_clip(length, writer.num_frames))
-    return path
-
-
-def frame_numbers(frames: np.ndarray) -> list[int]:
-    """Which frames of `make_clip` these are."""
-    return [round(float(frame[:, WIDTH // 2 + 4 :].mean()) / 4) for frame in frames]
+from arlon.data.video_io import Fragment, VideoError, VideoWriter, encode_fragment, probe, read_tags, read_video
+from tests.arlon.data.clips import CRF, HEIGHT, WIDTH, frame_numbers, make_clip, write_clip
 
 
 @pytest.mark.parametrize("fps", [8, 24, 29.97, 23.976])
@@ -101,6 +79,39 @@ def test_fragment_does_not_depend_on_its_place_and_plays_alone(tmp_path: Path) -
     assert frame_numbers(read_video(tmp_path / "alone.mp4")) == list(range(17))
 
 
+def test_interrupted_film_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
+    """The stored bytes of the first two chunks, then two new chunks in a new process's writer."""
+    tags = {"title": "eins"}
+    with VideoWriter(tmp_path / "whole.mp4", fps=24, crf=CRF, tags=tags) as writer:
+        stored = [writer.append(make_clip(n, writer.num_frames)).data for n in (17, 1, 34, 5)]
+    with VideoWriter(tmp_path / "resumed.mp4", fps=24, crf=CRF, tags=tags) as writer:
+        for data in stored[:2]:
+            writer.append_fragment(Fragment(data=data))
+        assert writer.num_frames == 18
+        writer.append(make_clip(34, 18))
+        writer.append(make_clip(5, 52))
+    assert (tmp_path / "resumed.mp4").read_bytes() == (tmp_path / "whole.mp4").read_bytes()
+
+
+def test_fragment_serves_films_with_other_tags(tmp_path: Path) -> None:
+    with VideoWriter(tmp_path / "a.mp4", fps=8, crf=CRF, tags={"title": "a"}) as writer:
+        fragment = writer.append(make_clip(17))
+    with VideoWriter(tmp_path / "b.mp4", fps=8, crf=CRF, tags={"title": "b", "more": "c"}) as writer:
+        writer.append_fragment(fragment)
+    assert read_tags(tmp_path / "a.mp4")["title"] == "a"
+    assert {"title": "b", "more": "c"}.items() <= read_tags(tmp_path / "b.mp4").items()
+    assert b"Lavf" not in (tmp_path / "b.mp4").read_bytes()
+
+
+def test_stored_bytes_that_are_no_whole_fragment_are_refused(tmp_path: Path) -> None:
+    data = encode_fragment(make_clip(5), fps=8, crf=CRF).data
+    with VideoWriter(tmp_path / "a.mp4", fps=8) as writer:
+        for damaged in (data[:-1], data[:500], data + data, b"no video", b""):
+            with pytest.raises(VideoError, match=r"cut off|not one whole fragment"):
+                writer.append_fragment(Fragment(data=damaged))
+    assert not (tmp_path / "a.mp4").read_bytes()
+
+
 def test_tags_are_stored(tmp_path: Path) -> None:
     path = write_clip(tmp_path / "a.mp4", 5, tags={"arlon": '{"seed": 7, "prompt": "ein Käse"}'})
     assert probe(path).tags["arlon"] == '{"seed": 7, "prompt": "ein Käse"}'
@@ -113,6 +124,23 @@ def test_cut_off_film_plays_up_to_its_last_whole_fragment(tmp_path: Path) -> Non
     assert frame_numbers(read_video(path, num_frames=34)) == list(range(34))
     with pytest.raises(VideoError, match="cut off"):
         read_video(path)
+
+
+def test_film_cut_off_anywhere_plays_its_whole_fragments(tmp_path: Path) -> None:
+    path, whole_at = tmp_path / "a.mp4", {}
+    with VideoWriter(path, fps=8, crf=CRF, tags={"title": "cut"}) as writer:
+        for length in (17, 1, 9, 12):
+            writer.append(make_clip(length, writer.num_frames))
+            whole_at[path.stat().st_size] = writer.num_frames
+    data, first = path.read_bytes(), min(whole_at)
+    moof = {size + step for size in whole_at if size < len(data) for step in range(0, 130, 9)}
+    around = {size + step for size in whole_at for step in (-1, 0, 1, 8)} | moof
+    for cut in sorted({*range(first, len(data), 211), *around}):
+        path.write_bytes(data[:cut])
+        whole = max((frames for size, frames in whole_at.items() if size <= cut), default=0)
+        assert read_tags(path)["title"] == "cut"
+        if whole:
+            assert frame_numbers(read_video(path, num_frames=whole)) == list(range(whole))
 
 
 def test_rotated_file_is_read_upright(tmp_path: Path) -> None:

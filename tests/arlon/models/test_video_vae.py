@@ -1,9 +1,13 @@
 import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from arlon.config import config_from_dict
 from arlon.models.video_vae import (
@@ -17,6 +21,8 @@ from arlon.models.video_vae import (
 )
 
 DATA = Path(__file__).parents[2] / "data"
+WHOLE = os.environ.get("ARLON_GOLDEN_VAE")
+"""Folder of whole-VAE cases of the original, `vae_pipeline_*`; their weights are too large to keep here."""
 
 
 def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
@@ -62,6 +68,28 @@ def test_temporal_vae_equals_the_original(golden_temporal: TemporalVAE, num_fram
     assert relative_error(golden_temporal.decode(golden["mean"], num_frames), golden["decode_of_mean"]) <= 1e-5
 
 
+@pytest.mark.skipif(WHOLE is None, reason="ARLON_GOLDEN_VAE names no folder of whole-VAE cases")
+@pytest.mark.parametrize("case", ["T1_32x40_mf17", "T17_24x32_mf17", "T34_16x24_mf17"])
+@torch.no_grad()
+def test_whole_vae_equals_the_original(case: str) -> None:
+    weights, golden = (load_file(Path(WHOLE) / f"vae_pipeline_{name}.safetensors") for name in ("weights", case))
+    values = json.loads((Path(WHOLE) / "vae_pipeline_weights.json").read_text())
+    spatial = {k: v for k, v in values["spatial_config"].items() if k in SpatialVAEConfig.__dataclass_fields__}
+    vae = VideoVAE(
+        VideoVAEConfig(
+            spatial=config_from_dict(SpatialVAEConfig, spatial | {"scaling_factor": values["spatial_factor"]}),
+            temporal=config_from_dict(TemporalVAEConfig, values["temporal_config"]),
+            micro_frame_size=values["micro_frame_size"],
+            micro_batch_size=values["micro_batch_size"],
+        )
+    )
+    vae.load_state_dict(weights, strict=True)
+    vae.eval()
+    assert relative_error(vae.encode_frames(golden["in.x"]), golden["spatial_latent"]) <= 2e-5
+    assert relative_error(vae.encode(golden["in.x"]), golden["z"]) <= 2e-5
+    assert relative_error(vae.decode(golden["z"], golden["rec"].shape[2]), golden["rec"]) <= 2e-5
+
+
 @torch.no_grad()
 def test_chunks_are_coded_independently_and_in_order() -> None:
     vae, video = tiny_vae(), torch.rand(2, 3, 40, 16, 24) * 2 - 1
@@ -95,6 +123,218 @@ def test_micro_batches_change_nothing() -> None:
     few, whole = tiny_vae(micro_batch_size=3), tiny_vae(micro_batch_size=None)
     video = torch.rand(1, 3, 7, 16, 16) * 2 - 1
     torch.testing.assert_close(few.encode(video), whole.encode(video), rtol=1e-4, atol=1e-5)
+
+
+# --- streams ---------------------------------------------------------------------------------------------------------
+
+
+def pieces(x: Tensor, *lengths: int) -> Iterator[Tensor]:
+    """Cut (B, C, n, H, W) into frames of these lengths; what is left comes last."""
+    assert sum(lengths) <= x.shape[2]
+    yield from x.split([*lengths, x.shape[2] - sum(lengths)], dim=2)
+
+
+def lively_vae(**overrides) -> VideoVAE:
+    """A tiny VAE with no zero weights, so that every frame of a chunk depends on every other."""
+    vae = tiny_vae(**overrides)
+    for parameter in vae.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.2)
+    return vae
+
+
+@pytest.mark.parametrize("options", [{}, {"tile": 32}])
+@torch.no_grad()
+def test_encoding_a_stream_gives_the_same_bits(options: dict[str, int]) -> None:
+    vae, video = lively_vae(micro_batch_size=3), torch.rand(2, 3, 40, 40, 24) * 2 - 1
+    whole = vae.encode(video, **options)
+    parts = list(vae.encode_stream(pieces(video, 1, 18, 0, 15), **options))
+    assert [part.shape[2] for part in parts] == [5, 5, 2]
+    assert torch.equal(torch.cat(parts, dim=2), whole)
+
+
+@pytest.mark.parametrize("options", [{}, {"blend_frames": 2}, {"blend_frames": 7, "tile": 32}])
+@torch.no_grad()
+def test_decoding_a_stream_gives_the_same_bits(options: dict[str, int]) -> None:
+    vae, latent = lively_vae(micro_batch_size=3), torch.randn(2, 4, 12, 5, 3)
+    whole = vae.decode(latent, num_frames=39, **options)
+    parts = list(vae.decode_stream(pieces(latent, 3, 1, 7), 39, **options))
+    assert [part.shape[2] for part in parts] == [17, 17, 5]
+    assert torch.equal(torch.cat(parts, dim=2), whole)
+    unbounded = list(vae.decode_stream([latent], **options))
+    assert [part.shape[2] for part in unbounded] == [17, 17, 8]
+
+
+@torch.no_grad()
+def test_sampling_a_stream_gives_the_same_bits() -> None:
+    vae, video = lively_vae(micro_batch_size=3), torch.rand(1, 3, 20, 16, 16) * 2 - 1
+    whole = vae.encode(video, torch.Generator().manual_seed(5))
+    parts = vae.encode_stream(pieces(video, 9, 9), torch.Generator().manual_seed(5))
+    assert torch.equal(torch.cat(list(parts), dim=2), whole)
+    assert not torch.equal(whole, vae.encode(video))
+
+
+@pytest.mark.parametrize(("blend_frames", "ahead"), [(0, 0), (2, 1)])
+@torch.no_grad()
+def test_a_stream_is_read_no_further_than_needed(blend_frames: int, ahead: int) -> None:
+    vae, read = tiny_vae(), []
+
+    def chunks() -> Iterator[Tensor]:
+        for index in range(6):
+            read.append(index)
+            yield torch.zeros(1, 4, 5, 2, 2)
+
+    for index, _ in enumerate(vae.decode_stream(chunks(), blend_frames=blend_frames)):
+        assert len(read) == min(index + 1 + ahead, 6)
+    read.clear()
+    latents = vae.encode_stream(torch.zeros(1, 3, 17, 16, 16) for _ in chunks())
+    for index, _ in enumerate(latents):
+        assert len(read) == index + 1
+
+
+@torch.no_grad()
+def test_a_stream_that_does_not_fit_its_frame_count_is_refused() -> None:
+    vae, latent = tiny_vae(), torch.zeros(1, 4, 10, 2, 2)
+    with pytest.raises(ValueError, match="num_frames=40 were asked for, but the latents hold 34"):
+        list(vae.decode_stream([latent], 40))
+    with pytest.raises(ValueError, match="num_frames=17 are decoded, but there are latent frames left"):
+        list(vae.decode_stream([latent], 17))
+
+
+# --- blending --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("num_frames", "windows"),
+    [
+        (51, {17: (7, 10), 34: (7, 10)}),
+        (40, {17: (7, 10), 34: (7, 6)}),
+        (22, {17: (7, 2)}),
+        (20, {17: (7, 2)}),
+        (18, {17: (4, 1)}),
+    ],
+)
+@pytest.mark.parametrize("blend_frames", [1, 2, 7])
+@torch.no_grad()
+def test_blending_fades_to_the_border_coded_as_one_chunk(
+    num_frames: int, windows: dict[int, tuple[int, int]], blend_frames: int
+) -> None:
+    vae = lively_vae()
+    temporal = vae.temporal_vae
+    latent = torch.randn(1, 4, vae.latent_shape(num_frames, 16, 24)[1], 2, 3)
+    z = latent * vae.scale + vae.shift
+    frames = torch.cat([temporal.decode(part, min(17, num_frames - 17 * i)) for i, part in enumerate(z.split(5, 2))], 2)
+    expected = frames.clone()
+    for border, (before, after) in windows.items():
+        bridge = temporal.decode(temporal.encode(frames[:, :, border - before : border + after]).mean, before + after)
+        for side, there in ((-1, before), (1, after)):
+            width = min(blend_frames, there)
+            for distance in range(width):
+                at = border + distance if side > 0 else border - 1 - distance
+                share = (width - distance - 0.5) / width
+                expected[:, :, at] += share * (bridge[:, :, at - border + before] - frames[:, :, at])
+    blended = vae.decode(latent, num_frames, blend_frames=blend_frames)
+    torch.testing.assert_close(blended, vae.decode_frames(expected), rtol=1e-3, atol=1e-4)
+    changed = (blended != vae.decode(latent, num_frames)).any(0).any(0).any(-1).any(-1)
+    assert changed.nonzero().flatten().tolist() == [
+        frame
+        for border, (before, after) in windows.items()
+        for frame in range(border - min(before, blend_frames), border + min(after, blend_frames))
+    ]
+
+
+@pytest.mark.parametrize(("chunk", "most"), [(17, 7), (16, 7), (9, 3), (5, 2), (4, 0), (None, 0)])
+@torch.no_grad()
+def test_blending_further_than_the_border_is_coded_is_refused(chunk: int | None, most: int) -> None:
+    vae = tiny_vae(micro_frame_size=chunk)
+    latent = torch.randn(1, 4, *vae.latent_shape(3 * (chunk or 17), 16, 16)[1:])
+    vae.decode(latent, 3 * (chunk or 17), blend_frames=most)
+    with pytest.raises(ValueError, match=rf"blend_frames \({most + 1}\) must be 0..{most} with chunks of {chunk}"):
+        vae.decode_stream([latent], blend_frames=most + 1)
+
+
+# --- tiles -----------------------------------------------------------------------------------------------------------
+
+
+class Enlarge(nn.Module):
+    """Stands in for the spatial decoder: every latent becomes a square of 8 x 8 equal pixels."""
+
+    seen: list[torch.Size]
+
+    def forward(self, z: Tensor) -> Tensor:
+        self.seen = [*getattr(self, "seen", []), z.shape]
+        return F.interpolate(z[:, :3], scale_factor=8)
+
+
+class Shrink(nn.Module):
+    """Stands in for the spatial encoder: means of 8 x 8 pixels, and a log-variance of zero."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        small = F.avg_pool2d(x, 8)
+        return torch.cat([small, torch.zeros_like(small)], dim=1)
+
+
+@pytest.fixture
+def local_vae() -> VideoVAE:
+    """Both halves of the spatial part look at no neighbour, so tiles must change nothing."""
+    vae = tiny_vae(micro_batch_size=2)
+    module = vae.spatial_vae.module
+    module.decoder, module.encoder = Enlarge(), Shrink()
+    module.quant_conv, module.post_quant_conv = nn.Identity(), nn.Identity()
+    return vae
+
+
+@pytest.mark.parametrize(("height", "width"), [(4, 4), (5, 19), (13, 7), (15, 6), (9, 3), (31, 32)])
+@torch.no_grad()
+def test_tiles_of_a_local_network_join_without_a_trace(local_vae: VideoVAE, height: int, width: int) -> None:
+    frames, video = torch.randn(2, 3, 3, height, width), torch.randn(2, 3, 3, 8 * height + 3, 8 * width + 7)
+    decoded, encoded = local_vae.decode_frames(frames), local_vae.encode_frames(video)
+    drawn = local_vae.encode_frames(video, torch.Generator().manual_seed(3))
+    assert (drawn - encoded).std() == pytest.approx(0.18215, rel=0.2)
+    for tile in (32, 40, 64, 128):
+        torch.testing.assert_close(local_vae.decode_frames(frames, tile=tile), decoded)
+        torch.testing.assert_close(local_vae.encode_frames(video, tile=tile), encoded)
+        redrawn = local_vae.encode_frames(video, torch.Generator().manual_seed(3), tile=tile)
+        torch.testing.assert_close(redrawn, drawn)
+
+
+@torch.no_grad()
+def test_tiles_are_of_one_size_and_overlap_by_a_quarter(local_vae: VideoVAE) -> None:
+    local_vae.decode_frames(torch.randn(1, 3, 2, 20, 8), tile=64)
+    # 20 latents in tiles of 8 that share at least 2: starts 0, 6, 12; 8 latents are one tile.
+    assert local_vae.spatial_vae.module.decoder.seen == [torch.Size((2, 3, 8, 8))] * 3
+
+
+@torch.no_grad()
+def test_a_frame_no_larger_than_a_tile_keeps_its_bits() -> None:
+    vae, video = lively_vae(), torch.rand(1, 3, 18, 32, 24) * 2 - 1
+    latent = vae.encode(video)
+    assert torch.equal(vae.encode(video, tile=32), latent)
+    assert torch.equal(vae.decode(latent, 18, tile=32), vae.decode(latent, 18))
+
+
+@torch.no_grad()
+def test_the_temporal_part_sees_tiles_too(local_vae: VideoVAE) -> None:
+    latent = torch.randn(1, 4, 5, 6, 4)
+    far = latent.clone()
+    far[..., 5:, :] += 1
+    # Tiles are rows 0-3 and 2-5, so rows 0 and 1 know nothing of row 5; undivided, the norms carry it everywhere.
+    near, whole = ([local_vae.decode(z, 17, tile=side)[..., : 2 * 8, :] for z in (latent, far)] for side in (32, None))
+    assert torch.equal(*near)
+    assert not torch.equal(*whole)
+
+
+@pytest.mark.parametrize("tile", [0, -32, 24, 36])
+def test_impossible_tile_is_refused(tile: int) -> None:
+    vae = tiny_vae()
+    message = rf"tile \({tile}\) must be a multiple of 8 pixels and at least 32"
+    with pytest.raises(ValueError, match=message):
+        vae.decode_stream([], tile=tile)
+    with pytest.raises(ValueError, match=message):
+        vae.encode(torch.zeros(1, 3, 1, 64, 64), tile=tile)
+
+
+# --- temporal part and posterior -------------------------------------------------------------------------------------
 
 
 @torch.no_grad()

@@ -1,0 +1,345 @@
+"""Boxes of MP4 files (ISO/IEC 14496-12), as far as a film of one H.264 track needs them. Bytes only, no codec.
+
+A film has two shapes, with the same encoded frames:
+
+    growing     ftyp, moov (tags, no frames), then moof + mdat for every fragment: plays while it grows, and cut off
+    finished    ftyp, moov (tags and the place of every frame), one mdat: starts fast, seeks, plays everywhere
+
+`flatten` makes the second of the first. It holds a few bytes a frame in memory, never the frames.
+"""
+
+from __future__ import annotations
+
+import struct
+import sys
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import chain, groupby
+from typing import BinaryIO
+
+_CONTAINERS = (b"moov", b"trak", b"mdia", b"minf", b"stbl")
+_FINISHED_BRANDS = b"isom" + (512).to_bytes(4, "big") + b"isomiso2avc1mp41"
+_MAX_UINT32 = 0xFFFFFFFF
+_MAX_NARROW = _MAX_UINT32 // 2  # bytes of frames that 32-bit places surely reach, whatever comes before them
+_COPY_BYTES = 1 << 20
+_NOT_A_KEYFRAME = 0x00010000  # in the flags of a sample
+_TEXT = 1  # type of a metadata value: UTF-8
+
+Edit = Callable[[bytes], bytes]
+"""Takes the content of a box and gives the boxes that replace it."""
+
+
+class VideoError(ValueError):
+    """A file cannot be read as video, or frames cannot be written as one."""
+
+
+def box(kind: bytes, *content: bytes) -> bytes:
+    """A box of this kind."""
+    return struct.pack(">I4s", 8 + sum(map(len, content)), kind) + b"".join(content)
+
+
+def boxes(data: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """Pairs (kind, content) of the boxes that follow each other in `data`.
+
+    Raises:
+        VideoError: If they do not fill it.
+    """
+    start = 0
+    while start < len(data):
+        size = int.from_bytes(data[start : start + 4], "big")
+        if size < 8 or start + size > len(data):
+            raise VideoError("a part of it is damaged or cut off")
+        yield data[start + 4 : start + 8], data[start + 8 : start + size]
+        start += size
+
+
+def with_tags(head: bytes, tags: Mapping[str, str]) -> bytes:
+    """The head of a film (ftyp, moov) with these text tags instead of those it has."""
+    kinds = dict(boxes(head))
+    moov = _rewritten(kinds[b"moov"], {b"udta": _dropped})
+    return box(b"ftyp", kinds[b"ftyp"]) + box(b"moov", moov, _tag_box(tags))
+
+
+def _tag_box(tags: Mapping[str, str]) -> bytes:
+    """Tags of free choice, as keys and values."""
+    if not tags:
+        return b""
+    keys = [box(b"mdta", name.encode()) for name in tags]
+    values = [box(b"data", struct.pack(">II", _TEXT, 0), text.encode()) for text in tags.values()]
+    meta = (
+        box(b"hdlr", bytes(8), b"mdta", bytes(13)),
+        box(b"keys", struct.pack(">II", 0, len(keys)), *keys),
+        box(b"ilst", *(box(number.to_bytes(4, "big"), value) for number, value in enumerate(values, start=1))),
+    )
+    return box(b"udta", box(b"meta", bytes(4), *meta))
+
+
+def _rewritten(data: bytes, edits: Mapping[bytes, Edit]) -> bytes:
+    """The same boxes, with those of the given kinds edited, also inside other boxes."""
+    parts = []
+    for kind, content in boxes(data):
+        if kind in edits:
+            parts.append(edits[kind](content))
+        else:
+            parts.append(box(kind, _rewritten(content, edits) if kind in _CONTAINERS else content))
+    return b"".join(parts)
+
+
+def _dropped(_: bytes) -> bytes:
+    return b""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Samples:
+    """The frames of one fragment, as its moof describes them."""
+
+    sizes: tuple[int, ...]
+    """Bytes of each frame."""
+    durations: tuple[int, ...]
+    """Ticks of the track's clock that each is shown."""
+    keyframes: tuple[int, ...]
+    """Indices of the frames that can be decoded without others."""
+
+
+def read_samples(moof: bytes) -> Samples:
+    """Read the content of a moof box of one track whose frames are stored in the order they are shown.
+
+    Raises:
+        VideoError: If it is something else.
+    """
+    try:
+        track = dict(boxes(dict(boxes(moof))[b"traf"]))
+        defaults = _read_tfhd(track[b"tfhd"])
+        return _read_trun(track[b"trun"], defaults)
+    except (KeyError, IndexError, StopIteration, struct.error):
+        raise VideoError("it holds a fragment of another kind than this program writes") from None
+
+
+def _read_tfhd(content: bytes) -> dict[int, int]:
+    """What every frame has where the trun does not say, by the bit with which a trun says it."""
+    flags, words = _flags_and_words(content)
+    present = iter(words[1:])  # behind the number of the track
+    if flags & 0x3:
+        raise KeyError("places of frames are not counted from the moof")
+    return {bit << 5: next(present) for bit in (0x08, 0x10, 0x20) if flags & bit}
+
+
+def _read_trun(content: bytes, defaults: Mapping[int, int]) -> Samples:
+    flags, words = _flags_and_words(content)
+    count, rest = words[0], list(words[1:])
+    if not count or flags & 0x800:
+        raise KeyError("no frames, or frames out of order")
+    if flags & 0x1:  # where the first frame is: at the start of the mdat
+        rest.pop(0)
+    first_flags = [rest.pop(0)] if flags & 0x4 else []
+    columns = [bit for bit in (0x100, 0x200, 0x400) if flags & bit]
+    if len(rest) != count * len(columns):
+        raise KeyError("the table has another length")
+    durations, sizes, sample_flags = (
+        rest[columns.index(bit) :: len(columns)] if bit in columns else [defaults[bit]] * count
+        for bit in (0x100, 0x200, 0x400)
+    )
+    sample_flags[: len(first_flags)] = first_flags
+    keyframes = tuple(i for i, value in enumerate(sample_flags) if not value & _NOT_A_KEYFRAME)
+    return Samples(sizes=tuple(sizes), durations=tuple(durations), keyframes=keyframes)
+
+
+def _flags_and_words(content: bytes) -> tuple[int, tuple[int, ...]]:
+    first, *words = struct.unpack(f">{len(content) // 4}I", content)
+    return first & 0xFFFFFF, tuple(words)
+
+
+def placed(moof: bytes, *, number: int, start: int) -> bytes:
+    """A moof of this content as fragment `number` of a film, its first frame at tick `start`."""
+    data = bytearray(moof)
+    mfhd, tfdt = moof.index(b"mfhd") + 4, moof.index(b"tfdt") + 4  # just behind the name: version and flags
+    data[mfhd + 4 : mfhd + 8] = number.to_bytes(4, "big")
+    width = 8 if moof[tfdt] == 1 else 4
+    data[tfdt + 4 : tfdt + 4 + width] = start.to_bytes(width, "big")
+    return box(b"moof", data)
+
+
+def append_fragment(film: BinaryIO, fragment: bytes) -> None:
+    """Add a fragment (moof, mdat) at the end of a growing film.
+
+    Players open a film that ends inside an mdat, but many do not open one that ends inside a moof. So the moof stands
+    there as free space until its frames are written: however far the writing gets, the film plays.
+    """
+    start = film.seek(0, 2)
+    film.write(fragment[:4] + b"free" + fragment[8:])
+    film.flush()
+    film.seek(start + 4)
+    film.write(fragment[4:8])
+    film.flush()
+
+
+def whole_length(film: BinaryIO) -> int:
+    """Bytes of the boxes that are there in full; what comes after them was cut off."""
+    end = 0
+    with suppress(VideoError):
+        for _, start, size in _stored_boxes(film):
+            end = start + size
+    return end
+
+
+@dataclass(kw_only=True)
+class _Index:
+    """Where the frames of a film are; one chunk a fragment."""
+
+    sizes: array = field(default_factory=lambda: array("I"))
+    keyframes: array = field(default_factory=lambda: array("I"))  # counted from 1, as in the file
+    durations: list[list[int]] = field(default_factory=list)  # runs [frames, ticks]
+    chunk_frames: list[int] = field(default_factory=list)
+    chunk_places: list[tuple[int, int]] = field(default_factory=list)  # (first byte, bytes) in the growing film
+
+    def add(self, samples: Samples, place: tuple[int, int]) -> None:
+        self.keyframes.extend(len(self.sizes) + 1 + i for i in samples.keyframes)
+        self.sizes.extend(samples.sizes)
+        for ticks in samples.durations:
+            if not self.durations or self.durations[-1][1] != ticks:
+                self.durations.append([0, ticks])
+            self.durations[-1][0] += 1
+        self.chunk_frames.append(len(samples.sizes))
+        self.chunk_places.append(place)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(size for _, size in self.chunk_places)
+
+    @property
+    def ticks(self) -> int:
+        return sum(frames * ticks for frames, ticks in self.durations)
+
+    def tables(self, data_start: int, *, wide: bool) -> bytes:
+        """The boxes that say so, for frames that begin at byte `data_start`; `wide`: places take 64 bits."""
+        runs = []
+        for frames, group in groupby(enumerate(self.chunk_frames, start=1), key=lambda chunk: chunk[1]):
+            runs.append((next(group)[0], frames, 1))
+        places, place = array("Q"), data_start
+        for _, size in self.chunk_places:
+            places.append(place)
+            place += size
+        tables = (
+            _table(b"stts", len(self.durations), _words(chain.from_iterable(self.durations))),
+            _table(b"stss", len(self.keyframes), _big_endian(self.keyframes)),
+            _table(b"stsc", len(runs), _words(chain.from_iterable(runs))),
+            box(b"stsz", _words((0, 0, len(self.sizes))), _big_endian(self.sizes)),
+            _table(b"co64" if wide else b"stco", len(places), _big_endian(places) if wide else _words(places)),
+        )
+        return b"".join(tables)
+
+
+def _table(kind: bytes, count: int, rows: bytes) -> bytes:
+    return box(kind, _words((0, count)), rows)
+
+
+def _words(values: Iterable[int]) -> bytes:
+    return _big_endian(array("I", values))
+
+
+def _big_endian(values: array) -> bytes:
+    if sys.byteorder == "little":
+        values = values[:]
+        values.byteswap()
+    return values.tobytes()
+
+
+def flatten(source: BinaryIO, target: BinaryIO) -> int:
+    """Write a growing film as a finished one, its index before its frames. Nothing is encoded again.
+
+    Args:
+        source: The film as it grew, whole; it must be possible to seek in it.
+        target: Where the finished film goes.
+
+    Returns:
+        The number of frames.
+
+    Raises:
+        VideoError: If the source is cut off, or no growing film.
+    """
+    moov, index = _read_growing(source)
+    ftyp = box(b"ftyp", _FINISHED_BRANDS)
+    wide = index.num_bytes > _MAX_NARROW
+    mdat = _mdat_header(index.num_bytes, wide=wide)
+    data_start = len(ftyp) + len(_finished_moov(moov, index, 0, wide=wide)) + len(mdat)
+    target.write(ftyp + _finished_moov(moov, index, data_start, wide=wide) + mdat)
+    for start, size in index.chunk_places:
+        source.seek(start)
+        _copy(source, target, size)
+    return len(index.sizes)
+
+
+def _mdat_header(num_bytes: int, *, wide: bool) -> bytes:
+    if wide:
+        return struct.pack(">I4sQ", 1, b"mdat", 16 + num_bytes)
+    return struct.pack(">I4s", 8 + num_bytes, b"mdat")
+
+
+def _read_growing(source: BinaryIO) -> tuple[bytes, _Index]:
+    """The content of the moov of a growing film, and where its frames are."""
+    moov, samples, index = None, None, _Index()
+    source.seek(0)
+    for kind, start, size in _stored_boxes(source):
+        if kind == b"moov":
+            moov = source.read(size)
+        elif kind == b"moof":
+            samples = read_samples(source.read(size))
+        elif kind == b"mdat":
+            if samples is None or size != sum(samples.sizes):
+                raise VideoError("its frames do not fit its index")
+            index.add(samples, (start, size))
+            samples = None
+    if moov is None or samples is not None or not index.sizes:
+        raise VideoError("it is cut off, or was not made by this program")
+    return moov, index
+
+
+def _stored_boxes(source: BinaryIO) -> Iterator[tuple[bytes, int, int]]:
+    """Triples (kind, first byte of the content, its bytes) of the boxes of a file; positioned at the content."""
+    end, start = source.seek(0, 2), 0
+    while start < end:
+        source.seek(start)
+        size, kind = struct.unpack(">I4s", source.read(8).ljust(8, b"\0"))
+        if size < 8 or start + size > end:
+            raise VideoError("it is cut off, or was not made by this program")
+        yield kind, start + 8, size - 8
+        start += size
+
+
+def _finished_moov(moov: bytes, index: _Index, data_start: int, *, wide: bool) -> bytes:
+    clock = int.from_bytes(_inside(moov, b"trak", b"mdia", b"mdhd")[12:16], "big")
+    film_clock = int.from_bytes(_inside(moov, b"mvhd")[12:16], "big")
+    duration = -(-index.ticks * film_clock // clock)
+    edits: dict[bytes, Edit] = {
+        b"mvhd": lambda content: box(b"mvhd", _with_duration(content, 16, duration)),
+        b"tkhd": lambda content: box(b"tkhd", _with_duration(content, 20, duration)),
+        b"mdhd": lambda content: box(b"mdhd", _with_duration(content, 16, index.ticks)),
+        b"stts": lambda _: index.tables(data_start, wide=wide),
+    }
+    edits |= dict.fromkeys((b"stsc", b"stsz", b"stco", b"mvex"), _dropped)  # all tables are where stts was
+    return box(b"moov", _rewritten(moov, edits))
+
+
+def _inside(data: bytes, *path: bytes) -> bytes:
+    """Content of the box at a path of kinds."""
+    for kind in path:
+        data = dict(boxes(data)).get(kind, b"")
+    if not data:
+        raise VideoError("it was not made by this program")
+    return data
+
+
+def _with_duration(content: bytes, place: int, duration: int) -> bytes:
+    """A header with a duration; one too long for 32 bits becomes "unknown", and players count the frames."""
+    return content[:place] + min(duration, _MAX_UINT32).to_bytes(4, "big") + content[place + 4 :]
+
+
+def _copy(source: BinaryIO, target: BinaryIO, size: int) -> None:
+    while size:
+        data = source.read(min(size, _COPY_BYTES))
+        if not data:
+            raise VideoError("it was cut off while it was read")
+        target.write(data)
+        size -= len(data)

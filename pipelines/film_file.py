@@ -1,0 +1,149 @@
+"""The film as a file: what is written into it, its finished shape, and a stream to watch it while it grows.
+
+    film.partial.mp4    grows by fragments; plays at any time, cut off at any byte too (`arlon.data.video_io`)
+    film.mp4            the same frames behind an index (`arlon.data.mp4`): starts fast and seeks
+    film.hls/           film.m3u8 and one file a fragment: an HLS stream for web players, where it is asked for
+
+Both films carry the record they were made from, as JSON, under the tag `comment`: of the tags one may choose, the one
+that other programs keep when they copy a film into another container.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+from arlon.data.mp4 import flatten
+from arlon.data.video_io import Fragment, VideoError, read_tags
+from pipelines.durable import hash_file, make_folder, publish, temporary_beside, write_bytes
+
+RECORD_FORMAT = 1
+RECORD_TAG = "comment"
+HLS_NAME = "film.m3u8"
+HLS_HEAD_NAME = "head.mp4"
+
+
+def film_tags(record: Mapping[str, Any], title: str) -> dict[str, str]:
+    """Tags of a film that say what it was made from."""
+    return {"title": title, RECORD_TAG: json.dumps(record, ensure_ascii=False, separators=(",", ":"))}
+
+
+def read_film_record(film: str | Path) -> dict[str, Any]:
+    """What a film was made from: from inside it, whether it is finished or not, or else from the sidecar beside it.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        VideoError: If the file is not a video, says nothing, or says it in a way of another version.
+    """
+    film = Path(film)
+    tags = {name.lower(): text for name, text in read_tags(film).items()}  # Matroska has them in capitals
+    record = _parse_record(tags.get(RECORD_TAG, ""))
+    sidecar = film.with_suffix(".json")
+    if record is None and sidecar.is_file():
+        record = _parse_record(sidecar.read_text(encoding="utf-8", errors="replace"))
+    if record is None:
+        raise VideoError(
+            f"'{film}' does not say what it was made from: it was made by another program, or without metadata"
+        )
+    if record.get("format") != RECORD_FORMAT:
+        raise VideoError(
+            f"'{film}' was made by another version: its record has format {record.get('format')!r}, "
+            f"this version reads {RECORD_FORMAT}"
+        )
+    return record
+
+
+def _parse_record(text: str) -> dict[str, Any] | None:
+    """The record in a text, or None if the text is something else."""
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return values if isinstance(values, dict) and "storyboard" in values else None
+
+
+def finalise(partial: Path, film: Path, *, num_frames: int) -> str:
+    """Make the finished film of a growing one that is complete, and remove the growing one.
+
+    The frames are copied, not encoded again; memory does not grow with the film. The same fragments and tags give the
+    same bytes. If it fails, or is interrupted, the growing film is still there.
+
+    Args:
+        partial: The growing film.
+        film: Where the finished one goes; an existing one is replaced.
+        num_frames: Frames the film must have.
+
+    Returns:
+        SHA-256 of the finished film.
+
+    Raises:
+        VideoError: If the growing film is damaged or cut off.
+        RuntimeError: If it has another number of frames.
+    """
+    temporary = temporary_beside(film)
+    try:
+        with partial.open("rb") as source, temporary.open("wb") as target:
+            try:
+                found = flatten(source, target)
+            except VideoError as error:
+                raise VideoError(f"cannot finish '{partial}': {error}") from None
+            if found != num_frames:
+                raise RuntimeError(f"'{partial}' has {found} frames, but {num_frames} were planned")
+            target.flush()
+            os.fsync(target.fileno())
+        film_hash = hash_file(temporary)
+        publish(temporary, film)
+    finally:
+        temporary.unlink(missing_ok=True)
+    partial.unlink(missing_ok=True)
+    return film_hash
+
+
+class HlsFolder:
+    """A film as an HLS stream (RFC 8216) in a folder of its own, which can be watched while it grows.
+
+    The playlist is replaced as a whole after every fragment and never names a file that is not there yet. The same
+    fragments give the same files, so a film that goes on after an interruption is simply added again from its start.
+
+    Args:
+        path: The folder; it is made.
+        fps: Frames a second.
+        longest_s: Seconds of the longest fragment there will be: players must be told at the start.
+    """
+
+    def __init__(self, path: Path, *, fps: float, longest_s: float) -> None:
+        make_folder(path)
+        self.path, self.fps = path, fps
+        self._num_fragments = 0
+        self._num_ticks = 0
+        self._lines = [
+            "#EXTM3U",
+            "#EXT-X-VERSION:7",
+            f"#EXT-X-TARGETDURATION:{ceil(longest_s)}",
+            "#EXT-X-PLAYLIST-TYPE:EVENT",
+            "#EXT-X-INDEPENDENT-SEGMENTS",
+            f'#EXT-X-MAP:URI="{HLS_HEAD_NAME}"',
+        ]
+
+    def add(self, fragment: Fragment) -> None:
+        """Add the next fragment."""
+        if not self._num_fragments:
+            write_bytes(self.path / HLS_HEAD_NAME, fragment.head)
+        name = f"{self._num_fragments:04d}.m4s"
+        write_bytes(self.path / name, fragment.placed(number=self._num_fragments + 1, start=self._num_ticks))
+        self._num_fragments += 1
+        self._num_ticks += fragment.num_ticks
+        self._lines += [f"#EXTINF:{fragment.num_frames / self.fps:.6f},", name]
+        self._write_playlist()
+
+    def finish(self) -> None:
+        """Say that nothing more will come."""
+        self._lines.append("#EXT-X-ENDLIST")
+        self._write_playlist()
+
+    def _write_playlist(self) -> None:
+        write_bytes(self.path / HLS_NAME, ("\n".join(self._lines) + "\n").encode())
