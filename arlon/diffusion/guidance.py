@@ -27,9 +27,11 @@ def guide(
     """Bind a model to its conditions and guide it.
 
     Only the text differs between the halves: every other condition, injected features included, is in both.
+    Weights must not change between calls: without gradients, the text is prepared at the first of them.
 
     Args:
-        model: Called as model(latent, t, text, text_mask=..., **conditions) -> velocity, such as an STDiT3.
+        model: Called as model(latent, t, text, text_mask=..., **conditions) -> velocity, such as an STDiT3. If it has
+            `prepare_text`, it gets what that makes of text and mask in their place.
         text: Text features of the prompts, (B, L, E).
         null_text: Features to move away from, (L, E) or (B, L, E): `STDiT3.null_text` or a negative prompt.
         guidance_scale: g. 1 is the conditional velocity itself, for half the work.
@@ -44,7 +46,7 @@ def guide(
         ValueError: If the two texts have not the same length and width.
     """
     if guidance_scale == 1:
-        return lambda x, t: model(x, t, text, text_mask=text_mask, **conditions)
+        return _bind_text(model, text, text_mask, conditions)
     if null_text.shape[-2:] != text.shape[-2:]:
         raise ValueError(
             f"text and null text must agree in (L, E), got {tuple(text.shape[-2:])} and "
@@ -54,11 +56,29 @@ def guide(
     both_texts = torch.cat((text, null_text.to(text).expand_as(text)))
     both_masks = _both_masks(text_mask, null_mask, text)
     doubled = {name: _twice(value, batch) for name, value in conditions.items()}
+    both_halves = _bind_text(model, both_texts, both_masks, doubled)
 
     def velocity_fn(x: Tensor, t: Tensor) -> Tensor:
-        both = model(torch.cat((x, x)), torch.cat((t, t)), both_texts, text_mask=both_masks, **doubled)
-        conditional, null = both.chunk(2)
+        conditional, null = both_halves(torch.cat((x, x)), torch.cat((t, t))).chunk(2)
         return null + guidance_scale * (conditional - null)
+
+    return velocity_fn
+
+
+def _bind_text(
+    model: Callable[..., Tensor], text: Tensor, text_mask: Tensor | None, conditions: dict[str, Any]
+) -> VelocityFn:
+    """The model as a function of x and t; its text is prepared once, but not where it should get gradients."""
+    prepare = getattr(model, "prepare_text", None)
+    prepared: Any = None
+
+    def velocity_fn(x: Tensor, t: Tensor) -> Tensor:
+        nonlocal prepared
+        if prepare is None or torch.is_grad_enabled():
+            return model(x, t, text, text_mask=text_mask, **conditions)
+        if prepared is None:
+            prepared = prepare(text, text_mask)  # here and not before: under the autocast of the steps
+        return model(x, t, prepared, **conditions)
 
     return velocity_fn
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -151,7 +152,11 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (..., in_dim) to (..., out_dim)."""
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        hidden = self.fc1(x)
+        if torch.is_grad_enabled():
+            return self.fc2(F.gelu(hidden, approximate="tanh"))
+        # in place: it is the widest tensor of a block, and a fresh one costs page faults
+        return self.fc2(torch.ops.aten.gelu_(hidden, approximate="tanh"))
 
 
 class CaptionEmbedder(nn.Module):
@@ -200,43 +205,65 @@ def rotate_pairs(x: Tensor, rotation: Tensor) -> Tensor:
     """Turn the adjacent pairs (a, b) of x (..., d) to (a cos - b sin, b cos + a sin) in float32.
 
     Args:
-        x: Values, (M, n, ..., d), float32.
-        rotation: Unit complex numbers that broadcast against (M, n, ..., d / 2).
+        x: Values, (..., d), float32.
+        rotation: Unit complex numbers that broadcast against (..., d / 2).
     """
     pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * rotation).flatten(-2)
 
 
 class SelfAttention(nn.Module):
-    """Full attention with RMS-normalised queries and keys, which are rotated after the norm where asked."""
+    """Attention within a frame, or of every place along time, with RMS-normalised queries and keys.
 
-    def __init__(self, dim: int, num_heads: int, qk_norm: bool) -> None:
+    Tokens are never brought in another order: heads and places are views of what the Linear wrote.
+    """
+
+    def __init__(self, dim: int, num_heads: int, qk_norm: bool, *, temporal: bool = False) -> None:
         super().__init__()
         self.num_heads = num_heads
+        self.temporal = temporal
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
         self.q_norm = nn.RMSNorm(dim // num_heads, eps=NORM_EPS) if qk_norm else None
         self.k_norm = nn.RMSNorm(dim // num_heads, eps=NORM_EPS) if qk_norm else None
 
     def forward(self, x: Tensor, rotation: Tensor | None = None) -> Tensor:
-        """Attend within every row of x (M, n, D); rotation (n, 1, 1, d / 2) turns queries and keys."""
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (M, n, 3, A, d)
-        qk, v = qkv[:, :, :2], qkv[:, :, 2]
-        qk = self._normalise(qk)
-        if rotation is not None:
-            qk = rotate_pairs(qk.float(), rotation)
-        q, k = qk.to(v.dtype).transpose(1, 3).unbind(2)  # (M, A, n, d) each
-        y = attention(q, k, v.transpose(1, 2))
-        return self.proj(y.transpose(1, 2).flatten(2))
+        """Attend over S, or over nT if temporal.
 
-    def _normalise(self, qk: Tensor) -> Tensor:
-        """RMS norm of qk (M, n, 2, A, d) over d in float32, for queries and keys at once."""
-        if self.q_norm is None or self.k_norm is None:
-            return qk
-        qk = qk.float()
-        weight = torch.stack((self.q_norm.weight, self.k_norm.weight)).float().unsqueeze(1)  # (2, 1, d)
-        square = torch.linalg.vector_norm(qk, dim=-1, keepdim=True).square()
-        return qk * (torch.rsqrt(square / qk.shape[-1] + NORM_EPS) * weight)
+        Args:
+            x: Tokens, (B, nT, S, D).
+            rotation: Turns queries and keys after the norm, (nT, 1, 1, d / 2); see `RotaryTime`.
+
+        Returns:
+            (B, nT, S, D).
+        """
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)  # (B, nT, S, A, d) each
+        q, k = (self._turn(one, norm, rotation).to(v.dtype) for one, norm in ((q, self.q_norm), (k, self.k_norm)))
+        # (B nT, A, S, d), or (B, S A, nT, d): to the kernel, all places of the temporal attention are heads
+        fold = (2, 3) if self.temporal else (0, 1)
+        q, k, v = (one.flatten(*fold).transpose(1, 2) for one in (q, k, v))
+        return self.proj(attention(q, k, v).transpose(1, 2).reshape(x.shape))
+
+    @staticmethod
+    def _turn(x: Tensor, norm: nn.RMSNorm | None, rotation: Tensor | None) -> Tensor:
+        """RMS norm of x (B, nT, S, A, d) over d, then its rotation, in float32."""
+        if norm is not None:
+            x = x.float()
+            square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square()
+            x = x * (torch.rsqrt(square / x.shape[-1] + NORM_EPS) * norm.weight.float())
+        return x if rotation is None else rotate_pairs(x.float(), rotation)
+
+
+@dataclass(frozen=True)
+class TextKeys:
+    """What a cross-attention reads of a text. It does not depend on what attends, so it serves every step."""
+
+    keys: Tensor
+    """(B, A, L, d)."""
+    values: Tensor
+    """(B, A, L, d); zero for a sample without text."""
+    mask: Tensor | None
+    """True where a key counts, (B, 1, 1, L). All count if None."""
 
 
 class CrossAttention(nn.Module):
@@ -249,25 +276,28 @@ class CrossAttention(nn.Module):
         self.kv_linear = nn.Linear(dim, 2 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, text: Tensor, text_mask: Tensor | None = None) -> Tensor:
-        """Attend from x (B, N, D) to text (B, L, D).
+    def read(self, text: Tensor, text_mask: Tensor | None = None) -> TextKeys:
+        """Compute keys and values.
 
         Args:
-            x: Tokens, (B, N, D).
             text: Projected text, (B, L, D).
             text_mask: True where a text token counts, (B, L). All count if None. A sample without any text
                 token attends to nothing: its values are zero.
-
-        Returns:
-            (B, N, D).
         """
+        keys_values = self.kv_linear(text).unflatten(-1, (2, self.num_heads, -1))
+        keys, values = keys_values.transpose(1, 3).unbind(2)
+        if text_mask is None:
+            return TextKeys(keys, values, None)
+        has_text = text_mask.any(dim=1)[:, None]
+        mask = text_mask | ~has_text  # a row without any key would be 0 / 0
+        return TextKeys(keys, values * has_text[:, :, None, None], mask[:, None, None])
+
+    def forward(self, x: Tensor, text: Tensor | TextKeys, text_mask: Tensor | None = None) -> Tensor:
+        """Attend from tokens x (B, N, D) to a text, given as for `read` or as read before: (B, N, D)."""
+        if isinstance(text, Tensor):
+            text = self.read(text, text_mask)
         q = self.q_linear(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, A, N, d)
-        k, v = self.kv_linear(text).unflatten(-1, (2, self.num_heads, -1)).transpose(1, 3).unbind(2)
-        if text_mask is not None:
-            has_text = text_mask.any(dim=1)[:, None]
-            v = v * has_text[:, :, None, None]
-            text_mask = (text_mask | ~has_text)[:, None, None]  # a row without any key would be 0 / 0
-        y = attention(q, k, v, text_mask)
+        y = attention(q, text.keys, text.values, text.mask)
         return self.proj(y.transpose(1, 2).flatten(2))
 
 
@@ -286,7 +316,7 @@ class STDiT3Block(nn.Module):
         super().__init__()
         self.temporal = temporal
         self.scale_shift_table = nn.Parameter(torch.empty(6, dim))
-        self.attn = SelfAttention(dim, num_heads, qk_norm)
+        self.attn = SelfAttention(dim, num_heads, qk_norm, temporal=temporal)
         self.cross_attn = CrossAttention(dim, num_heads)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), dim)
 
@@ -294,7 +324,7 @@ class STDiT3Block(nn.Module):
         self,
         x: Tensor,
         time: Tensor,
-        text: Tensor,
+        text: Tensor | TextKeys,
         text_mask: Tensor | None = None,
         *,
         rotation: Tensor | None = None,
@@ -306,7 +336,7 @@ class STDiT3Block(nn.Module):
         Args:
             x: Tokens, (B, nT, S, D).
             time: Six vectors of the flow time, (B, nT or 1, 6, D).
-            text: Projected text, (B, L, D).
+            text: Projected text, (B, L, D), or what `cross_attn.read` made of it.
             text_mask: True where a text token counts, (B, L).
             rotation: Rotations of the frames for the temporal attention; see `RotaryTime`.
             inject: Replaces the output of the self-attention, (B, N, D) -> (B, N, D), before its gate.
@@ -321,19 +351,12 @@ class STDiT3Block(nn.Module):
             gate_a, gate_m = (
                 gate * factor.view(-1, 1, 1, 1) for gate, factor in zip((gate_a, gate_m), keep, strict=True)
             )
-        y = self._attend(modulate(x, shift_a, scale_a), rotation)
+        y = self.attn(modulate(x, shift_a, scale_a), rotation)
         if inject is not None:
-            y = inject(y.reshape(y.shape[0], -1, y.shape[-1])).view(x.shape)
+            y = inject(y.flatten(1, 2)).view(x.shape)
         x = torch.addcmul(x, gate_a, y)
         x = x + self.cross_attn(x.flatten(1, 2), text, text_mask).view(x.shape)
         return torch.addcmul(x, gate_m, self.mlp(modulate(x, shift_m, scale_m)))
-
-    def _attend(self, x: Tensor, rotation: Tensor | None) -> Tensor:
-        """Self-attention of x (B, nT, S, D) over S, or over nT in a temporal block."""
-        if not self.temporal:
-            return self.attn(x.flatten(0, 1)).view(x.shape)
-        by_place = x.transpose(1, 2)  # (B, S, nT, D)
-        return self.attn(by_place.flatten(0, 1), rotation).view(by_place.shape).transpose(1, 2)
 
 
 class FinalLayer(nn.Module):

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from arlon.diffusion import flow
-from arlon.models.layers import CrossAttention, RotaryTime, SelfAttention, attention, rotate_pairs
-from arlon.models.stdit import STDiT3, STDiT3Config
+from arlon.models.layers import CrossAttention, Mlp, RotaryTime, SelfAttention, attention, rotate_pairs
+from arlon.models.stdit import STDiT3, STDiT3Config, keep_tokens
 
 DATA = Path(__file__).parents[2] / "data"
 FLOAT32_ERROR = 1e-5
@@ -236,6 +236,69 @@ def test_cross_attention_equals_attention_to_the_kept_tokens():
     for row in range(2):
         alone = attention(x[row : row + 1], text[row : row + 1, mask[row]])
         torch.testing.assert_close(both[row : row + 1], alone)
+
+
+def test_an_mlp_without_gradients_equals_one_with_them():
+    torch.manual_seed(0)
+    mlp, x = Mlp(6, 10, 4), torch.randn(3, 7, 6)
+    expected = mlp.fc2(torch.nn.functional.gelu(mlp.fc1(x), approximate="tanh"))
+    before = x.clone()
+    with torch.no_grad():
+        torch.testing.assert_close(mlp(x), expected, rtol=0, atol=0)
+    torch.testing.assert_close(mlp(x), expected, rtol=0, atol=0)
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("mask_kind", ["none", "uneven", "even", "empty"])
+def test_prepared_text_gives_the_same_velocity(mask_kind: str):
+    dit, inputs = make_dit(), make_inputs()
+    masks = {
+        "none": None,
+        "uneven": [[False, True, False, True, False], [True, True, True, False, True]],
+        "even": [[False, True, False, True, False], [True, False, False, False, True]],
+        "empty": [[False] * 5, [False, False, True, False, False]],
+    }
+    mask = masks[mask_kind] if mask_kind == "none" else torch.tensor(masks[mask_kind])
+    inputs["text_mask"] = mask
+    with torch.no_grad():
+        expected = dit(**inputs)
+        prepared = dit.prepare_text(inputs["text"], mask)
+        for t in (inputs["t"], inputs["t"] / 2):
+            got = dit(**inputs | {"t": t, "text": prepared, "text_mask": None})
+            expected = dit(**inputs | {"t": t})
+            torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
+    keys = prepared.blocks[0][0]
+    assert keys.keys.shape[2] == {"none": 5, "uneven": 4, "even": 2, "empty": 1}[mask_kind]
+    assert (keys.mask is None) == (mask_kind in ("none", "even"))
+
+
+def test_preparing_a_text_drops_no_caption():
+    dit, inputs = make_dit(class_dropout_prob=1.0), make_inputs()
+    expected = dit.prepare_text(inputs["text"]).blocks[1][1]
+    got = dit.train().prepare_text(inputs["text"]).blocks[1][1]
+    torch.testing.assert_close(got.values, expected.values, rtol=0, atol=0)
+    assert (expected.values[0] - expected.values[1]).abs().max() > 1e-3
+
+
+def test_prepared_text_of_another_batch_or_with_a_mask_is_refused():
+    dit, inputs = make_dit(), make_inputs()
+    prepared = dit.prepare_text(inputs["text"])
+    with pytest.raises(ValueError, match="give text_mask to prepare_text"):
+        dit(**inputs | {"text": prepared})
+    alone = dit.prepare_text(inputs["text"][:1])
+    with pytest.raises(ValueError, match="the prepared text has 1 samples, the latent has 2"):
+        dit(**inputs | {"text": alone, "text_mask": None})
+    with pytest.raises(ValueError, match="text_mask must be bool"):
+        dit.prepare_text(inputs["text"], torch.ones(2, 4, dtype=torch.bool))
+
+
+def test_kept_tokens_come_first_and_in_order():
+    text = torch.arange(2 * 4, dtype=torch.float32).view(2, 4, 1)
+    mask = torch.tensor([[False, True, False, True], [False, False, True, False]])
+    kept, kept_mask = keep_tokens(text, mask)
+    assert kept[0, :, 0].tolist() == [1, 3]
+    assert kept[1, 0, 0] == 6
+    assert kept_mask.tolist() == [[True, True], [True, False]]
 
 
 def test_inject_sees_tokens_in_time_row_column_order_and_replaces_them():
