@@ -29,8 +29,8 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import torch
 
-from arlon.evaluation import oracle, suite
-from arlon.evaluation.oracle import Reading
+from arlon.evaluation import suite
+from arlon.evaluation.film import plain_reading
 from arlon.evaluation.suite import Case, Outcome, Row
 from pipelines.generate import make_settings
 from pipelines.model import ModelGeometry, open_model, read_geometry
@@ -92,7 +92,6 @@ class Model:
             model_hash=self.model_hash,
             run_dir="",
             partial_path="",
-            tag="",
         )
 
 
@@ -257,16 +256,10 @@ def to_plain(outcome: Outcome) -> dict[str, Any]:
         "seed": case.seed,
         "changed": case.changed,
         "asked": [asdict(shot) for shot in case.scene.shots],
-        "read": [_plain_reading(reading) for reading in outcome.readings],
+        "read": [plain_reading(reading) for reading in outcome.readings],
         "scores": _without_nan(outcome.scores),
         "truth_scores": _without_nan(outcome.truth_scores),
     }
-
-
-def _plain_reading(reading: Reading) -> dict[str, Any]:
-    names = (*oracle.ATTRIBUTES, "colour_confidence", "shape_confidence", "presence")
-    objects = [{name: getattr(seen, name) for name in names} for seen in reading.objects]
-    return {"background": reading.background, "objects": objects}
 
 
 def _without_nan(values: Any) -> Any:

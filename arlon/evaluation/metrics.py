@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -135,33 +135,86 @@ def frame_differences(video: Tensor) -> Tensor:
 
 
 def seam_strength(video: Tensor, joins: Sequence[int]) -> float:
-    """How much more the picture changes at the joins of segments than elsewhere.
-
-    Mean frame difference across the joins over the mean of all other frame differences.
+    """How much more the picture changes at the joins of segments than elsewhere; see `seam_ratio`.
 
     Args:
         video: (..., 3, pT, pH, pW) in [-1, 1].
         joins: Index of the first frame after each join, each in [1, pT).
+
+    Raises:
+        ValueError: If there is no join, a join is outside the video, or every frame is a join.
+    """
+    return seam_ratio(frame_differences(video), joins)
+
+
+def seam_ratio(steps: Tensor, joins: Sequence[int], *, leave_out: Sequence[int] = ()) -> float:
+    """Mean frame difference across the joins over the mean of all other frame differences.
+
+    Args:
+        steps: Frame differences, (pT - 1,); see `frame_differences`.
+        joins: Index of the first frame after each join, each in [1, pT).
+        leave_out: Frames, counted likewise, whose change is neither a join nor anything to compare with: cuts.
 
     Returns:
         1 where a join cannot be told from other frames; infinity if only the joins change; NaN if nothing
         does.
 
     Raises:
-        ValueError: If there is no join, a join is outside the video, or every frame is a join.
+        ValueError: If there is no join, a frame is outside the video, or nothing is left to compare with.
     """
-    steps = frame_differences(video)
-    outside = sorted(join for join in set(joins) if not 1 <= join <= len(steps))
+    outside = sorted(frame for frame in {*joins, *leave_out} if not 1 <= frame <= len(steps))
     if not joins or outside:
         raise ValueError(f"joins must name frames in [1, {len(steps)}], got {outside or 'none'}")
     at_join = torch.zeros(len(steps), dtype=torch.bool)
     at_join[[join - 1 for join in joins]] = True
-    if at_join.all():
+    inner = ~at_join
+    inner[[frame - 1 for frame in leave_out]] = False
+    if not inner.any():
         raise ValueError(f"every one of the {len(steps)} frame changes is a join: nothing to compare with")
-    seam, inner = steps[at_join].mean().item(), steps[~at_join].mean().item()
-    if inner == 0:
+    seam, usual = steps[at_join].mean().item(), steps[inner].mean().item()
+    if usual == 0:
         return math.inf if seam > 0 else math.nan
-    return seam / inner
+    return seam / usual
+
+
+@dataclass(frozen=True)
+class FrameStatistics:
+    """Colour, contrast and sharpness of every frame, float64, in units of the full range of a pixel."""
+
+    colour: Tensor
+    """Mean (red, green, blue), (pT, 3)."""
+    contrast: Tensor
+    """Standard deviation of luma (BT.601), (pT,)."""
+    sharpness: Tensor
+    """Mean length of the luma gradient, a pixel, (pT,)."""
+
+    @staticmethod
+    def join(parts: Sequence[FrameStatistics]) -> FrameStatistics:
+        """Those of a video from those of its pieces."""
+        return FrameStatistics(*(torch.cat([getattr(p, f.name) for p in parts]) for f in fields(FrameStatistics)))
+
+
+def frame_statistics(video: Tensor) -> FrameStatistics:
+    """Statistics of every frame, averaged over leading dimensions.
+
+    Args:
+        video: (..., 3, pT, pH, pW) in [-1, 1], at least 2 x 2 pixels.
+
+    Raises:
+        ValueError: If it is no such video.
+    """
+    _check_video(video)
+    if min(video.shape[-2:]) < 2:
+        raise ValueError(f"sharpness needs frames of at least 2 x 2 pixels, got {tuple(video.shape[-2:])}")
+    rgb = video.double().movedim(-4, 0) / VIDEO_RANGE  # (3, ..., pT, pH, pW)
+    weights = torch.tensor([0.299, 0.587, 0.114], dtype=torch.double, device=video.device)
+    luma = torch.tensordot(weights, rgb, dims=1)
+    gradient = torch.hypot(luma[..., :-1, :].diff(dim=-1), luma[..., :-1].diff(dim=-2))
+    return FrameStatistics(
+        colour=rgb.movedim(-3, 0).movedim(1, -1).flatten(1, -2).mean(1),
+        contrast=_by_frame(luma.flatten(-2).std(-1, correction=0)),
+        sharpness=_by_frame(gradient.flatten(-2).mean(-1)),
+    )
 
 
 @dataclass(frozen=True)
@@ -171,27 +224,47 @@ class Drift:
     colour: float
     """Euclidean distance of the mean (red, green, blue) of the two ends, [0, sqrt 3]."""
     contrast: float
-    """Mean standard deviation of luma in a frame, at the end minus at the start; negative = washed out."""
+    """Mean contrast of a frame at the end minus that at the start; negative = washed out."""
+    sharpness: float
+    """Mean sharpness of a frame at the end minus that at the start; negative = blurred."""
 
 
 def start_end_drift(video: Tensor, *, window: int | None = None) -> Drift:
-    """Compare the mean colour and the contrast of the first and the last frames.
+    """Compare colour, contrast and sharpness of the first and the last frames.
 
     Args:
         video: (..., 3, pT, pH, pW) in [-1, 1].
+        window: See `drift_of`.
+
+    Raises:
+        ValueError: If the two windows would overlap.
+    """
+    return drift_of(frame_statistics(video), window=window)
+
+
+def drift_of(statistics: FrameStatistics, *, window: int | None = None) -> Drift:
+    """Compare the means of the first and the last frames.
+
+    Args:
+        statistics: Of pT frames.
         window: Frames at each end, [1, pT // 2]. A tenth of the video, at least one, if None.
 
     Raises:
         ValueError: If the two windows would overlap.
     """
-    _check_video(video)
-    num_frames = video.shape[-3]
+    num_frames = len(statistics.contrast)
     window = max(1, num_frames // 10) if window is None else window
     if not 1 <= window <= num_frames // 2:
         raise ValueError(f"drift window must be in [1, {num_frames // 2}] for {num_frames} frames, got {window}")
-    colour_start, contrast_start = _colour_and_contrast(video[..., :window, :, :])
-    colour_end, contrast_end = _colour_and_contrast(video[..., num_frames - window :, :, :])
-    return Drift(colour=(colour_end - colour_start).norm().item(), contrast=contrast_end - contrast_start)
+
+    def change(values: Tensor) -> Tensor:
+        return values[-window:].mean(0) - values[:window].mean(0)
+
+    return Drift(
+        colour=change(statistics.colour).norm().item(),
+        contrast=change(statistics.contrast).item(),
+        sharpness=change(statistics.sharpness).item(),
+    )
 
 
 def unigram_entropy(codes: Tensor) -> float:
@@ -244,12 +317,9 @@ def _channel_errors(latent: Tensor, reconstruction: Tensor) -> tuple[Tensor, Ten
     return (guess - target).square().sum(1), deviation.square().sum(1)
 
 
-def _colour_and_contrast(video: Tensor) -> tuple[Tensor, float]:
-    """Mean colour (3,) and mean per-frame standard deviation of luma (BT.601), in units of the full range."""
-    rgb = video.double().movedim(-4, 0) / VIDEO_RANGE  # (3, ..., pT, pH, pW)
-    weights = torch.tensor([0.299, 0.587, 0.114], dtype=torch.double, device=video.device)
-    luma = torch.tensordot(weights, rgb, dims=1)
-    return rgb.flatten(1).mean(1), luma.flatten(-2).std(-1, correction=0).mean().item()
+def _by_frame(values: Tensor) -> Tensor:
+    """Values (..., pT) averaged to (pT,)."""
+    return values.reshape(-1, values.shape[-1]).mean(0)
 
 
 def _code_counts(codes: Tensor) -> Tensor:

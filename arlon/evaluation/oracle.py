@@ -22,6 +22,7 @@ from torch import Tensor
 
 from arlon.data import shapes_world as world
 from arlon.evaluation import motion, tracking
+from arlon.evaluation.asked import AskedObject, AskedShot
 from arlon.evaluation.tracking import Track
 
 ATTRIBUTES = ("colour", "shape", "size", "motion", "speed")
@@ -71,12 +72,12 @@ class Reading:
 
 @dataclass(frozen=True)
 class ObjectScore:
-    """Which attributes of one expected object were found; speed is None where it cannot be seen."""
+    """Which attributes of one expected object were found; None where nothing is expected, or it cannot be seen."""
 
-    colour: bool
-    shape: bool
-    size: bool
-    motion: bool
+    colour: bool | None
+    shape: bool | None
+    size: bool | None
+    motion: bool | None
     speed: bool | None
 
 
@@ -84,7 +85,8 @@ class ObjectScore:
 class Score:
     """A reading held against a shot. `objects` follows the expected ones; one not found is all False."""
 
-    background: bool
+    background: bool | None
+    """None if no background is expected."""
     count: bool
     objects: tuple[ObjectScore, ...]
 
@@ -231,7 +233,7 @@ def _read_shape(track: Track, good: np.ndarray) -> tuple[str | None, float]:
 
 def score_clip(
     clip: Reading | np.ndarray | Tensor,
-    expected: world.Shot | Sequence[world.ObjectLook],
+    expected: world.Shot | AskedShot | Sequence[world.ObjectLook],
     *,
     fps: float = 8.0,
 ) -> Score:
@@ -242,7 +244,7 @@ def score_clip(
 
     Args:
         clip: A reading, or frames as `read_clip` takes them.
-        expected: The shot, or just its objects (the background then counts as right).
+        expected: The shot, what a prompt says of it, or just its objects.
         fps: Frames a second, if `clip` holds frames.
 
     Returns:
@@ -252,27 +254,33 @@ def score_clip(
         ValueError: If nothing is expected, or the frames are of a wrong kind.
     """
     reading = clip if isinstance(clip, Reading) else read_clip(clip, fps=fps)
-    looks = expected.objects if isinstance(expected, world.Shot) else tuple(expected)
+    is_shot = isinstance(expected, world.Shot | AskedShot)
+    looks = expected.objects if is_shot else tuple(expected)
+    background = expected.background if is_shot else None
     if not looks:
         raise ValueError("nothing is expected of this clip: give a shot or at least one object")
     found = reading.objects[: len(looks) + 2]
     agreement = np.array([[_agreement(look, seen) for seen in found] for look in looks]).reshape(len(looks), len(found))
     match = dict(zip(*(i.tolist() for i in linear_sum_assignment(-agreement)), strict=True))
     return Score(
-        background=not isinstance(expected, world.Shot) or reading.background == expected.background,
+        background=None if background is None else reading.background == background,
         count=len(reading.objects) == len(looks),
         objects=tuple(_score_object(look, found[match[i]] if i in match else None) for i, look in enumerate(looks)),
     )
 
 
-def _agreement(look: world.ObjectLook, seen: ObjectReading) -> float:
+def _agreement(look: world.ObjectLook | AskedObject, seen: ObjectReading) -> float:
     weights = {"colour": 8.0, "shape": 4.0, "motion": 2.0, "size": 1.0, "speed": 0.5}
-    return sum(weight for name, weight in weights.items() if getattr(look, name) == getattr(seen, name))
+    asked = {name: getattr(look, name) for name in weights}
+    return sum(weights[name] for name, value in asked.items() if value is not None and value == getattr(seen, name))
 
 
-def _score_object(look: world.ObjectLook, seen: ObjectReading | None) -> ObjectScore:
-    right = {name: seen is not None and getattr(look, name) == getattr(seen, name) for name in ATTRIBUTES}
-    return ObjectScore(**{**right, "speed": None if look.motion == "still" else right["speed"]})
+def _score_object(look: world.ObjectLook | AskedObject, seen: ObjectReading | None) -> ObjectScore:
+    asked = {name: getattr(look, name) for name in ATTRIBUTES}
+    if look.motion == "still":
+        asked["speed"] = None
+    found = {name: seen is not None and getattr(seen, name) == value for name, value in asked.items()}
+    return ObjectScore(**{name: None if asked[name] is None else found[name] for name in ATTRIBUTES})
 
 
 def identity_kept(before: Reading, after: Reading) -> IdentityKept:

@@ -18,6 +18,7 @@ import numpy as np
 from arlon.data import captions
 from arlon.data import shapes_world as world
 from arlon.evaluation import oracle
+from arlon.evaluation.asked import AskedShot
 from arlon.evaluation.oracle import Reading
 
 PROMPT_ATTRIBUTES = ("colour", "shape", "size", "motion", "direction", "speed", "background", "count")
@@ -135,12 +136,12 @@ def render_case(case: Case, *, height: int, width: int, fps: float) -> list[np.n
 # --- one prompt ----------------------------------------------------------------------------------------------
 
 
-def score_prompt(reading: Reading, shot: world.Shot) -> dict[str, float]:
+def score_prompt(reading: Reading, shot: world.Shot | AskedShot) -> dict[str, float]:
     """Share of what a prompt asks for that is there, by attribute.
 
     Returns:
         A value for each of `PROMPT_ATTRIBUTES`: the share of the objects asked for of which it is right. An object
-        that is not there has nothing right. NaN: no object moves in a direction, or none has a speed.
+        that is not there has nothing right. NaN: not asked for, no object moves in a direction, or none has a speed.
     """
     score = oracle.score_clip(reading, shot)
     directed = [
@@ -149,7 +150,7 @@ def score_prompt(reading: Reading, shot: world.Shot) -> dict[str, float]:
     values = {name: score.share(name) for name in oracle.ATTRIBUTES}
     values |= {
         "direction": sum(directed) / len(directed) if directed else math.nan,
-        "background": float(score.background),
+        "background": math.nan if score.background is None else float(score.background),
         "count": float(score.count),
     }
     return {name: values[name] for name in PROMPT_ATTRIBUTES}

@@ -108,3 +108,38 @@ def test_entropy_of_known_distributions():
 def test_bad_input_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_statistics_of_frames_are_closed_form():
+    ramp = torch.linspace(-1, 1, 9).view(1, 1, 1, 9).expand(3, 1, 6, 9)  # luma rises by 1/8 of the range a pixel
+    flat = torch.tensor([0.5, -0.5, 0.0]).view(3, 1, 1, 1).expand(3, 1, 6, 9)
+    found = metrics.frame_statistics(torch.cat([ramp, flat], 1))
+    assert found.sharpness.tolist() == pytest.approx([1 / 8, 0], abs=1e-6)
+    assert found.contrast.tolist() == pytest.approx([torch.linspace(0, 1, 9).std(correction=0).item(), 0], abs=1e-6)
+    assert found.colour[1].tolist() == pytest.approx([0.25, -0.25, 0])
+
+
+def test_statistics_of_pieces_are_those_of_the_whole():
+    video = make_video(7)
+    whole = metrics.frame_statistics(video)
+    joined = metrics.FrameStatistics.join(
+        [metrics.frame_statistics(video[:, :3]), metrics.frame_statistics(video[:, 3:])]
+    )
+    for name in ("colour", "contrast", "sharpness"):
+        torch.testing.assert_close(getattr(joined, name), getattr(whole, name), rtol=0, atol=0)
+
+
+def test_a_blurred_end_has_negative_drift_of_sharpness():
+    start = make_video(1).expand(3, 5, 13, 17)
+    blurred = torch.nn.functional.avg_pool2d(start, 3, stride=1, padding=1, count_include_pad=False)
+    drift = metrics.start_end_drift(torch.cat([start, blurred], 1), window=5)
+    assert drift.sharpness < -0.05
+    assert metrics.start_end_drift(torch.cat([start, start], 1)).sharpness == pytest.approx(0, abs=1e-12)
+
+
+def test_left_out_frames_are_neither_seam_nor_inside():
+    steps = torch.tensor([1.0, 1.0, 4.0, 1.0, 50.0, 1.0])
+    assert metrics.seam_ratio(steps, [3], leave_out=[5]) == pytest.approx(4)
+    assert metrics.seam_ratio(steps, [3]) == pytest.approx(4 / (54 / 5))
+    with pytest.raises(ValueError, match="nothing to compare"):
+        metrics.seam_ratio(steps, [1, 2, 3], leave_out=[4, 5, 6])

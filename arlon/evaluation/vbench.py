@@ -1,0 +1,267 @@
+"""VBench's rules and the networks behind them.
+
+Source: Huang et al., "VBench: Comprehensive benchmark suite for video generative models", arXiv:2311.17982, and its
+code where the paper leaves something open (preprocessing, thresholds). A backbone is a folder or hub id in the layout
+of transformers, read from safetensors only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from arlon.checkpoint import read_json, resolve_model
+
+FLOW_FPS = 8
+"""Frames a second at which motion is looked at."""
+FASTEST_SHARE = 0.05
+DYNAMIC_PIXELS = 6.0
+"""Shift from one frame to the next, in pixels of a frame with a short side of 256, that counts as motion."""
+DYNAMIC_FRAMES = 0.25
+INPUT_SIDE = 224
+BATCH_SIZE = 16
+AESTHETIC_HEAD = "aesthetic_head.safetensors"
+AESTHETIC_SCALE = 10
+_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+_CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+
+
+# --- motion --------------------------------------------------------------------------------------------------
+
+
+def flow_stride(fps: float) -> int:
+    """Every how many frames motion is looked at."""
+    return max(1, round(fps / FLOW_FPS))
+
+
+def fastest_pixels(flow: Tensor) -> Tensor:
+    """Mean length of the fastest 5 % of a flow (N, 2, pH, pW), in its unit, (N,)."""
+    lengths = flow.norm(dim=1).flatten(1)
+    count = max(1, int(lengths.shape[1] * FASTEST_SHARE))
+    return lengths.topk(count, dim=1).values.mean(1)
+
+
+def is_dynamic(pixels: Tensor, size: tuple[int, int], *, fps: float, num_frames: int) -> bool:
+    """Whether enough frames move fast enough.
+
+    Args:
+        pixels: `fastest_pixels` of every pair of frames, (n,).
+        size: Height and width of a frame.
+        fps: Frames a second of the film.
+        num_frames: Frames looked at.
+    """
+    threshold = max(1.0, FLOW_FPS / fps) * DYNAMIC_PIXELS * min(size) / 256
+    return int((pixels > threshold).sum()) >= round(DYNAMIC_FRAMES * num_frames)
+
+
+def consistency(features: Tensor) -> float:
+    """Mean over frames from the second on of (cosine with the frame before + cosine with the first) / 2.
+
+    Args:
+        features: Of every frame, (pT, E); negative cosines count as 0.
+
+    Returns:
+        A value in [0, 1]; 1 for a single frame.
+    """
+    if len(features) < 2:
+        return 1.0
+    unit = F.normalize(features.double(), dim=-1)
+    before = (unit[1:] * unit[:-1]).sum(-1).clamp(min=0)
+    first = (unit[1:] @ unit[0]).clamp(min=0)
+    return ((before + first) / 2).mean().item()
+
+
+# --- backbones -----------------------------------------------------------------------------------------------
+
+
+class Backbone(ABC):
+    """A network that gives a film one figure.
+
+    Attributes:
+        description: What it is, without any path: class, sizes, hash of the weights.
+    """
+
+    description: str
+
+    @abstractmethod
+    def score(self, frames: np.ndarray) -> float:
+        """The figure of frames (pT, pH, pW, 3) uint8."""
+
+
+class DinoBackbone(Backbone):
+    """Class token of a vision transformer: subject consistency."""
+
+    def __init__(self, folder: Path, device: str) -> None:
+        _check_kind(folder, "vit", "a DINO vision transformer")
+        from transformers import ViTModel
+
+        self.description = _describe(folder)
+        self._model = _load(ViTModel, folder, device, add_pooling_layer=False)
+
+    @torch.inference_mode()
+    def score(self, frames: np.ndarray) -> float:
+        """Consistency of the class tokens."""
+        device = self._model.device
+        features = []
+        for start in range(0, len(frames), BATCH_SIZE):
+            pictures = _prepare(frames[start : start + BATCH_SIZE], "bilinear", *_IMAGENET).to(device)
+            out = self._model(pixel_values=pictures, interpolate_pos_encoding=True)
+            features.append(out.last_hidden_state[:, 0].float().cpu())
+        return consistency(torch.cat(features))
+
+
+class ClipBackbone(Backbone):
+    """Image embedding of CLIP: background consistency."""
+
+    def __init__(self, folder: Path, device: str) -> None:
+        _check_kind(folder, "clip", "a CLIP model")
+        from transformers import CLIPVisionModelWithProjection
+
+        self.description = _describe(folder)
+        width = read_json(folder / "config.json", "a configuration").get("projection_dim", 512)
+        self._model = _load(CLIPVisionModelWithProjection, folder, device, projection_dim=width)
+
+    @torch.inference_mode()
+    def embed(self, frames: np.ndarray) -> Tensor:
+        """Embeddings of frames, (pT, E) float32."""
+        side = self._model.config.image_size
+        features = []
+        for start in range(0, len(frames), BATCH_SIZE):
+            pictures = _prepare(frames[start : start + BATCH_SIZE], "bicubic", *_CLIP, side=side)
+            pictures = _centre(pictures, side).to(self._model.device)
+            features.append(self._model(pixel_values=pictures).image_embeds.float().cpu())
+        return torch.cat(features)
+
+    def score(self, frames: np.ndarray) -> float:
+        """Consistency of the embeddings."""
+        return consistency(self.embed(frames))
+
+
+class AestheticBackbone(ClipBackbone):
+    """CLIP with a linear head, `aesthetic_head.safetensors` (weight (1, E), bias (1,)) in its folder."""
+
+    def __init__(self, folder: Path, device: str) -> None:
+        head = folder / AESTHETIC_HEAD
+        if not head.is_file():
+            raise ValueError(f"'{folder}' has no {AESTHETIC_HEAD}: store weight (1, E) and bias (1,) of the head there")
+        super().__init__(folder, device)
+        try:
+            tensors = safetensors.torch.load(head.read_bytes())
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"'{head}' is damaged: {error}") from error
+        width = self._model.config.projection_dim
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        if shapes != {"weight": (1, width), "bias": (1,)}:
+            raise ValueError(f"'{head}' must hold weight (1, {width}) and bias (1,), got {shapes}")
+        self._weight, self._bias = tensors["weight"].float()[0], tensors["bias"].float()
+        self.description += f", head {hashlib.sha256(head.read_bytes()).hexdigest()[:12]}"
+
+    def score(self, frames: np.ndarray) -> float:
+        """Mean of the head over the frames."""
+        embedded = F.normalize(self.embed(frames), dim=-1)
+        return ((embedded @ self._weight + self._bias) / AESTHETIC_SCALE).mean().item()
+
+
+BACKBONE_KINDS: Mapping[str, type[DinoBackbone] | type[ClipBackbone]] = {
+    "subject_consistency": DinoBackbone,
+    "background_consistency": ClipBackbone,
+    "aesthetic_quality": AestheticBackbone,
+}
+"""The dimensions for which a backbone can be given."""
+
+
+def load_backbone(dimension: str, source: str, *, device: str = "cpu") -> Backbone:
+    """Load the network of a dimension.
+
+    Args:
+        dimension: One of `BACKBONE_KINDS`.
+        source: A folder, or a hub id.
+        device: Where it computes.
+
+    Raises:
+        ValueError: If there is no such dimension, or the source is no such network; the message says why.
+    """
+    if dimension not in BACKBONE_KINDS:
+        raise ValueError(f"no backbone can be given for {dimension!r}, choose from {', '.join(BACKBONE_KINDS)}")
+    try:
+        folder = resolve_model(source)
+        return BACKBONE_KINDS[dimension](folder, device)
+    except FileNotFoundError as error:
+        raise ValueError(f"'{source}' is neither a folder nor a model of the hub: {error}") from error
+
+
+def _check_kind(folder: Path, kind: str, wanted: str) -> None:
+    """Refuse a folder that is not a network of a kind, by the type its configuration names."""
+    config = folder / "config.json"
+    if not config.is_file():
+        raise ValueError(f"'{folder}' is not {wanted}: it has no config.json")
+    found = read_json(config, "a configuration").get("model_type")
+    if found != kind:
+        raise ValueError(f"'{folder}' is not {wanted}: its model_type is {found!r}, expected {kind!r}")
+    if not list(folder.glob("*.safetensors")):
+        raise ValueError(f"'{folder}' has no weights in safetensors; other formats are not loaded")
+
+
+def _load(model_class: Any, folder: Path, device: str, **options: Any) -> Any:
+    """A network with every weight from the folder; transformers would make up those that are missing."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # what is missing is reported below, and a text tower that is left out is no news
+    try:
+        model, info = model_class.from_pretrained(
+            str(folder), local_files_only=True, use_safetensors=True, output_loading_info=True, **options
+        )
+    except Exception as error:  # errors of several libraries
+        raise ValueError(f"cannot load '{folder}': {str(error).strip().splitlines()[0][:200]}") from error
+    finally:
+        logging.set_verbosity(verbosity)
+    missing = [*info["missing_keys"], *map(str, info.get("mismatched_keys", ()))]
+    if missing:
+        raise ValueError(f"'{folder}' lacks {len(missing)} weights, such as {sorted(missing)[0]}")
+    return model.eval().requires_grad_(False).to(device)
+
+
+def _describe(folder: Path) -> str:
+    """Kind, sizes and hash of the weights; VBench's own figures hold for VBench's weights only."""
+    config = read_json(folder / "config.json", "a configuration")
+    sizes = config.get("vision_config", config)
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")):
+        digest.update(hashlib.sha256(file.read_bytes()).digest())
+    names = ("num_hidden_layers", "hidden_size", "patch_size")
+    layers, width, patch = (sizes.get(name, "?") for name in names)
+    return f"{config['model_type']}, {layers} layers of {width}, patch {patch}, weights {digest.hexdigest()[:12]}"
+
+
+def _prepare(
+    frames: np.ndarray,
+    mode: str,
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
+    *,
+    side: int = INPUT_SIDE,
+) -> Tensor:
+    """Frames (n, pH, pW, 3) uint8 to normalised pictures (n, 3, h, w) whose shorter side is `side`."""
+    pictures = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2).float()
+    height, width = pictures.shape[-2:]
+    scale = side / min(height, width)
+    size = (side, int(width * scale)) if height <= width else (int(height * scale), side)
+    pictures = F.interpolate(pictures, size=size, mode=mode, align_corners=False).clamp(0, 255) / 255
+    shape = (1, 3, 1, 1)
+    return (pictures - torch.tensor(mean).view(shape)) / torch.tensor(std).view(shape)
+
+
+def _centre(pictures: Tensor, side: int) -> Tensor:
+    """The middle (side, side) of pictures (n, 3, h, w)."""
+    top, left = ((length - side) // 2 for length in pictures.shape[-2:])
+    return pictures[..., top : top + side, left : left + side]

@@ -1,0 +1,350 @@
+"""Measuring a set of films: one file of figures and one page, resumable, several films at a time.
+
+    OUTPUT/evaluation.json      every figure of every film, and their means with bootstrap intervals
+    OUTPUT/index.html           the same to look at, in one file
+    OUTPUT/films/KEY.json, .png what was measured of one film, and its contact sheet
+
+KEY is a hash of the film, of what is known of its prompts, and of the networks used: a film that has it is not measured
+again.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import multiprocessing
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from arlon.data.video_io import probe, read_video
+from arlon.evaluation import suite
+from arlon.evaluation.figures import FIGURES
+from arlon.evaluation.film import measure_film
+from arlon.evaluation.vbench import Backbone, load_backbone
+from pipelines.durable import hash_file, hash_plain, write_bytes, write_json
+from pipelines.evaluation_report import render_report
+from pipelines.film_set import Film, Problem, add_prompts, find_films, outline_of, prompt_of_name
+from pipelines.sheet import SheetRow, evenly_spaced, frames_to_sheet
+from pipelines.storyboard import UsageError
+from pipelines.version import version
+
+FORMAT = 1
+"""Of the files; and of the figures: a change of a definition changes it, so that films are measured again."""
+RESULT_NAME = "evaluation.json"
+PAGE_NAME = "index.html"
+FILMS_NAME = "films"
+SHEET_COLUMNS = 8
+SHEET_HEIGHT = 96
+BOOTSTRAP_SEED = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """Where an evaluation stands after a film."""
+
+    done: int
+    total: int
+    name: str
+    problem: str = ""
+    """Why the film could not be measured."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """A finished evaluation."""
+
+    result: Path
+    page: Path
+    num_films: int
+    """Films measured, now or before."""
+    num_reused: int
+    """Of these, films measured before."""
+    problems: tuple[Problem, ...]
+    figures: dict[str, suite.Share]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Task:
+    """One film to measure; everything in it can go to another process."""
+
+    film: Film
+    key: str
+    folder: Path
+
+
+@dataclass(kw_only=True)
+class _Worker:
+    """What a measuring process holds."""
+
+    backbones: Mapping[str, Backbone] = field(default_factory=dict)
+
+
+_worker = _Worker()
+
+
+def evaluate(
+    sources: Sequence[Path],
+    output: Path,
+    *,
+    prompts: Path | None = None,
+    backbones: Mapping[str, str] | None = None,
+    device: str = "cpu",
+    num_workers: int = 1,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> Evaluation:
+    """Measure films, and write figures and page.
+
+    A film, prompt or backbone that cannot be used is a problem of the result; everything else is still measured. An
+    interrupted evaluation goes on where it was.
+
+    Args:
+        sources: Films and folders; see `pipelines.film_set`.
+        output: Folder of the results.
+        prompts: Prompt file; see `pipelines.film_set`.
+        backbones: Folder or hub id of a network, by VBench's dimension.
+        device: Where the networks compute.
+        num_workers: Processes.
+        on_progress: Called after every film.
+
+    Raises:
+        UsageError: If there is nothing to measure, or an argument is out of range.
+        OSError: If the output cannot be written.
+    """
+    if num_workers < 1:
+        raise UsageError(f"--workers must be at least 1, got {num_workers}")
+    if output.exists() and not output.is_dir():
+        raise UsageError(f"'{output}' is a file: name a folder as --output")
+    films, problems = find_films(sources, leave_out=output)
+    if not films:
+        raise UsageError("\n  ".join(["there is no film to evaluate:", *(f"{p.source}: {p.reason}" for p in problems)]))
+    if prompts is not None:
+        films, more = add_prompts(films, prompts)
+        problems += more
+    loaded, more = _load_backbones(backbones or {}, device)
+    problems += more
+    used = {name: backbone.description for name, backbone in loaded.items()}
+    folder = output / FILMS_NAME
+    folder.mkdir(parents=True, exist_ok=True)
+    tasks = [_Task(film=film, key=film_key(film, used), folder=folder) for film in films]
+    waiting = list({task.key: task for task in tasks if _stored(task) is None}.values())
+    sources_used = {name: source for name, source in (backbones or {}).items() if name in loaded}
+    failed = _measure_all(waiting, loaded, sources_used, device, num_workers, on_progress)
+    problems += [Problem(source=t.film.name, reason=failed[t.key]) for t in tasks if t.key in failed]
+    entries = [{"name": t.film.name, "key": t.key} | (_stored(t) or {}) for t in tasks if t.key not in failed]
+    reused = len({task.key for task in tasks}) - len(waiting)
+    record = summarise(entries, problems, used)
+    write_json(output / RESULT_NAME, record)
+    sheets = {entry["key"]: (folder / f"{entry['key']}.png").read_bytes() for entry in entries}
+    write_bytes(output / PAGE_NAME, render_report(record, sheets).encode())
+    return Evaluation(
+        result=output / RESULT_NAME,
+        page=output / PAGE_NAME,
+        num_films=len(entries),
+        num_reused=reused,
+        problems=tuple(problems),
+        figures=_shares(entries),
+    )
+
+
+def film_key(film: Film, backbones: Mapping[str, str]) -> str:
+    """Hash of all that the figures of a film depend on."""
+    sidecar = film.path.with_suffix(".json")
+    known = {
+        "format": FORMAT,
+        "film": hash_file(film.path),
+        "sidecar": hash_file(sidecar) if sidecar.is_file() else None,
+        "prompts": film.prompts or prompt_of_name(film.path),
+        "backbones": dict(backbones),
+    }
+    return hash_plain(known)[:24]
+
+
+def _stored(task: _Task) -> dict[str, Any] | None:
+    """What was measured of a film; None if it was not, or is damaged."""
+    try:
+        values = json.loads((task.folder / f"{task.key}.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    is_whole = isinstance(values, dict) and values.get("format") == FORMAT
+    return values if is_whole and (task.folder / f"{task.key}.png").is_file() else None
+
+
+def _load_backbones(sources: Mapping[str, str], device: str) -> tuple[dict[str, Backbone], list[Problem]]:
+    loaded, problems = {}, []
+    for name, source in sources.items():
+        try:
+            loaded[name] = load_backbone(name, source, device=device)
+        except (ValueError, OSError) as error:
+            problems.append(Problem(source=f"--backbone {name}", reason=str(error)))
+    return loaded, problems
+
+
+# --- measuring -----------------------------------------------------------------------------------------------
+
+
+def _measure_all(
+    tasks: Sequence[_Task],
+    loaded: Mapping[str, Backbone],
+    sources: Mapping[str, str],
+    device: str,
+    num_workers: int,
+    on_progress: Callable[[Progress], None] | None,
+) -> dict[str, str]:
+    """Measure films and store what was found; reasons of those that failed, by key."""
+    failed = {}
+    num_workers = min(num_workers, len(tasks))
+    steps = _in_turn(tasks, loaded) if num_workers < 2 else _at_once(tasks, sources, device, num_workers)
+    for done, (task, problem) in enumerate(steps, start=1):
+        if problem:
+            failed[task.key] = problem
+        if on_progress is not None:
+            on_progress(Progress(done=done, total=len(tasks), name=task.film.name, problem=problem))
+    return failed
+
+
+def _in_turn(tasks: Sequence[_Task], loaded: Mapping[str, Backbone]) -> Iterator[tuple[_Task, str]]:
+    for task in tasks:
+        yield task, _measure(task, loaded)
+
+
+def _at_once(
+    tasks: Sequence[_Task], sources: Mapping[str, str], device: str, num_workers: int
+) -> Iterator[tuple[_Task, str]]:
+    context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
+    pool: Executor = ProcessPoolExecutor(
+        num_workers, mp_context=context, initializer=_start_worker, initargs=(dict(sources), device)
+    )
+    futures = {pool.submit(_measure_here, task): task for task in tasks}
+    try:
+        for future in as_completed(futures):
+            try:
+                yield futures[future], future.result()
+            except BrokenProcessPool:
+                yield futures[future], "a measuring process ended abruptly, perhaps for want of memory: fewer --workers"
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _start_worker(sources: dict[str, str], device: str) -> None:
+    import torch
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides; a film that is begun is finished
+    torch.set_num_threads(1)
+    _worker.backbones = {name: load_backbone(name, source, device=device) for name, source in sources.items()}
+
+
+def _measure_here(task: _Task) -> str:
+    return _measure(task, _worker.backbones)
+
+
+def _measure(task: _Task, backbones: Mapping[str, Backbone]) -> str:
+    """Measure a film and store what was found; the reason if it cannot be measured."""
+    try:
+        info = probe(task.film.path)
+        frames = read_video(task.film.path)
+        outline = outline_of(task.film, info.tags, len(frames))
+        found = measure_film(frames, outline, fps=info.fps, backbones=backbones)
+        about = {
+            "num_frames": len(frames),
+            "fps": info.fps,
+            "height": frames.shape[1],
+            "width": frames.shape[2],
+            "duration_s": len(frames) / info.fps,
+        }
+        write_bytes(task.folder / f"{task.key}.png", _sheet(frames, found["shots"]))
+        write_json(task.folder / f"{task.key}.json", {"format": FORMAT, **about, **found})
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        text = " ".join(str(error).split()) or type(error).__name__
+        return text.replace(str(task.film.path), task.film.path.name)
+    return ""
+
+
+def _sheet(frames: np.ndarray, shots: Sequence[Mapping[str, Any]]) -> bytes:
+    """Contact sheet as PNG, a row a shot, what is wrong with it in its title."""
+    rows = []
+    for number, shot in enumerate(shots, start=1):
+        wrong = [name for name, value in shot["scores"].items() if value is not None and value < 1]
+        title = f"{number}. {shot['prompt']}" + (f"   (not as asked: {', '.join(wrong)})" if wrong else "")
+        picked = frames[evenly_spaced(shot["start_frame"], shot["num_frames"], SHEET_COLUMNS)]
+        rows.append(SheetRow(title=title, frames=np.stack([_reduced(frame) for frame in picked])))
+    buffer = io.BytesIO()
+    frames_to_sheet(rows).save(buffer, format="PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def _reduced(frame: np.ndarray) -> np.ndarray:
+    height, width = frame.shape[:2]
+    if height <= SHEET_HEIGHT:
+        return frame
+    size = (max(1, round(width * SHEET_HEIGHT / height)), SHEET_HEIGHT)
+    return np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS))
+
+
+# --- the result ----------------------------------------------------------------------------------------------
+
+
+def summarise(
+    films: Sequence[Mapping[str, Any]], problems: Sequence[Problem], backbones: Mapping[str, str]
+) -> dict[str, Any]:
+    """Everything that is known, in plain values: `evaluation.json`.
+
+    Means are over films, or over the films that have a shot at a position; intervals are 95 % percentile bootstrap
+    intervals over the same.
+    """
+    return {
+        "format": FORMAT,
+        "arlon": version(),
+        "num_films": len(films),
+        "problems": [asdict(problem) for problem in problems],
+        "definitions": {name: asdict(figure) for name, figure in FIGURES.items()},
+        "backbones": dict(backbones),
+        "bootstrap_seed": BOOTSTRAP_SEED,
+        "figures": {name: _plain_share(share) for name, share in _shares(films).items()},
+        "skipped": _reasons(films),
+        "by_shot": {name: [_plain_share(share) for share in shares] for name, shares in _shares_by_shot(films).items()},
+        "films": list(films),
+    }
+
+
+def _shares(films: Sequence[Mapping[str, Any]]) -> dict[str, suite.Share]:
+    """Mean and interval of every figure over films."""
+    rows = [{name: _number(film["figures"][name]) for name in FIGURES} for film in films]
+    return suite.summarise(rows, seed=BOOTSTRAP_SEED) if rows else {}
+
+
+def _shares_by_shot(films: Sequence[Mapping[str, Any]]) -> dict[str, list[suite.Share]]:
+    """Mean and interval of every attribute over the films that have a shot at a position, by position."""
+    shares: dict[str, list[suite.Share]] = {}
+    for position in range(max((len(film["shots"]) for film in films), default=0)):
+        shots = [film["shots"][position] for film in films if position < len(film["shots"])]
+        rows = [{name: _number(shot["scores"].get(name)) for name in suite.PROMPT_ATTRIBUTES} for shot in shots]
+        for name, share in suite.summarise(rows, seed=BOOTSTRAP_SEED).items():
+            shares.setdefault(name, []).append(share)
+    return {name: row for name, row in shares.items() if any(share.count for share in row)}
+
+
+def _reasons(films: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, int]]:
+    """Why figures are missing, and in how many films."""
+    reasons: dict[str, dict[str, int]] = {}
+    for film in films:
+        for name, reason in film["skipped"].items():
+            counts = reasons.setdefault(name, {})
+            counts[reason] = counts.get(reason, 0) + 1
+    return reasons
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else float(value)
+
+
+def _plain_share(share: suite.Share) -> dict[str, Any]:
+    return {name: None if isinstance(v, float) and math.isnan(v) else v for name, v in asdict(share).items()}

@@ -1,0 +1,243 @@
+"""Sets of films to measure: which files, and what each was asked for.
+
+Films are files, run folders, or folders searched for films to any depth; pieces of runs and films that still grow are
+left out. What a film was asked for comes from, in this order: a prompt file, the record inside or beside the film, a
+file name as VBench has it (`a red circle-0.mp4`).
+
+A prompt file is JSON, film name to prompt, or to a list of prompts, one a shot; or text, one prompt a line, in the
+order of the film names. What is wrong with a film or with a prompt is collected, and the others go on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from arlon.evaluation.film import FilmShot, Outline
+from pipelines.film_file import RECORD_TAG
+from pipelines.markup import parse_json, shown
+from pipelines.run_folder import RUN_NAME
+from pipelines.sheet import find_film
+
+FILM_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
+PARTIAL = ".partial"
+SEGMENT_MARK = "segment.json"
+_NUMBERED = re.compile(r"(?P<prompt>.*\S.*\s.*\S)-\d+")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """Something that could not be used."""
+
+    source: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Film:
+    """A film to measure."""
+
+    name: str
+    """Its path from the folder that holds all films, with `/`."""
+    path: Path
+    prompts: tuple[str, ...] | None = None
+    """From a prompt file; None: those of its record or name."""
+
+
+def find_films(sources: Sequence[Path], *, leave_out: Path | None = None) -> tuple[list[Film], list[Problem]]:
+    """Films in files and folders, sorted by name, each once.
+
+    Args:
+        sources: Files and folders.
+        leave_out: Folder that is not searched.
+    """
+    paths: list[Path] = []
+    problems = []
+    for source in sources:
+        try:
+            found = _films_of(source, leave_out)
+        except (OSError, ValueError) as error:
+            problems.append(Problem(source=str(source), reason=_reason(error)))
+            continue
+        if not found:
+            problems.append(Problem(source=str(source), reason=f"no film in it ({', '.join(FILM_SUFFIXES)})"))
+        paths += found
+    unique = sorted({path.resolve() for path in paths})
+    if not unique:
+        return [], problems
+    common = Path(os.path.commonpath([path.parent for path in unique]))
+    return [Film(name=path.relative_to(common).as_posix(), path=path) for path in unique], problems
+
+
+def _films_of(source: Path, leave_out: Path | None) -> list[Path]:
+    if not source.exists():
+        raise FileNotFoundError("no such file or folder")
+    if source.is_file():
+        return [source]
+    if (source / RUN_NAME).is_file():
+        return [_finished(find_film(source))]
+    found = []
+    for folder, names, files in os.walk(source):
+        if SEGMENT_MARK in files or (leave_out is not None and Path(folder).resolve() == leave_out.resolve()):
+            names.clear()
+            continue
+        names.sort()
+        paths = (Path(folder) / name for name in files)
+        found += [p for p in paths if p.suffix.lower() in FILM_SUFFIXES and not p.stem.endswith(PARTIAL)]
+    return found
+
+
+def _finished(film: Path) -> Path:
+    if film.stem.endswith(PARTIAL):
+        raise ValueError(f"its film is not finished: there is only '{film.name}'")
+    return film
+
+
+# --- prompts -------------------------------------------------------------------------------------------------
+
+
+def add_prompts(films: Sequence[Film], prompt_file: Path) -> tuple[list[Film], list[Problem]]:
+    """Films with the prompts of a file; a film that the file does not name, or names wrongly, stays as it is."""
+    source = prompt_file.name
+    try:
+        text = prompt_file.read_text(encoding="utf-8-sig")
+        if prompt_file.suffix.lower() == ".json":
+            return _add_by_name(films, parse_json(text), source)
+        return _add_by_line(films, text, source)
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        return list(films), [Problem(source=source, reason=f"not a prompt file: {_reason(error)}")]
+
+
+def _add_by_name(films: Sequence[Film], data: Any, source: str) -> tuple[list[Film], list[Problem]]:
+    if not isinstance(data, Mapping):
+        raise ValueError("expected a mapping of film name to prompt, or to a list of prompts")
+    prompts: dict[str, tuple[str, ...]] = {}
+    reasons = []
+    known = {name for film in films for name in (film.name, film.path.name)}
+    for name, value in data.items():
+        given = [value] if isinstance(value, str) else value
+        if name not in known:
+            reasons.append(f"{shown(name)}: no such film")
+        elif not isinstance(given, list) or not given or not all(isinstance(p, str) and p.strip() for p in given):
+            reasons.append(f"{shown(name)}: expected a prompt or a list of prompts, got {shown(value)}")
+        else:
+            prompts[name] = tuple(given)
+    added = [_with_prompts(film, prompts.get(film.name, prompts.get(film.path.name))) for film in films]
+    unnamed = (film.name for film in films if not {film.name, film.path.name} & {*data})
+    reasons += [f"no prompt for the film {shown(name)}" for name in unnamed]
+    return added, [Problem(source=source, reason=reason) for reason in reasons]
+
+
+def _add_by_line(films: Sequence[Film], text: str, source: str) -> tuple[list[Film], list[Problem]]:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if len(lines) != len(films):
+        raise ValueError(f"expected one prompt a line for each of {len(films)} films, got {len(lines)} lines")
+    return [_with_prompts(film, (line,)) for film, line in zip(films, lines, strict=True)], []
+
+
+def _with_prompts(film: Film, prompts: tuple[str, ...] | None) -> Film:
+    return Film(name=film.name, path=film.path, prompts=prompts)
+
+
+# --- outlines ------------------------------------------------------------------------------------------------
+
+
+def outline_of(film: Film, tags: Mapping[str, str], num_frames: int) -> Outline:
+    """Shots and segments of a film.
+
+    Args:
+        film: The film.
+        tags: Of its container.
+        num_frames: Frames it has.
+
+    Raises:
+        ValueError: If its record is damaged, names more frames than there are, or does not fit the given prompts.
+    """
+    record = _read_record(film.path, tags)
+    if record is None:
+        return _outline_without_record(film, num_frames)
+    try:
+        outline = _outline_from_record(record["timeline"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"its record has no usable timeline ({type(error).__name__}: {error})") from error
+    named = max((shot.start_frame + shot.num_frames for shot in outline.shots), default=0)
+    if named > num_frames:
+        raise ValueError(f"it is cut off: its record names {named} frames, it has {num_frames}")
+    if film.prompts is None:
+        return outline
+    if len(film.prompts) != len(outline.shots):
+        raise ValueError(f"{len(film.prompts)} prompts are given for its {len(outline.shots)} shots")
+    pairs = zip(outline.shots, film.prompts, strict=True)
+    shots = tuple(
+        FilmShot(prompt=prompt, start_frame=s.start_frame, num_frames=s.num_frames, is_cut=s.is_cut)
+        for s, prompt in pairs
+    )
+    return Outline(shots=shots, segment_starts=outline.segment_starts)
+
+
+def _read_record(path: Path, tags: Mapping[str, str]) -> dict[str, Any] | None:
+    """The record inside the film, or else the sidecar; None if it has neither.
+
+    Raises:
+        ValueError: If the film has a sidecar only, and that is not JSON.
+    """
+    with suppress(ValueError):  # any program may write a comment into a film
+        record = json.loads(tags.get(RECORD_TAG, ""))
+        if isinstance(record, dict) and "timeline" in record:
+            return record
+    sidecar = path.with_suffix(".json")
+    if not sidecar.is_file():
+        return None
+    try:
+        record = json.loads(sidecar.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"'{sidecar.name}' beside it is not valid JSON: {error}") from error
+    return record if isinstance(record, dict) and "timeline" in record else None
+
+
+def _outline_from_record(timeline: Mapping[str, Any]) -> Outline:
+    shots = tuple(
+        FilmShot(
+            prompt=str(shot["prompt"]),
+            start_frame=int(shot["start_frame"]),
+            num_frames=int(shot["num_frames"]),
+            is_cut=index > 0 and shot["transition"] == "cut",
+        )
+        for index, shot in enumerate(timeline["shots"])
+    )
+    if not shots:
+        raise ValueError("no shots")
+    starts = timeline.get("segment_starts")
+    return Outline(shots=shots, segment_starts=None if starts is None else tuple(int(start) for start in starts))
+
+
+def prompt_of_name(path: Path) -> str | None:
+    """The prompt in a file name such as `a red circle-0.mp4`."""
+    match = _NUMBERED.fullmatch(path.stem)
+    return match["prompt"] if match else None
+
+
+def _outline_without_record(film: Film, num_frames: int) -> Outline:
+    """Given prompts share the film evenly."""
+    prompts = film.prompts or (prompt_of_name(film.path) or "",)
+    if len(prompts) > num_frames:
+        raise ValueError(f"{len(prompts)} prompts are given for its {num_frames} frames")
+    ends = [round(num_frames * (index + 1) / len(prompts)) for index in range(len(prompts))]
+    starts = [0, *ends[:-1]]
+    shots = tuple(
+        FilmShot(prompt=prompt, start_frame=start, num_frames=end - start)
+        for prompt, start, end in zip(prompts, starts, ends, strict=True)
+    )
+    return Outline(shots=shots)
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror.lower()
+    return str(error).strip() or type(error).__name__

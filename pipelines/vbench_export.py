@@ -1,0 +1,131 @@
+"""Films in the folder layout of the official VBench suite.
+
+    FOLDER/videos/PROMPT-INDEX.mp4     index 0, 1, ... for films of one prompt
+    FOLDER/arlon_full_info.json        what VBench calls full info: prompt_en, dimension, video_list
+
+VBench knows one prompt a video. A film of one shot is copied as it is; of a film of several, every shot becomes a
+video, encoded again at the highest quality. Dimensions are those that VBench can compute of any prompt.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from arlon.data.video_io import VideoWriter, probe, read_video
+from pipelines.durable import copy_file, publish, temporary_beside, write_bytes
+from pipelines.film_set import Film, Problem, add_prompts, find_films, outline_of
+from pipelines.storyboard import UsageError
+
+VIDEOS_NAME = "videos"
+INFO_NAME = "arlon_full_info.json"
+DIMENSIONS = (
+    "subject_consistency",
+    "background_consistency",
+    "motion_smoothness",
+    "dynamic_degree",
+    "aesthetic_quality",
+    "imaging_quality",
+    "temporal_style",
+    "overall_consistency",
+    "temporal_flickering",
+)
+"""What VBench measures without knowing more of a prompt than its words."""
+MAX_NAME_BYTES = 220
+"""Of a prompt; file names have at most 255, index and temporary suffix included."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """What was exported."""
+
+    info: Path
+    num_videos: int
+    problems: tuple[Problem, ...]
+
+
+def export_films(
+    sources: Sequence[Path], folder: Path, *, prompts: Path | None = None, leave_out: Path | None = None
+) -> Export:
+    """Write films in VBench's layout.
+
+    Args:
+        sources: Films and folders; see `pipelines.film_set`.
+        folder: Where to; it must not hold another export.
+        prompts: Prompt file.
+        leave_out: Folder that is not searched for films.
+
+    Raises:
+        UsageError: If the folder holds videos already.
+        OSError: If it cannot be written.
+    """
+    check_export(folder)
+    videos = folder / VIDEOS_NAME
+    films, problems = find_films(sources, leave_out=leave_out)
+    if prompts is not None:
+        films, more = add_prompts(films, prompts)
+        problems += more
+    videos.mkdir(parents=True, exist_ok=True)
+    written: dict[str, list[str]] = {}
+    for film in films:
+        try:
+            _export(film, videos, written)
+        except (ValueError, OSError) as error:
+            problems.append(Problem(source=film.name, reason=f"not exported: {error}"))
+    info = [
+        {"prompt_en": prompt, "dimension": list(DIMENSIONS), "video_list": names} for prompt, names in written.items()
+    ]
+    write_bytes(folder / INFO_NAME, (json.dumps(info, indent=2, ensure_ascii=False) + "\n").encode())
+    return Export(info=folder / INFO_NAME, num_videos=sum(map(len, written.values())), problems=tuple(problems))
+
+
+def check_export(folder: Path) -> None:
+    """Refuse a folder that cannot take an export.
+
+    Raises:
+        UsageError: If it holds videos already, or is a file.
+    """
+    videos = folder / VIDEOS_NAME
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"'{folder}' is a file: name a folder as --export-vbench")
+    if videos.is_dir() and any(videos.iterdir()):
+        raise UsageError(f"'{videos}' holds videos already: choose another --export-vbench, or remove it")
+
+
+def _export(film: Film, videos: Path, written: dict[str, list[str]]) -> None:
+    """Write the videos of a film; `written` has the names so far, by prompt."""
+    info = probe(film.path)
+    frames = read_video(film.path)
+    shots = outline_of(film, info.tags, len(frames)).shots
+    for shot in shots:
+        check_prompt(shot.prompt)
+    for shot in shots:
+        names = written.setdefault(shot.prompt, [])
+        target = videos / f"{shot.prompt}-{len(names)}.mp4"
+        temporary = temporary_beside(target)
+        try:
+            if len(shots) == 1 and film.path.suffix.lower() == ".mp4":
+                copy_file(film.path, temporary)
+            else:
+                with VideoWriter(temporary, fps=info.fps, crf=0) as writer:
+                    writer.append(frames[shot.start_frame : shot.start_frame + shot.num_frames])
+            publish(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
+        names.append(f"{VIDEOS_NAME}/{target.name}")
+
+
+def check_prompt(prompt: str) -> None:
+    """Refuse a prompt that cannot be a file name, as VBench needs it.
+
+    Raises:
+        ValueError: If so.
+    """
+    if not prompt:
+        raise ValueError("its prompt is not known: give --prompts")
+    if "/" in prompt or "\0" in prompt:
+        raise ValueError(f"VBench names videos by their prompt, which must not hold '/': {prompt[:60]!r}")
+    if len(prompt.encode()) > MAX_NAME_BYTES:
+        raise ValueError(f"VBench names videos by their prompt, of at most {MAX_NAME_BYTES} bytes: {prompt[:60]!r}...")

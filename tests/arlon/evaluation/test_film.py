@@ -1,0 +1,176 @@
+"""Figures of films that were rendered, so that what they must come to is known."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from arlon.data import shapes_world as world
+from arlon.evaluation import metrics, suite
+from arlon.evaluation.figures import FIGURES, GROUPS
+from arlon.evaluation.film import FilmShot, Outline, measure_film
+from arlon.evaluation.vbench import Backbone
+
+FPS = 8.0
+RED_LEFT = "a large red square moves left slowly on a grey background"
+BLUE_LEFT = "a large blue square moves left slowly on a grey background"
+
+
+def look(**changes: str) -> world.ObjectLook:
+    plain = world.ObjectLook(colour="red", shape="square", size="large", motion="left", speed="slow")
+    return replace(plain, **changes)
+
+
+def render(*looks: world.ObjectLook, seconds: float = 3.0) -> np.ndarray:
+    shots = tuple(world.Shot(objects=(one,), background="grey", seconds=seconds) for one in looks)
+    scene = world.Scene(shots=shots, start=((0.5, 0.5),), phase=(0.0,))
+    return world.render_scene(scene, height=48, width=64, fps=FPS, num_frames=round(seconds * FPS * len(looks))).frames
+
+
+def outline(*prompts: str, length: int = 24, cuts: tuple[int, ...] = (), **changes: object) -> Outline:
+    shots = tuple(
+        FilmShot(prompt=prompt, start_frame=i * length, num_frames=length, is_cut=i in cuts)
+        for i, prompt in enumerate(prompts)
+    )
+    return Outline(shots=shots, **changes)
+
+
+@pytest.fixture(scope="module")
+def switch() -> np.ndarray:
+    """A red square that turns blue."""
+    return render(look(), look(colour="blue"))
+
+
+def test_a_film_that_shows_what_was_asked_has_full_marks(switch):
+    found = measure_film(switch, outline(RED_LEFT, BLUE_LEFT), fps=FPS)
+    names = [name for name, figure in FIGURES.items() if figure.group in ("prompt", "switch")]
+    values = {name: found["figures"][name] for name in names if not name.startswith("prompt_accuracy_")}
+    values.pop("kept_colour")  # it is what changes
+    assert values == dict.fromkeys(values, 1.0)
+    assert "kept_colour" in found["skipped"]
+    assert [shot["read"]["objects"][0]["colour"] for shot in found["shots"]] == ["red", "blue"]
+
+
+def test_what_is_wrong_shows_in_its_shot_and_nowhere_else(switch):
+    found = measure_film(switch, outline(RED_LEFT, BLUE_LEFT.replace("blue", "green")), fps=FPS)
+    figures, shots = found["figures"], found["shots"]
+    assert [shot["scores"]["colour"] for shot in shots] == [1.0, 0.0]
+    assert (figures["prompt_colour"], figures["prompt_shape"], figures["switch_appears"]) == (0.5, 1.0, 0.0)
+    assert figures["prompt_accuracy"] == pytest.approx((1 + 6 / 7) / 2)  # 7 attributes are stated; direction is motion
+
+
+def test_the_last_quarter_is_set_against_the_first():
+    frames = render(look(), look(), look(), look(), seconds=2.0)
+    prompts = (RED_LEFT, RED_LEFT, RED_LEFT, BLUE_LEFT)
+    figures = measure_film(frames, outline(*prompts, length=16), fps=FPS)["figures"]
+    quarters = [figures[f"prompt_accuracy_{name}"] for name in ("first", "second", "third", "last")]
+    assert quarters == pytest.approx([1, 1, 1, 6 / 7])
+    assert figures["prompt_accuracy_change"] == pytest.approx(-1 / 7)
+
+
+def test_identity_that_is_lost_at_a_join_is_seen():
+    gone = np.concatenate([render(look()), render(look(shape="star", size="small", motion="right"))[:, :, ::-1]])
+    kept = measure_film(gone, outline(RED_LEFT, RED_LEFT), fps=FPS)["figures"]
+    assert (kept["kept_shape"], kept["kept_size"], kept["kept_colour"], kept["kept_background"]) == (0, 0, 1, 1)
+
+
+def test_nothing_is_asked_of_what_a_cut_keeps(switch):
+    found = measure_film(switch, outline(RED_LEFT, BLUE_LEFT, cuts=(1,)), fps=FPS)
+    assert found["joins"] == []
+    assert "go on from one another" in found["skipped"]["kept_shape"]
+    assert found["figures"]["prompt_colour"] == 1
+
+
+def test_an_object_that_grew_has_no_stated_size_until_a_cut():
+    prompts = ["a large red square grows on a grey background", *[RED_LEFT] * 2]
+    frames = np.concatenate([render(look(motion="grow")), render(look()), render(look())])
+    shots = measure_film(frames, outline(*prompts, cuts=(2,)), fps=FPS)["shots"]
+    assert [shot["scores"]["size"] for shot in shots] == [1.0, None, 1.0]
+
+
+@pytest.mark.parametrize(("prompt", "reason"), [("", "not known"), ("a dog", "shapes world")])
+def test_without_prompts_of_the_world_the_picture_is_still_measured(switch, prompt, reason):
+    found = measure_film(switch, outline(prompt, length=48), fps=FPS)
+    assert reason in found["skipped"]["prompt_accuracy"]
+    assert found["figures"]["prompt_accuracy"] is None
+    assert found["figures"]["temporal_flickering"] is not None
+
+
+def test_flicker_and_drift_are_those_of_the_whole_video(switch):
+    figures = measure_film(switch, outline("", length=48), fps=FPS)["figures"]
+    video = metrics.torch.from_numpy(switch).permute(3, 0, 1, 2).float() / 127.5 - 1
+    drift = metrics.start_end_drift(video, window=7)  # 15 % of 48
+    assert figures["temporal_flickering"] == pytest.approx(metrics.temporal_flickering(video))
+    assert figures["drift_colour"] == pytest.approx(drift.colour)
+    assert figures["drift_sharpness"] == pytest.approx(drift.sharpness)
+
+
+def test_seams_are_told_from_prompt_switches_and_cuts():
+    levels = np.cumsum([1] * 40).astype(np.uint8)
+    for frame, jump in ((10, 4), (20, 9), (30, 99)):  # a join in a shot, one at a prompt switch, a cut
+        levels[frame:] += jump
+    frames = np.broadcast_to(levels[:, None, None, None], (40, 16, 24, 3))
+    shots = tuple(
+        FilmShot(prompt="", start_frame=s, num_frames=n, is_cut=s == 30) for s, n in ((0, 20), (20, 10), (30, 10))
+    )
+    figures = measure_film(frames, Outline(shots=shots, segment_starts=(0, 10, 20, 30)), fps=FPS)["figures"]
+    assert figures["seam_strength"] == pytest.approx(5)
+    assert figures["seam_strength_switch"] == pytest.approx(10)
+
+
+def test_seams_need_known_segments(switch):
+    found = measure_film(switch, outline(RED_LEFT, length=48), fps=FPS)
+    assert "where its segments join" in found["skipped"]["seam_strength"]
+    found = measure_film(switch, outline(RED_LEFT, length=48, segment_starts=(0,)), fps=FPS)
+    assert found["skipped"]["seam_strength"] == "no segments of this film join there"
+
+
+def test_speed_is_in_heights_a_second_and_a_new_shot_is_no_motion(switch):
+    slow = measure_film(switch, outline("", ""), fps=FPS)["figures"]
+    assert slow["flow_speed"] == pytest.approx(world.MOVE_SPEED["slow"], rel=0.6)
+    assert slow["dynamic_degree_lk"] == 0
+    still = np.concatenate(
+        [render(look(motion="still"), seconds=1), render(look(motion="still", colour="white"), seconds=1)]
+    )
+    cut = measure_film(still, outline("", "", length=8, cuts=(1,)), fps=FPS)["figures"]
+    assert cut["flow_speed"] < 1e-3
+
+
+def test_a_film_of_one_frame_says_what_it_cannot_have():
+    found = measure_film(render(look())[:1], outline(RED_LEFT, length=1), fps=FPS)
+    assert found["skipped"]["temporal_flickering"] == "the film has one frame"
+    assert "no two frames of one shot" in found["skipped"]["flow_speed"]
+    assert found["figures"]["prompt_background"] == 1
+
+
+def test_networks_that_are_not_given_are_never_replaced(switch):
+    class Constant(Backbone):
+        description = "constant"
+
+        def score(self, frames: np.ndarray) -> float:
+            return 0.25
+
+    found = measure_film(switch, outline("", length=48), fps=FPS, backbones={"subject_consistency": Constant()})
+    learned = [name for name, figure in FIGURES.items() if figure.group == "vbench" and figure.backbone]
+    assert {name: found["figures"][name] for name in learned} == dict.fromkeys(learned) | {"subject_consistency": 0.25}
+    assert "--backbone background_consistency=" in found["skipped"]["background_consistency"]
+    assert "RAFT" in found["skipped"]["dynamic_degree"]
+
+
+def test_every_figure_has_a_value_or_a_reason(switch):
+    found = measure_film(switch, outline(RED_LEFT, BLUE_LEFT, segment_starts=(0, 24)), fps=FPS)
+    assert set(found["figures"]) == set(FIGURES)
+    assert {name for name, value in found["figures"].items() if value is None} == set(found["skipped"])
+    assert {figure.group for figure in FIGURES.values()} == set(GROUPS)
+    assert {f"prompt_{name}" for name in suite.PROMPT_ATTRIBUTES} < set(FIGURES)
+    assert not any(isinstance(v, float) and math.isnan(v) for shot in found["shots"] for v in shot["scores"].values())
+
+
+def test_shots_outside_the_film_are_refused(switch):
+    with pytest.raises(ValueError, match="shot 2 is frames 24-47, but the film has 40"):
+        measure_film(switch[:40], outline("", ""), fps=FPS)
+    with pytest.raises(ValueError, match="uint8"):
+        measure_film(switch.astype(float), outline("", ""), fps=FPS)

@@ -1,0 +1,351 @@
+"""Film sets that were rendered: measured, measured again, exported; and sets with something wrong in them."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner, Result
+
+from arlon.data import shapes_world as world
+from arlon.data.video_io import VideoWriter, probe, read_video
+from arlon.evaluation import suite
+from pipelines import evaluate as evaluation
+from pipelines.cli import app
+from pipelines.evaluate import evaluate
+from pipelines.evaluation_plots import nice_range
+from pipelines.film_file import RECORD_TAG
+from pipelines.film_set import Film, Problem, add_prompts, find_films, outline_of
+from pipelines.storyboard import UsageError
+
+FPS = 8.0
+RED = "a large red square moves left slowly on a grey background"
+BLUE = "a large blue square moves left slowly on a grey background"
+LOOK = world.ObjectLook(colour="red", shape="square", size="large", motion="left", speed="slow")
+
+
+def frames_of(*colours: str, length: int = 16) -> np.ndarray:
+    shots = tuple(
+        world.Shot(
+            objects=(world.ObjectLook(colour=c, shape="square", size="large", motion="left", speed="slow"),),
+            background="grey",
+            seconds=length / FPS,
+        )
+        for c in colours
+    )
+    scene = world.Scene(shots=shots, start=((0.5, 0.5),), phase=(0.0,))
+    return world.render_scene(scene, height=48, width=48, fps=FPS, num_frames=length * len(colours)).frames
+
+
+def timeline(*prompts: str, length: int = 16, transition: str = "continue") -> dict[str, object]:
+    shots = [
+        {"prompt": prompt, "transition": transition, "start_frame": i * length, "num_frames": length}
+        for i, prompt in enumerate(prompts)
+    ]
+    return {"timeline": {"fps": FPS, "shots": shots, "segment_starts": list(range(0, length * len(prompts), 8))}}
+
+
+def write_film(path: Path, frames: np.ndarray, record: dict[str, object] | None = None) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tags = {} if record is None else {RECORD_TAG: json.dumps(record)}
+    with VideoWriter(path, fps=FPS, crf=1, tags=tags) as writer:
+        writer.append(frames)
+    return path
+
+
+def arlon(*arguments: object) -> Result:
+    return CliRunner().invoke(app, ["evaluate", *map(str, arguments)])
+
+
+@pytest.fixture(scope="module")
+def films(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two films that show what they were asked for, and one whose second shot does not."""
+    folder = tmp_path_factory.mktemp("films")
+    write_film(folder / "a.mp4", frames_of("red", "blue"), timeline(RED, BLUE))
+    write_film(folder / "b" / "film.mp4", frames_of("blue", "red"), timeline(BLUE, RED))
+    write_film(folder / "c.mp4", frames_of("red", "red"), timeline(RED, BLUE))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def measured(films: Path, tmp_path_factory: pytest.TempPathFactory) -> evaluation.Evaluation:
+    return evaluate([films], tmp_path_factory.mktemp("results"))
+
+
+def test_the_figures_are_those_of_the_films(measured):
+    record = json.loads(measured.result.read_text())
+    assert [film["name"] for film in record["films"]] == ["a.mp4", "b/film.mp4", "c.mp4"]
+    assert [film["figures"]["prompt_colour"] for film in record["films"]] == [1.0, 1.0, 0.5]
+    share = record["figures"]["prompt_colour"]
+    assert share["mean"] == pytest.approx(5 / 6)
+    assert (share["low"], share["high"]) == pytest.approx(suite.bootstrap_interval(np.array([1.0, 1.0, 0.5])))
+    assert [share["mean"] for share in record["by_shot"]["colour"]] == pytest.approx([1, 2 / 3])
+    assert record["figures"]["switch_appears"]["mean"] == pytest.approx(2 / 3)
+    assert record["figures"]["seam_strength"]["count"] == 3
+    assert record["problems"] == []
+    assert measured.figures["prompt_shape"].mean == 1
+
+
+def test_no_path_of_the_machine_is_written(measured, films):
+    for file in (measured.result, measured.page):
+        assert str(films) not in file.read_text()
+
+
+def test_films_are_measured_once(films, measured, monkeypatch):
+    before = measured.result.read_bytes(), measured.page.read_bytes()
+    monkeypatch.setattr(evaluation, "_measure", None)  # would fail if it were called
+    again = evaluate([films], measured.result.parent)
+    assert again.num_reused == 3
+    assert (again.result.read_bytes(), again.page.read_bytes()) == before
+
+
+def test_only_a_film_that_changed_is_measured_again(films, tmp_path):
+    folder, output, names = tmp_path / "films", tmp_path / "out", []
+    shutil.copytree(films, folder)
+    evaluate([folder], output)
+    (folder / "a.mp4").rename(folder / "z.mp4")  # the content is what counts
+    write_film(folder / "c.mp4", frames_of("red", "blue"), timeline(RED, BLUE, transition="cut"))
+    again = evaluate([folder], output, on_progress=lambda progress: names.append(progress.name))
+    assert names == ["c.mp4"]
+    assert again.figures["prompt_colour"].mean == 1
+
+
+def test_an_interrupted_evaluation_goes_on(films, tmp_path, monkeypatch):
+    def stop(progress: evaluation.Progress) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate([films], tmp_path, on_progress=stop)
+    names: list[str] = []
+    evaluate([films], tmp_path, on_progress=lambda progress: names.append(progress.name))
+    assert len(names) == 2
+
+
+@pytest.mark.slow
+def test_several_workers_find_the_same(films, measured, tmp_path):
+    other = evaluate([films], tmp_path, num_workers=2)
+    assert other.result.read_bytes() == measured.result.read_bytes()
+    assert other.page.read_bytes() == measured.page.read_bytes()
+
+
+def test_what_cannot_be_measured_is_named_and_the_rest_is_measured(films, tmp_path):
+    folder = tmp_path / "films"
+    shutil.copytree(films, folder)
+    (folder / "broken.mp4").write_bytes(b"no video at all")
+    whole = (folder / "a.mp4").read_bytes()
+    write_film(folder / "short.mp4", frames_of("red"), timeline(RED, BLUE))
+    (folder / "empty.mp4").touch()
+    (folder / "cut.mp4").write_bytes(whole[: len(whole) // 2])
+    prompts = tmp_path / "prompts.json"
+    prompts.write_text(json.dumps({"a.mp4": [RED, BLUE], "gone.mp4": RED, "c.mp4": 3}))
+    nothing = tmp_path / "nothing"
+    nothing.mkdir()
+    sources = (folder, tmp_path / "missing.mp4", nothing)
+    result = arlon(*sources, "--output", tmp_path / "out", "--prompts", prompts, "--workers", 1, "--json")
+    assert result.exit_code == 1, result.output
+    found = json.loads(result.stdout)
+    assert found["num_films"] == 3
+    assert found["figures"]["prompt_shape"]["count"] == 3
+    reasons = {(problem["source"], problem["reason"]) for problem in found["problems"]}
+    text = "\n".join(f"{source}: {reason}" for source, reason in sorted(reasons))
+    for source in ("broken.mp4", "empty.mp4", "cut.mp4", "short.mp4", "missing.mp4: no such file", "nothing: no film"):
+        assert source in text, text
+    assert "cut off: its record names 32 frames, it has 16" in text
+    assert "'gone.mp4': no such film" in text
+    assert "'c.mp4': expected a prompt or a list of prompts, got 3" in text
+    assert "no prompt for the film 'b/film.mp4'" in text
+    assert f"{len(reasons)} problems; 3 films measured" in result.stderr
+    assert "broken.mp4" in (tmp_path / "out" / "index.html").read_text()
+
+
+def test_a_backbone_that_is_none_is_a_problem_not_the_end(films, tmp_path):
+    problem = f"subject_consistency={tmp_path}"
+    result = arlon(films / "a.mp4", "--output", tmp_path / "out", "--backbone", problem, "--workers", 1)
+    assert result.exit_code == 1
+    assert "is not a DINO vision transformer: it has no config.json" in result.stderr
+    record = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert record["figures"]["prompt_colour"]["mean"] == 1
+    assert record["figures"]["subject_consistency"]["count"] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--workers", 0), "--workers must be at least 1"),
+        (("--backbone", "dynamic_degree=raft"), "--backbone must be DIMENSION=MODEL"),
+        (("--backbone", "subject_consistency"), "--backbone must be DIMENSION=MODEL"),
+    ],
+)
+def test_wrong_usage_is_refused_before_the_work(films, tmp_path, arguments, message):
+    result = arlon(films, "--output", tmp_path / "out", *arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_evaluation_of_nothing_says_why(tmp_path):
+    with pytest.raises(UsageError, match=r"no film to evaluate:\n.*no such file or folder"):
+        evaluate([tmp_path / "missing"], tmp_path / "out")
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="is a file"):
+        evaluate([tmp_path], tmp_path / "file")
+
+
+# --- the page ------------------------------------------------------------------------------------------------
+
+
+class _Page(HTMLParser):
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.seen: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.append((tag, dict(attrs)))
+        if tag not in ("meta", "img", "br"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_the_page_needs_nothing_from_elsewhere(measured):
+    text = measured.page.read_text()
+    page = _Page(text)
+    assert page.open == []
+    links = [value for _, attrs in page.seen for name, value in attrs.items() if name in ("src", "href")]
+    assert len(links) == 3
+    assert all(link.startswith("data:image/png;base64,") for link in links)
+    assert not {tag for tag, _ in page.seen} & {"script", "link", "iframe"}
+    plots = {attrs["aria-label"] for tag, attrs in page.seen if tag == "svg" and attrs["class"] == "plot"}
+    assert {"colour by shot", "prompt accuracy by quarter of the film", "seam strength of every film"} < plots
+    assert "nan" not in re.sub(r"base64,[^\"]*", "", text).lower()
+
+
+def test_what_films_say_of_themselves_cannot_become_markup(films, tmp_path):
+    evil = "<script>alert(1)</script> & more"
+    write_film(tmp_path / "films" / "<b>x</b> film.mp4".replace("/", "|"), frames_of("red"), timeline(evil))
+    (tmp_path / "films" / "<i>.mp4").write_bytes(b"x")
+    found = evaluate([tmp_path / "films"], tmp_path / "out")
+    page = _Page(found.page.read_text())
+    assert not {tag for tag, _ in page.seen} & {"script", "b>", "i"}
+    assert "&lt;i&gt;.mp4" in found.page.read_text()
+
+
+def test_axes_have_round_ends_around_the_values():
+    assert nice_range(0.13, 0.87) == pytest.approx((0.1, 0.9))
+    assert nice_range(3.0, 3.0) == pytest.approx((2.5, 3.5))
+    low, high = nice_range(-0.013, 0.0271)
+    assert low <= -0.013
+    assert high >= 0.0271
+
+
+# --- film sets -----------------------------------------------------------------------------------------------
+
+
+def test_pieces_and_growing_films_are_not_films(films, tmp_path):
+    run = tmp_path / "set" / "take.run"
+    write_film(run / "segments" / "0000" / "fragment.mp4", frames_of("red"))
+    (run / "segments" / "0000" / "segment.json").touch()
+    write_film(tmp_path / "set" / "take.mp4", frames_of("red"))
+    write_film(tmp_path / "set" / "other.partial.mp4", frames_of("red"))
+    write_film(tmp_path / "set" / "out" / "export.mp4", frames_of("red"))
+    found, problems = find_films([tmp_path / "set", tmp_path / "set" / "take.mp4"], leave_out=tmp_path / "set" / "out")
+    assert [film.name for film in found] == ["take.mp4"]
+    assert problems == []
+
+
+def test_prompts_come_from_file_then_record_then_name(tmp_path):
+    path = write_film(tmp_path / "a red square-3.mp4", frames_of("red"))
+    film = Film(name=path.name, path=path)
+    assert outline_of(film, {}, 16).shots[0].prompt == "a red square"
+    path.with_suffix(".json").write_text(json.dumps(timeline("from the sidecar")))
+    assert outline_of(film, {}, 16).shots[0].prompt == "from the sidecar"
+    tags = {RECORD_TAG: json.dumps(timeline("from inside"))}
+    assert outline_of(film, tags, 16).shots[0].prompt == "from inside"
+    assert outline_of(film, {RECORD_TAG: "holiday 2019"}, 16).shots[0].prompt == "from the sidecar"
+    (given,), _ = add_prompts([film], _text(tmp_path, "from the file"))
+    assert outline_of(given, tags, 16).shots[0].prompt == "from the file"
+
+
+def _text(folder: Path, *lines: str) -> Path:
+    path = folder / "prompts.txt"
+    path.write_text("\n".join(lines))
+    return path
+
+
+def test_given_prompts_share_a_film_evenly_or_follow_its_shots(tmp_path):
+    film = Film(name="a.mp4", path=tmp_path / "a.mp4", prompts=("one", "two", "three"))
+    shots = outline_of(film, {}, 17).shots
+    assert [(s.start_frame, s.num_frames) for s in shots] == [(0, 6), (6, 5), (11, 6)]
+    with pytest.raises(ValueError, match="3 prompts are given for its 2 shots"):
+        outline_of(film, {RECORD_TAG: json.dumps(timeline("x", "y"))}, 32)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("p.txt", "one\ntwo"), ("p.json", "[1]"), ("p.json", "{"), ("p.json", None)]
+)
+def test_a_prompt_file_of_a_wrong_form_changes_nothing(tmp_path, name, content):
+    film = Film(name="a.mp4", path=tmp_path / "a.mp4")
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    films, problems = add_prompts([film], tmp_path / name)
+    assert films == [film]
+    assert isinstance(problems[0], Problem)
+    assert problems[0].source == name
+    assert "not a prompt file" in problems[0].reason
+
+
+def test_a_damaged_record_is_refused(tmp_path):
+    film = Film(name="a.mp4", path=tmp_path / "a.mp4")
+    with pytest.raises(ValueError, match="no usable timeline"):
+        outline_of(film, {RECORD_TAG: json.dumps({"timeline": {"shots": [{"prompt": "x"}]}})}, 9)
+    (tmp_path / "a.json").write_text("{")
+    with pytest.raises(ValueError, match=r"'a\.json' beside it is not valid JSON"):
+        outline_of(film, {}, 9)
+
+
+# --- export --------------------------------------------------------------------------------------------------
+
+
+def test_films_are_exported_as_vbench_names_them(films, tmp_path):
+    folder = tmp_path / "films"
+    shutil.copytree(films, folder)
+    single = write_film(folder / "single.mp4", frames_of("red"), timeline(RED))
+    write_film(folder / "slash.mp4", frames_of("red"), timeline("red/blue"))
+    result = arlon(folder, "--output", tmp_path / "out", "--workers", 1, "--export-vbench", tmp_path / "vbench")
+    assert result.exit_code == 1
+    assert "slash.mp4: not exported: VBench names videos by their prompt" in result.stderr
+    videos = tmp_path / "vbench" / "videos"
+    assert sorted(path.name for path in videos.iterdir()) == sorted(
+        [*(f"{RED}-{i}.mp4" for i in range(4)), *(f"{BLUE}-{i}.mp4" for i in range(3))]
+    )
+    info = json.loads((tmp_path / "vbench" / "arlon_full_info.json").read_text())
+    assert [entry["prompt_en"] for entry in info] == [RED, BLUE]
+    assert info[1]["video_list"] == [f"videos/{BLUE}-{i}.mp4" for i in range(3)]
+    assert "subject_consistency" in info[0]["dimension"]
+    assert (videos / f"{RED}-3.mp4").read_bytes() == single.read_bytes()
+    second = read_video(videos / f"{BLUE}-0.mp4")  # the second shot of a.mp4
+    whole = read_video(folder / "a.mp4")
+    assert probe(videos / f"{BLUE}-0.mp4").fps == FPS
+    errors = [np.abs(second.astype(int) - part.astype(int)).mean() for part in (whole[16:], whole[:16])]
+    assert errors[0] < 2 < 4 < errors[1]  # a second encoding rounds colours; the first shot is another picture
+
+
+def test_an_export_does_not_mix_with_another(films, tmp_path):
+    (tmp_path / "vbench" / "videos").mkdir(parents=True)
+    (tmp_path / "vbench" / "videos" / "x-0.mp4").touch()
+    result = arlon(
+        films / "a.mp4", "--output", tmp_path / "out", "--workers", 1, "--export-vbench", tmp_path / "vbench"
+    )
+    assert result.exit_code == 2
+    assert "holds videos already" in result.stderr
