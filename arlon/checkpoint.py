@@ -9,6 +9,9 @@
     {"_class_name": "ArlonPipeline", "format": 1,
      "components": {"dit": {"class": "STDiT3", "sha256": "..."}, ...},
      "defaults": {"height": 64, "width": 64, "fps": 8.0, ...}}
+
+Components that lie in different places, such as released ones, are put together by a *model file*, YAML that names them
+(see `ModelSources` and `combine`); a model file can stand wherever a model folder can.
 """
 
 from __future__ import annotations
@@ -18,9 +21,10 @@ import hashlib
 import importlib.resources
 import itertools
 import json
-import re
+import os
+import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -32,30 +36,42 @@ from arlon.components import (
     find_weights,
     hash_component,
     load_component,
+    read_config,
     read_json,
     save_component,
+    stored_dtypes,
 )
-from arlon.config import write_text
+from arlon.config import load_config, write_text
 from arlon.grids import code_grid
+from arlon.hub import fetch, is_hub_id
 
 __all__ = [
     "CheckpointError",
     "ModelFolder",
+    "ModelSources",
     "check_consistency",
+    "combine",
     "component_config",
     "find_weights",
     "hash_component",
     "load_component",
+    "read_config",
     "resolve_model",
     "save_component",
+    "stored_dtypes",
     "write_model_index",
 ]
 
 INDEX_NAME = "model_index.json"
 PACKAGED_MODELS = ("shapes",)
+MODEL_FILE_SUFFIXES = (".yaml", ".yml")
 COMPONENTS = ("vae", "vqvae", "vqvae_coarser", "ar", "dit", "injection", "text_encoder")
 GENERATION_COMPONENTS = ("vae", "vqvae", "ar", "dit", "injection", "text_encoder")
 """What a film needs; `vqvae_coarser` only serves training."""
+BASE_COMPONENTS = ("vae", "dit", "text_encoder")
+"""What the base alone needs: video from text without codes, as Open-Sora v1.2 makes it."""
+CACHE_VARIABLE = "ARLON_CACHE"
+"""Environment variable with the folder where models of model files are put together. Default: ~/.cache/arlon."""
 
 SHARED_VALUES: tuple[tuple[str, dict[str, str]], ...] = (
     ("codebook size", {"vqvae": "codebook_size", "ar": "codebook_size"}),
@@ -223,13 +239,95 @@ def _code_grid_problems(configs: Mapping[str, Any], defaults: Mapping[str, Any])
     return [f"ar writes {tuple(grid)} codes a frame, but the VQ-VAE has {expected} for frames of {frame}"]
 
 
-def resolve_model(name_or_path: str | Path) -> Path:
-    """Folder of a model: the name of a packaged model, a folder, or a hub id such as `organisation/name`.
+@dataclass(frozen=True, kw_only=True)
+class ModelSources:
+    """A model file: where the components of a model lie.
 
-    A hub id is looked up in the local cache or downloaded; `HF_HUB_OFFLINE=1` forbids the download.
+    Each is a component folder, ours or released, or a hub id (`owner/name`, `owner/name/folder`); relative folders
+    start at the model file. Weights are not copied.
+    """
+
+    vae: str | None = None
+    vqvae: str | None = None
+    vqvae_coarser: str | None = None
+    ar: str | None = None
+    dit: str | None = None
+    injection: str | None = None
+    text_encoder: str | None = None
+    """A T5 too: its weights are looked for when it is first used."""
+    defaults: dict[str, Any] = field(default_factory=dict)
+    """How the model is best used; see `pipelines.model.GenerationDefaults`."""
+
+    @property
+    def components(self) -> dict[str, str]:
+        """The sources that are given, by component."""
+        values = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "defaults"}
+        return {name: source for name, source in values.items() if source is not None}
+
+
+def combine(
+    folder: str | Path, sources: ModelSources, *, relative_to: str | Path = ".", download: bool = True
+) -> ModelFolder:
+    """Put a model folder together from components that lie elsewhere, as links to them; hub ids are downloaded.
+
+    Args:
+        folder: The model folder to write; it appears complete or not at all.
+        sources: Where the components lie.
+        relative_to: Where relative folders start.
+        download: Whether hub ids that are not in the cache may be downloaded.
+
+    Raises:
+        FileNotFoundError: If a source is not there.
+        FileExistsError: If there is something at `folder` already.
+        CheckpointError: If components do not fit each other.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise FileExistsError(f"{str(folder)!r} is there already: give another folder, or remove it")
+    links = {name: _locate(name, source, Path(relative_to), download) for name, source in sources.components.items()}
+    text, dit = links.get("text_encoder"), links.get("dit")
+    if isinstance(text, dict) and isinstance(dit, Path):  # as many tokens as the DiT was trained with
+        text["max_length"] = component_config(dit).get("model_max_length", text["max_length"])
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    temporary.mkdir(parents=True)
+    try:
+        for name, source in links.items():
+            if isinstance(source, Path):
+                (temporary / name).symlink_to(source, target_is_directory=True)
+            else:
+                write_text(temporary / name / CONFIG_NAME, json.dumps(source, indent=2) + "\n")
+        write_model_index(temporary, sources.defaults)
+        temporary.replace(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return ModelFolder.open(folder, required=links, verify=False)
+
+
+def _locate(name: str, source: str, base: Path, download: bool) -> Path | dict[str, Any]:
+    """Folder of a component, or for a T5 the `config.json` that names it: its many gigabytes are not hashed."""
+    place = base / Path(source).expanduser()
+    if not place.is_dir() and not is_hub_id(source):
+        raise FileNotFoundError(f"{name}: no folder {source!r}, and that is no hub id 'owner/name'")
+    if name == "text_encoder":
+        from arlon.text.encoders import t5_component
+
+        if not place.is_dir():
+            return t5_component(source)
+        if component_config(place).get("d_model") is not None:
+            return t5_component(place.resolve())
+    folder = place.resolve() if place.is_dir() else fetch(source, download=download)
+    component_config(folder)  # whether there is one
+    return folder
+
+
+def resolve_model(name_or_path: str | Path, *, download: bool = True) -> Path:
+    """Folder of a model: the name of a packaged model, a folder, a model file (.yaml), or a hub id `owner/name`.
+
+    A hub id is looked up in the local cache or downloaded, unless `download` or `HF_HUB_OFFLINE=1` forbid it.
 
     Raises:
         FileNotFoundError: If there is no such model; the message tells the nearest known name.
+        ConfigError: If a model file is not one.
     """
     name = str(name_or_path)
     if name in PACKAGED_MODELS:
@@ -239,24 +337,33 @@ def resolve_model(name_or_path: str | Path) -> Path:
         return folder
     if name and Path(name).expanduser().is_dir():
         return Path(name).expanduser()
-    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name):
-        return _from_hub(name)
+    if Path(name).suffix in MODEL_FILE_SUFFIXES:
+        return _combined(Path(name).expanduser(), download)
+    if is_hub_id(name):
+        return fetch(name, download=download)
     near = difflib.get_close_matches(name, PACKAGED_MODELS, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     raise FileNotFoundError(
-        f"unknown model {name!r}: {hint}known are {', '.join(PACKAGED_MODELS)}, any model folder, "
+        f"unknown model {name!r}: {hint}known are {', '.join(PACKAGED_MODELS)}, any model folder or model file, "
         "or a hub id 'owner/name'"
     )
 
 
-def _from_hub(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"]))
-    except Exception as error:  # the hub client raises errors of several libraries
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise FileNotFoundError(f"no folder {name!r}, and no model of that name on the hub: {reason}") from error
+def _combined(file: Path, download: bool) -> Path:
+    """The model folder of a model file, in the cache; it is put together anew when the file or a weight changes."""
+    sources = load_config(ModelSources, [file])
+    if not sources.components:
+        raise CheckpointError(f"{str(file)!r} names no component: expected some of {', '.join(COMPONENTS)}")
+    digest = hashlib.sha256(repr((file.parent.resolve(), sources)).encode())
+    for name, source in sources.components.items():
+        located = _locate(name, source, file.parent, download)
+        for weights in sorted(located.iterdir()) if isinstance(located, Path) else []:
+            digest.update(f"{weights}:{weights.stat().st_size}:{weights.stat().st_mtime_ns}\n".encode())
+    cache = Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "arlon").expanduser()
+    folder = cache / "models" / f"{file.stem}-{digest.hexdigest()[:12]}"
+    if not folder.is_dir():
+        combine(folder, sources, relative_to=file.parent, download=download)
+    return folder
 
 
 def _verify(path: Path, hashes: Mapping[str, str]) -> None:

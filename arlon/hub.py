@@ -1,0 +1,49 @@
+"""The Hugging Face hub: the one place that may download, and only what it is asked for.
+
+A hub id is `owner/name`, or `owner/name/folder` for one folder of a repository. `HF_HUB_OFFLINE=1` keeps to what is in
+the local cache. Pickles are never fetched.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+FILES = ("*.json", "*.safetensors", "*.model", "*.txt")
+"""What a component or its tokenizer consists of."""
+_HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)((?:/[A-Za-z0-9][\w.-]*)*)")
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name could be a hub id; nothing is looked up."""
+    return _HUB_ID.fullmatch(name) is not None
+
+
+def fetch(name: str, *, beside: Sequence[str] = (), download: bool = True) -> Path:
+    """Local folder of a hub id, from the cache where it is there, else downloaded.
+
+    Args:
+        name: `owner/name` or `owner/name/folder`.
+        beside: Folders of the same repository that are wanted too, if they exist; they lie beside `folder`.
+        download: Whether what is not in the cache may be downloaded.
+
+    Raises:
+        FileNotFoundError: If there is no such repository or folder, or it cannot be reached.
+    """
+    from huggingface_hub import snapshot_download
+
+    match = _HUB_ID.fullmatch(name)
+    if match is None:
+        raise FileNotFoundError(f"{name!r} is no hub id: expected owner/name or owner/name/folder")
+    repository, folder = match[1], match[2].lstrip("/")
+    folders = [f"{folder}/", *(f"{other}/" for other in beside)] if folder else [""]
+    try:
+        patterns = [f"{part}{file}" for part in folders for file in FILES]
+        root = snapshot_download(repository, allow_patterns=patterns, local_files_only=not download)
+    except Exception as error:  # the hub client raises errors of several libraries
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise FileNotFoundError(f"no folder {name!r}, and no model of that name on the hub: {reason}") from error
+    if not (Path(root) / folder).is_dir():
+        raise FileNotFoundError(f"the hub's {repository!r} has no folder {folder!r} with {', '.join(FILES)}")
+    return Path(root) / folder

@@ -1,0 +1,55 @@
+"""`arlon doctor`."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from pipelines.commands.common import (
+    FAILED,
+    DtypeOption,
+    HeightOption,
+    JsonOption,
+    WidthOption,
+    reported,
+)
+
+
+def doctor(
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model", help="What a model needs: its name, folder or file, or opensora_v1_2 for the full size."
+        ),
+    ] = None,
+    height: HeightOption = None,
+    width: WidthOption = None,
+    duration: Annotated[
+        str | None, typer.Option("--duration", help='Length of the film: seconds, or "36f" frames. [default: 5]')
+    ] = None,
+    device: Annotated[str, typer.Option("--device", help="Where it would run: cpu, cuda, ...")] = "cpu",
+    dtype: Annotated[DtypeOption, typer.Option("--dtype", help="Precision it would run in.")] = DtypeOption.float32,
+    as_json: JsonOption = False,
+) -> None:
+    """Look at this machine: devices, memory, codecs; and whether a film fits. Nothing is loaded or downloaded."""
+    with reported():
+        from pipelines.storyboard import UsageError
+
+        if model is None and not height is width is duration is None:
+            raise UsageError("--height, --width and --duration say what film is meant: give --model too")
+        from pipelines.doctor import check_fit, examine, fit_lines, machine_lines, to_plain
+
+        options = {"height": height, "width": width, "duration": duration, "device": device, "dtype": dtype.value}
+        fit = None if model is None else check_fit(model, **options)
+        machine = examine()
+        if as_json:
+            typer.echo(json.dumps(to_plain(machine, fit), indent=2, ensure_ascii=False))
+        else:
+            rates = {here.name: here.flops_per_s for here in machine.devices}
+            lines = machine_lines(machine) + ([] if fit is None else fit_lines(fit, rates.get(fit.device.name, {})))
+            for name, text in lines:
+                typer.echo(f"{name:<14}{text}")
+        if machine.video or (fit is not None and fit.fits is False):
+            raise typer.Exit(FAILED)

@@ -1,0 +1,219 @@
+"""What a film takes: memory and floating-point operations of every part of a model, computed before anything is loaded.
+
+The parts of a film stay loaded side by side. Their working memory does not add up, as they work in turn, with two
+exceptions: the cache of the code model lasts as long as its take, and the injected features as long as their segment.
+Figures are those of one process; see `arlon.cost` for what they leave out.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from arlon import cost
+from arlon.cost import Cost
+from arlon.diffusion import samplers
+from arlon.grids import ceil_div
+from pipelines.model import ModelConfigs, read_configs
+from pipelines.plan import Plan, Segment
+from pipelines.requests import text_request
+
+if TYPE_CHECKING:
+    from arlon.checkpoint import ModelFolder
+
+HEADROOM = 1.75
+"""What a process takes over computed working memory, for kernels and allocator: 1.3 to 1.75 times at the larger sizes
+of benchmarks/working_memory.py, on a CPU."""
+WEIGHT_BYTES = 4
+"""Weights are held in float32."""
+GIGABYTE = 1e9
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartCost:
+    """One component of the model in a whole film."""
+
+    part: str
+    weight_bytes: int
+    working_bytes: int
+    flops: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilmCost:
+    """What a film takes in one process."""
+
+    parts: tuple[PartCost, ...]
+
+    @property
+    def weight_bytes(self) -> int:
+        """Memory of all weights."""
+        return sum(part.weight_bytes for part in self.parts)
+
+    @property
+    def working_bytes(self) -> int:
+        """Most memory of everything else, without the headroom."""
+        working = {part.part: part.working_bytes for part in self.parts}
+        lasting = working.pop("ar", 0)
+        working["dit"] += working.pop("injection", 0)
+        return lasting + max(working.values())
+
+    @property
+    def bytes(self) -> int:
+        """Weights, and working memory with headroom."""
+        return self.weight_bytes + round(HEADROOM * self.working_bytes)
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of the film."""
+        return sum(part.flops for part in self.parts)
+
+    def to_plain(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        parts = {
+            part.part: {
+                "weight_bytes": part.weight_bytes,
+                "working_bytes": part.working_bytes,
+                "flops": part.flops,
+            }
+            for part in self.parts
+        }
+        totals = {"bytes": self.bytes, "weight_bytes": self.weight_bytes, "working_bytes": self.working_bytes}
+        return totals | {"flops": self.flops, "parts": parts}
+
+
+def plan_cost(plan: Plan, model: ModelFolder | ModelConfigs, *, dtype: str = "float32") -> FilmCost:
+    """Memory and operations of a film.
+
+    Args:
+        plan: The film.
+        model: Its model, or the configs of one.
+        dtype: `bfloat16` runs under autocast, which keeps a rounded copy of the weights at work.
+    """
+    configs = model if isinstance(model, ModelConfigs) else read_configs(model)
+    return _Estimate(plan, configs, 2 if dtype == "bfloat16" else 0).film()
+
+
+@dataclass(frozen=True)
+class _Estimate:
+    """The parts of one film, one method each."""
+
+    plan: Plan
+    configs: ModelConfigs
+    copy_bytes: int
+    """Bytes a weight that the part at work takes besides."""
+
+    def film(self) -> FilmCost:
+        parts = {"text_encoder": self.text_encoder(), "dit": self.dit(), "vae": self.vae()}
+        if self.configs.has_codes:
+            parts |= {"ar": self.ar(), "vqvae": self.vqvae(), "injection": self.injection()}
+        return FilmCost(parts=tuple(self._part(name, *part) for name, part in parts.items()))
+
+    def text_encoder(self) -> tuple[Cost, float]:
+        return cost.text_cost(self.configs.text_encoder), len(text_request(self.plan).prompts)
+
+    def dit(self) -> tuple[Cost, float]:
+        """Guided passes count one, the others half."""
+        film = self.plan.storyboard
+        scales = Counter(self._guidance_scale(segment) for segment in self.plan.segments)
+        is_guided = set(scales) != {1}
+        passes = sum(count * (1.0 if scale != 1 or not is_guided else 0.5) for scale, count in scales.items())
+        evaluations = film.num_inference_steps * solver_evaluations(film.solver)
+        once = cost.dit_cost(
+            self.configs.dit,
+            self._segment_size,
+            text_length=self.configs.text_encoder.max_length,
+            batch=2 if is_guided else 1,
+        )
+        return once, passes * evaluations
+
+    def vae(self) -> tuple[Cost, float]:
+        """The segment that starts a take has the most new frames."""
+        frames = [segment.num_frames for segment in self.plan.segments]
+        once = cost.vae_decode_cost(self.configs.vae, max(frames), self._segment_size[1:])
+        return once, sum(frames) / max(frames)
+
+    def vqvae(self) -> tuple[Cost, float]:
+        """Codes of a segment with the halo on both sides."""
+        geometry = self.plan.geometry
+        frames = ceil_div(self._segment_size[0], geometry.code_ratio[0]) + 1 + 2 * geometry.code_halo
+        longest = max(take.num_code_frames for take in self.plan.takes)
+        once = cost.vqvae_cost(self.configs.vqvae, (min(frames, longest), *self.configs.ar.grid))
+        return once, len(self.plan.segments)
+
+    def injection(self) -> tuple[Cost, float]:
+        return cost.injection_cost(self.configs.injection, self._segment_size), len(self.plan.segments)
+
+    def ar(self) -> tuple[Cost, float]:
+        """Every frame as at the end of a full window; the window is read at every switch and every slide."""
+        config = self.configs.ar
+        batch = 1 if self.plan.geometry.defaults.ar_guidance_scale == 1 else 2
+        sizes = {"text_length": self.configs.text_encoder.max_length, "batch": batch}
+        frame, read = cost.ar_frame_cost(config, **sizes), cost.ar_read_cost(config, **sizes)
+        takes = self.plan.takes
+        slides = sum(ceil_div(max(0, take.num_code_frames - config.max_code_frames), config.hop) for take in takes)
+        reads = slides + sum(len(take.spans) for take in takes)
+        frames = sum(take.num_code_frames for take in takes)
+        return frame, frames + reads * read.flops / frame.flops
+
+    @cached_property
+    def _segment_size(self) -> tuple[int, int, int]:
+        film, geometry = self.plan.storyboard, self.plan.geometry
+        return geometry.grid.segment, *geometry.latent_size(film.height, film.width)
+
+    def _guidance_scale(self, segment: Segment) -> float:
+        own = self.plan.storyboard.shots[segment.shot].guidance_scale
+        return self.plan.storyboard.guidance_scale if own is None else own
+
+    def _part(self, name: str, once: Cost, calls: float) -> PartCost:
+        return PartCost(
+            part=name,
+            weight_bytes=once.num_parameters * WEIGHT_BYTES,
+            working_bytes=once.working_bytes + once.num_parameters * self.copy_bytes,
+            flops=round(once.flops * calls),
+        )
+
+
+def solver_evaluations(solver: str) -> int:
+    """Passes through the network that one step of a solver makes."""
+    calls = 0
+
+    def velocity(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        return torch.zeros_like(x)
+
+    samplers.sample(velocity, torch.zeros(1, 1), torch.tensor([1.0, 0.0]), solver)
+    return calls
+
+
+def cost_lines(film: FilmCost) -> list[str]:
+    """Two lines for people: memory and operations, the largest parts first."""
+    by_weight = sorted(film.parts, key=lambda part: -part.weight_bytes)
+    by_flops = sorted(film.parts, key=lambda part: -part.flops)
+    total = max(1, film.flops)
+    shares = [f"{part.part} {part.flops / total:.0%}" for part in by_flops if part.flops >= 0.005 * total]
+    weights = ", ".join(f"{part.part} {gigabytes(part.weight_bytes)}" for part in by_weight)
+    return [
+        f"memory about {gigabytes(film.bytes)} besides the program: "
+        f"weights {gigabytes(film.weight_bytes)} ({weights}), "
+        f"working {gigabytes(film.working_bytes)} with {HEADROOM - 1:.0%} headroom",
+        f"work about {operations(film.flops)}: {', '.join(shares)}",
+    ]
+
+
+def gigabytes(count: float) -> str:
+    """Bytes for people: `4.83 GB`, `120 MB`."""
+    return f"{count / GIGABYTE:.3g} GB" if count >= 0.9995 * GIGABYTE else f"{count / 1e6:.0f} MB"
+
+
+def operations(flops: float) -> str:
+    """Floating-point operations for people: `3.14 PFLOP`."""
+    for unit, size in (("EFLOP", 1e18), ("PFLOP", 1e15), ("TFLOP", 1e12)):
+        if flops >= size:
+            return f"{flops / size:.3g} {unit}"
+    return f"{flops / 1e9:.3g} GFLOP"

@@ -1,0 +1,290 @@
+"""Released folders: they load strictly, come out as the same bytes, and can be put together as a model."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from arlon import hub
+from arlon.checkpoint import (
+    BASE_COMPONENTS,
+    CheckpointError,
+    ModelFolder,
+    ModelSources,
+    combine,
+    find_weights,
+    load_component,
+    read_config,
+    resolve_model,
+    save_component,
+    stored_dtypes,
+)
+from arlon.config import ConfigError
+from arlon.models.stdit import STDiT3
+from arlon.models.video_vae import SpatialVAEConfig, TemporalVAEConfig, VideoVAE, VideoVAEConfig
+from arlon.text.encoders import load_text_encoder
+from pipelines.model import open_model, read_geometry
+from tests.pipelines.tiny_model import make_tiny_model
+
+DATA = Path(__file__).parents[1] / "data"
+DIT_EXTRAS = {
+    "architectures": ["STDiT3"],
+    "model_type": "STDiT3",
+    "enable_flash_attn": True,
+    "enable_layernorm_kernel": True,
+    "input_size": [None, None, None],
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.36.2",
+}
+VAE_CONFIG = {
+    "architectures": ["VideoAutoencoderPipeline"],
+    "model_type": "VideoAutoencoderPipeline",
+    "cal_loss": False,
+    "freeze_vae_2d": False,
+    "from_pretrained": None,
+    "micro_frame_size": 17,
+    "scale": [3.85, 2.32, 2.33, 3.06],
+    "shift": [-0.1, 0.34, 0.27, 0.98],
+    "vae_2d": {"type": "VideoAutoencoderKL", "from_pretrained": "owner/name", "micro_batch_size": 2},
+    "vae_temporal": {"type": "VAE_Temporal_SD", "from_pretrained": None},
+}
+
+
+def released_dit(folder: Path, dtype: torch.dtype = torch.float32, num_shards: int = 1) -> Path:
+    """An STDiT3 of Open-Sora's own code, as its training writes it: config.json and safetensors in one precision."""
+    folder.mkdir(parents=True)
+    config = json.loads((DATA / "stdit3_s_weights.json").read_text())["config"]
+    (folder / "config.json").write_text(json.dumps(config | DIT_EXTRAS))
+    tensors = {name: tensor.to(dtype) for name, tensor in load_file(DATA / "stdit3_s_weights.safetensors").items()}
+    if num_shards == 1:
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        return folder
+    names = {name: f"model-{i % num_shards + 1:05}-of-{num_shards:05}.safetensors" for i, name in enumerate(tensors)}
+    for shard in set(names.values()):
+        save_file({n: tensors[n] for n in names if names[n] == shard}, folder / shard, metadata={"format": "pt"})
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    return folder
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_released_dit_comes_out_as_the_same_bytes(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Also where buffers and rotary frequencies, which we keep in float32, were rounded by the release."""
+    folder = released_dit(tmp_path / "released", dtype)
+    dit = STDiT3.from_pretrained(folder)
+    save_component(dit, tmp_path / "export", dtype=stored_dtypes(folder))
+    weights = (folder / "model.safetensors").read_bytes()
+    assert (tmp_path / "export" / "model.safetensors").read_bytes() == weights
+    assert STDiT3.from_pretrained(tmp_path / "export").config == dit.config
+
+
+def test_sharded_dit_equals_the_whole_one(tmp_path: Path) -> None:
+    whole = STDiT3.from_pretrained(released_dit(tmp_path / "whole"))
+    folder = released_dit(tmp_path / "sharded", num_shards=3)
+    sharded = STDiT3.from_pretrained(folder)
+    for (name, a), b in zip(whole.state_dict().items(), sharded.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    save_component(sharded, tmp_path / "export", dtype=stored_dtypes(folder))
+    assert (tmp_path / "export" / "model.safetensors").read_bytes() == (
+        tmp_path / "whole" / "model.safetensors"
+    ).read_bytes()
+
+
+def test_tensors_that_do_not_fit_are_named_and_nothing_is_loaded(tmp_path: Path) -> None:
+    folder = released_dit(tmp_path / "dit")
+    tensors = load_file(folder / "model.safetensors")
+    for changes, message in (
+        (
+            {"rope.freqs": None, "x_embedder.proj.bias": None},
+            r"lacks tensors, 2 of \d+: rope.freqs, x_embedder.proj.bi",
+        ),
+        ({"pos_embed": torch.zeros(2)}, r"has unexpected tensors, 1 of \d+: pos_embed"),
+        ({"x_embedder.proj.bias": torch.zeros(3)}, r"x_embedder.proj.bias is \(3,\), expected \(64,\)"),
+        ({"rope.freqs": torch.zeros(8, dtype=torch.int32)}, "rope.freqs is stored as I32, expected torch.float32"),
+    ):
+        changed = {name: tensor for name, tensor in (tensors | changes).items() if tensor is not None}
+        save_file(changed, folder / "model.safetensors")
+        with pytest.raises(CheckpointError, match=message):
+            STDiT3.from_pretrained(folder)
+
+
+SMALL_SPATIAL = SpatialVAEConfig(layers_per_block=1, block_out_channels=(4, 4, 4, 4), norm_num_groups=2)
+SMALL_TEMPORAL = TemporalVAEConfig(filters=4, num_res_blocks=1, channel_multipliers=(1, 1, 1, 1), num_groups=2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SmallVAEConfig(VideoVAEConfig):
+    spatial: SpatialVAEConfig = field(default_factory=lambda: SMALL_SPATIAL)
+    temporal: TemporalVAEConfig = field(default_factory=lambda: SMALL_TEMPORAL)
+
+
+class SmallVAE(VideoVAE):
+    """Released configs state no widths; these are what a test can hold."""
+
+    config_class = SmallVAEConfig
+
+
+def released_vae(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(VAE_CONFIG))
+    tensors = {name: torch.randn(t.shape) for name, t in SmallVAE(SmallVAEConfig()).state_dict().items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_released_vae_loads_and_comes_out_as_the_same_bytes(tmp_path: Path) -> None:
+    folder = released_vae(tmp_path / "vae")
+    vae = load_component(SmallVAE, folder)
+    assert vae.config == SmallVAEConfig(micro_batch_size=2)
+    save_component(vae, tmp_path / "export", dtype=stored_dtypes(folder))
+    assert (tmp_path / "export" / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+    video = torch.rand(1, 3, 17, 16, 16)
+    torch.testing.assert_close(load_component(SmallVAE, tmp_path / "export").encode(video), vae.encode(video))
+
+
+def test_released_vae_config_means_the_full_size(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(VAE_CONFIG))
+    assert read_config(VideoVAE, tmp_path) == VideoVAEConfig(micro_batch_size=2)
+    with pytest.raises(ConfigError, match=r"config.json' as STDiT3: unknown key 'cal_loss'"):
+        read_config(STDiT3, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("part", "prefix"), [("VAE_Temporal_SD", "temporal_vae."), ("AutoencoderKL_sdxl", "spatial_vae.module.")]
+)
+def test_full_size_vae_has_the_released_keys_and_shapes(part: str, prefix: str) -> None:
+    expected = json.loads(gzip.decompress((DATA / "vae_full_size_keys.json.gz").read_bytes()))[part]
+    with torch.device("meta"):
+        state = VideoVAE(VideoVAEConfig()).state_dict()
+    found = {name.removeprefix(prefix): list(t.shape) for name, t in state.items() if name.startswith(prefix)}
+    assert found == expected["keys"]
+    assert sum(t.numel() for name, t in state.items() if name.startswith(prefix)) == expected["num_params"]
+    others = {name for name in state if not name.startswith(("temporal_vae.", "spatial_vae.module."))}
+    assert others == {"scale", "shift"}
+    assert state["scale"].shape == state["shift"].shape == (1, 4, 1, 1, 1)
+
+
+# --- model files ---
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Components in one place, as downloads lie in a folder; the T5 is a bare one."""
+    return make_tiny_model(tmp_path_factory.mktemp("parts") / "tiny")
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ARLON_CACHE", str(tmp_path / "cache"))
+
+
+def write_model_file(folder: Path, parts: Path, **changes: Any) -> Path:
+    relative = os.path.relpath(parts, folder)
+    sources = {"vae": f"{relative}/vae", "dit": f"{relative}/dit", "text_encoder": f"{relative}/text_encoder/t5"}
+    values = {**sources, "defaults": {"height": 32, "width": 48, "segment": 15}, **changes}
+    file = folder / "base.yaml"
+    file.write_text(json.dumps({name: value for name, value in values.items() if value is not None}))  # JSON is YAML
+    return file
+
+
+def test_a_model_file_makes_a_base_of_released_folders(parts: Path, tmp_path: Path) -> None:
+    file = write_model_file(tmp_path, parts)
+    model, identity = open_model(str(file), required=BASE_COMPONENTS)
+    assert set(model.components) == set(BASE_COMPONENTS)
+    assert identity["name"] == "base"
+    assert (model.path / "dit").resolve() == (parts / "dit").resolve()
+    assert find_weights(model.component("dit"))[0].samefile(parts / "dit" / "model.safetensors")
+    encoder = load_text_encoder(model.component("text_encoder"))
+    assert (encoder.dim, encoder.max_length, encoder.clean) == (12, 10, True)
+    geometry = read_geometry(model)
+    assert not geometry.has_codes
+    assert (geometry.defaults.height, geometry.code_ratio, geometry.code_grid) == (32, (1, 1, 1), None)
+    with pytest.raises(FileNotFoundError, match="lacks the components ar, injection, vqvae"):
+        open_model(str(file))
+
+
+def test_a_model_file_is_put_together_again_when_weights_change(parts: Path, tmp_path: Path) -> None:
+    dit = tmp_path / "dit"
+    dit.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (dit / name).write_bytes((parts / "dit" / name).read_bytes())
+    file = write_model_file(tmp_path, parts, dit="dit")
+    first = resolve_model(file)
+    assert resolve_model(file) == first
+    tensors = load_file(dit / "model.safetensors")
+    save_file({name: tensor + 1 for name, tensor in tensors.items()}, dit / "model.safetensors")
+    os.utime(dit / "model.safetensors", ns=(1, 1))
+    second = resolve_model(file)
+    assert second != first
+    hashes = [ModelFolder.open(folder, required=(), verify=False).model_hash for folder in (first, second)]
+    assert hashes[0] != hashes[1]
+
+
+def test_some_of_the_code_components_are_refused(parts: Path, tmp_path: Path) -> None:
+    file = write_model_file(tmp_path, parts, vqvae=str(parts / "vqvae"))
+    with pytest.raises(FileNotFoundError, match="has vqvae but lacks ar, injection"):
+        read_geometry(open_model(str(file), required=BASE_COMPONENTS)[0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"dit": "nowhere"}, FileNotFoundError, "dit: no folder 'nowhere', and that is no hub id"),
+        ({"dit": "owner/not-cached"}, FileNotFoundError, "no folder 'owner/not-cached', and no model of that name"),
+        ({"dti": "x"}, ConfigError, "unknown key 'dti', did you mean 'dit'"),
+    ],
+)
+def test_wrong_model_files_say_what_is_wrong(
+    parts: Path, tmp_path: Path, changes: dict[str, str], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        resolve_model(write_model_file(tmp_path, parts, **changes))
+    assert not list((tmp_path / "cache").rglob("*.json"))
+
+
+def test_components_that_disagree_leave_nothing_behind(parts: Path, tmp_path: Path) -> None:
+    small = released_dit(tmp_path / "dit")
+    with pytest.raises(CheckpointError, match=r"text_encoder' has text width 12, but|dit' has text width 32, but"):
+        combine(tmp_path / "model", ModelSources(dit=str(small), text_encoder=str(parts / "text_encoder" / "t5")))
+    assert [path.name for path in tmp_path.iterdir()] == ["dit"]
+
+
+def test_an_existing_folder_is_not_overwritten(parts: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileExistsError, match="is there already"):
+        combine(tmp_path, ModelSources(dit=str(parts / "dit")))
+
+
+# --- hub ---
+
+
+def test_hub_fetches_one_folder_and_no_pickles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "text_encoder").mkdir()
+    asked: list[tuple[str, dict[str, Any]]] = []
+
+    def snapshot(name: str, **options: Any) -> str:
+        asked.append((name, options))
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    found = hub.fetch("owner/name/text_encoder", beside=("tokenizer",), download=False)
+    assert found == tmp_path / "text_encoder"
+    name, options = asked[0]
+    assert (name, options["local_files_only"]) == ("owner/name", True)
+    assert {pattern.split("/")[0] for pattern in options["allow_patterns"]} == {"text_encoder", "tokenizer"}
+    assert {pattern.rsplit(".")[-1] for pattern in options["allow_patterns"]} == {"json", "safetensors", "model", "txt"}
+    with pytest.raises(FileNotFoundError, match="has no folder 'nothing'"):
+        hub.fetch("owner/name/nothing")
+
+
+@pytest.mark.parametrize(
+    ("name", "is_id"), [("a/b", True), ("a/b/c", True), ("a", False), ("../a", False), ("/a/b", False), ("a//b", False)]
+)
+def test_hub_ids_are_told_from_paths(name: str, is_id: bool) -> None:
+    assert hub.is_hub_id(name) is is_id

@@ -1,0 +1,226 @@
+"""What a film costs, and what the doctor says about it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+from arlon import cost
+from arlon.checkpoint import BASE_COMPONENTS
+from pipelines import doctor
+from pipelines.cli import app
+from pipelines.film_cost import FilmCost, PartCost, cost_lines, gigabytes, operations, plan_cost, solver_evaluations
+from pipelines.model import open_model, read_configs, read_geometry, read_size
+from pipelines.plan import Plan, make_plan, resolve_storyboard
+from pipelines.storyboard import parse_storyboard
+from tests.pipelines import tiny_model as tiny
+
+
+def arlon(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def plan_of(model: Path, *shots: dict[str, object], **film: object) -> Plan:
+    geometry = read_geometry(open_model(str(model), required=BASE_COMPONENTS)[0])
+    return make_plan(
+        resolve_storyboard(parse_storyboard({"shots": list(shots), **film}), geometry.defaults, 1), geometry
+    )
+
+
+@pytest.fixture
+def base(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A model file of the tiny model's base."""
+    monkeypatch.setenv("ARLON_CACHE", str(tmp_path / "cache"))
+    sources = {name: str(tiny_model / name) for name in ("vae", "dit")} | {
+        "text_encoder": str(tiny_model / "text_encoder" / "t5")
+    }
+    defaults = {"height": 512, "width": 768, "segment": 15, "num_inference_steps": 2}
+    (tmp_path / "base.yaml").write_text(json.dumps(sources | {"defaults": defaults}))
+    return tmp_path / "base.yaml"
+
+
+@pytest.fixture
+def scarce(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with room for two hundred megabytes besides the program."""
+    program = 500_000_000
+    monkeypatch.setattr(doctor, "process_memory_bytes", lambda: program)
+    monkeypatch.setattr(doctor, "memory_limits", lambda: (10**9, program + 200_000_000))
+
+
+def test_a_film_costs_its_segments_and_steps(tiny_model: Path) -> None:
+    model = open_model(str(tiny_model))[0]
+    shots = ({"prompt": "a", "duration": "85f"}, {"prompt": "b", "duration": "51f", "transition": "cut"})
+    plan = plan_of(tiny_model, *shots, num_inference_steps=3)
+    assert len(plan.segments) == 3
+    parts = {part.part: part for part in plan_cost(plan, model).parts}
+    configs = read_configs(model)
+    once = cost.dit_cost(configs.dit, (15, 4, 6), text_length=tiny.TEXT_LENGTH, batch=2)
+    assert parts["dit"].flops == 3 * 3 * once.flops
+    assert parts["dit"].weight_bytes == 4 * once.num_parameters
+    decode = cost.vae_decode_cost(configs.vae, 51, (4, 6))
+    assert parts["vae"].flops == pytest.approx(decode.flops * (51 + 34 + 51) / 51)
+    assert parts["text_encoder"].flops == 2 * cost.text_cost(configs.text_encoder).flops
+    assert set(parts) == {"text_encoder", "dit", "vae", "ar", "vqvae", "injection"}
+
+
+def test_without_guidance_the_dit_works_half_as_much(tiny_model: Path) -> None:
+    model = open_model(str(tiny_model))[0]
+
+    def dit_flops(*scales: float) -> int:
+        shots = [{"prompt": "a", "duration": "51f", "transition": "cut", "guidance_scale": scale} for scale in scales]
+        return {part.part: part.flops for part in plan_cost(plan_of(tiny_model, *shots), model).parts}["dit"]
+
+    assert dit_flops(1, 1) * 2 == pytest.approx(dit_flops(3, 3))
+    assert dit_flops(1, 3) * 2 == pytest.approx(dit_flops(1, 1) + dit_flops(3, 3))
+
+
+def test_parts_work_in_turn_but_cache_and_features_stay() -> None:
+    sizes = {"text_encoder": 50, "dit": 20, "vae": 45, "ar": 7, "vqvae": 3, "injection": 30}
+    parts = tuple(PartCost(part=p, weight_bytes=100, working_bytes=n, flops=1) for p, n in sizes.items())
+    assert FilmCost(parts=parts).working_bytes == 7 + 50
+    assert FilmCost(parts=parts).bytes == 600 + round(1.75 * 57)
+    more = tuple(replace(part, working_bytes=40) if part.part == "dit" else part for part in parts)
+    assert FilmCost(parts=more).working_bytes == 7 + 70
+
+
+def test_autocast_keeps_a_rounded_copy(tiny_model: Path) -> None:
+    model = open_model(str(tiny_model))[0]
+    plan = plan_of(tiny_model, {"prompt": "a"})
+    full, half = (plan_cost(plan, model, dtype=dtype) for dtype in ("float32", "bfloat16"))
+    for before, after in zip(full.parts, half.parts, strict=True):
+        assert after.weight_bytes == before.weight_bytes
+        assert after.working_bytes == before.working_bytes + before.weight_bytes // 2
+
+
+def test_solver_evaluations_are_counted() -> None:
+    assert solver_evaluations("euler") == 1
+
+
+@pytest.mark.parametrize(
+    ("found", "text"),
+    [
+        (gigabytes(4.831e9), "4.83 GB"),
+        (gigabytes(19.049e9), "19 GB"),
+        (gigabytes(12e6), "12 MB"),
+        (gigabytes(0.9999e9), "1 GB"),
+        (operations(3.14e15), "3.14 PFLOP"),
+        (operations(2e9), "2 GFLOP"),
+        (operations(5e18), "5 EFLOP"),
+    ],
+)
+def test_figures_for_people(found: str, text: str) -> None:
+    assert found == text
+
+
+def test_plan_prints_memory_and_work(tiny_model: Path) -> None:
+    arguments = ("plan", "--model", tiny_model, "--prompt", "a red circle", "--seed", 5)
+    result = arlon(*arguments)
+    assert result.exit_code == 0, result.stderr
+    assert "memory about" in result.stdout
+    assert "work about" in result.stdout
+    plain = json.loads(arlon(*arguments, "--json").stdout)["cost"]
+    assert plain["flops"] == sum(part["flops"] for part in plain["parts"].values()) > 0
+    assert plain["bytes"] == plain["weight_bytes"] + round(1.75 * plain["working_bytes"])
+
+
+def test_doctor_describes_the_machine() -> None:
+    result = arlon("doctor", "--json")
+    assert result.exit_code == 0, result.stderr
+    machine = json.loads(result.stdout)
+    assert machine["video"] is None
+    assert machine["packages"]["torch"] in torch.__version__
+    cpu = machine["devices"][0]
+    assert cpu["name"] == "cpu"
+    assert 0 < cpu["free_bytes"] <= cpu["memory_bytes"]
+    assert cpu["flops_per_s"]["float32"] > 1e8
+    assert "film" not in machine
+    text = arlon("doctor").stdout
+    assert all(word in text for word in ("device", "H.264", "all-MiniLM-L6-v2", "ray"))
+
+
+def test_broken_video_output_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object, **options: object) -> None:
+        raise OSError("no encoder 'libx264'")
+
+    monkeypatch.setattr(doctor, "VideoWriter", fail)
+    result = arlon("doctor")
+    assert result.exit_code == 1
+    assert "H.264 cannot be written: no encoder 'libx264'" in result.stdout
+
+
+def test_a_model_that_fits(tiny_model: Path) -> None:
+    result = arlon("doctor", "--model", tiny_model, "--duration", "51f", "--json")
+    assert result.exit_code == 0, result.stderr
+    film = json.loads(result.stdout)["film"]
+    assert (film["num_frames"], film["fits"], film["advice"]) == (51, True, [])
+    assert film["needed_bytes"] == film["cost"]["bytes"] + film["program_bytes"]
+    assert film["has_text_encoder"] is True
+
+
+@pytest.mark.usefixtures("scarce")
+def test_a_base_that_does_not_fit_is_told_the_largest_size_that_does(base: Path) -> None:
+    result = arlon("doctor", "--model", base, "--duration", "51f")
+    assert result.exit_code == 1, result.stdout
+    assert "a base alone, without codes" in result.stdout
+    assert "NO: " in result.stdout
+    advised = next(line for line in result.stdout.splitlines() if "--height" in line)
+    height, width = (int(advised.split()[place]) for place in (2, 4))
+    assert 16 <= height < 512
+    assert doctor.check_fit(str(base), duration="51f", height=height, width=width).fits
+
+
+def test_the_full_size_needs_no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "memory_limits", lambda: (24_000_000_000, 20_000_000_000))
+    fit = doctor.check_fit("opensora_v1_2", duration="68f")
+    parts = {part.part: part for part in fit.cost.parts}
+    assert parts["text_encoder"].weight_bytes == pytest.approx(19.05e9, rel=0.01)
+    assert parts["dit"].weight_bytes == 4 * (1_207_643_972 + 300 * 4096)
+    assert fit.fits is False
+    assert not fit.has_text_encoder
+    assert any("weights alone take" in line and "text_encoder" in line for line in fit.advice)
+    assert any("--model shapes" in line for line in fit.advice)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--height", 64), "give --model too"),
+        (("--model", "nowhere"), "unknown model 'nowhere'"),
+        (("--model", "TINY", "--height", 33), "height (33) must be a multiple of"),
+        (("--model", "TINY", "--duration", "x"), "got 'x'"),
+        (("--model", "TINY", "--device", "tpu9"), "cannot compute on device 'tpu9'"),
+    ],
+)
+def test_wrong_usage_is_one_message(tiny_model: Path, arguments: tuple[object, ...], message: str) -> None:
+    result = arlon("doctor", *(tiny_model if argument == "TINY" else argument for argument in arguments))
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert result.stdout == ""
+
+
+def test_memory_of_a_container_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limit, used = tmp_path / "max", tmp_path / "current"
+    total, _ = doctor.memory_limits()
+    monkeypatch.setattr(doctor, "CGROUP_FILES", ((str(limit), str(used)),))
+    limit.write_text("1000000\n")
+    used.write_text("400000\n")
+    assert doctor.memory_limits() == (1_000_000, 600_000)
+    limit.write_text("max\n")
+    assert doctor.memory_limits()[0] == total
+
+
+@pytest.mark.parametrize("name", ["", "..", "nowhere", "shapes/tiny"])
+def test_other_names_are_no_size(name: str) -> None:
+    assert read_size(name) is None
+
+
+def test_cost_lines_name_every_part_with_weights(tiny_model: Path) -> None:
+    film = plan_cost(plan_of(tiny_model, {"prompt": "a"}), open_model(str(tiny_model))[0])
+    memory, work = cost_lines(film)
+    assert all(part.part in memory for part in film.parts)
+    assert "dit" in work
