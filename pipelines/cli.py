@@ -11,9 +11,19 @@ from typing import Annotated
 
 import typer
 
+from pipelines.commands.batch import batch
 from pipelines.commands.common import INTERRUPTED, say
+from pipelines.commands.doctor import doctor
+from pipelines.commands.evaluate import evaluate
+from pipelines.commands.extend import extend
+from pipelines.commands.fork import fork
 from pipelines.commands.generate import generate, plan
+from pipelines.commands.inspect import inspect
+from pipelines.commands.redo import redo
+from pipelines.commands.resume import resume
 from pipelines.commands.sheet import sheet
+from pipelines.commands.status import status
+from pipelines.commands.verify import verify
 
 app = typer.Typer(
     name="arlon",
@@ -43,7 +53,8 @@ def _root(
     pass
 
 
-for command in (generate, plan, sheet):
+COMMANDS = (generate, plan, batch, resume, redo, extend, fork, status, inspect, verify, sheet, evaluate, doctor)
+for command in COMMANDS:
     app.command()(command)
 
 

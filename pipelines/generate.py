@@ -1,31 +1,37 @@
 """From a storyboard to a film on disk: check everything, run, and put the film in its place.
 
-`prepare` does all the checks and no work; `generate` does the work. See `pipelines/output.py` for where things go.
+`prepare` does all the checks and no work; `generate` does the work. See `pipelines/output.py` for where things go, and
+`pipelines/resume.py` for going on with a film.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import json
 import os
 import time
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from pipelines.durable import make_folder, sweep, write_json
+from pipelines.film_file import RECORD_FORMAT, film_tags, finalise
+from pipelines.lock import RunLock
 from pipelines.model import GenerationDefaults, ModelGeometry, open_model, read_geometry
 from pipelines.output import OutputPaths, check_output, output_paths
 from pipelines.plan import Plan, make_plan, resolve_storyboard
-from pipelines.requests import Job, Settings, WriteResult
-from pipelines.run_folder import RunFolder, hash_bytes, write_json
+from pipelines.requests import Committed, Job, Settings, WriteResult
+from pipelines.run_folder import RunFolder
 from pipelines.storyboard import Storyboard, UsageError, random_seed
 from pipelines.version import version
 
+if TYPE_CHECKING:
+    from pipelines.graph import GraphConfig
+    from pipelines.local import WorkerSource
+
 Executor = Literal["local", "ray"]
 DEFAULT_MODEL = "shapes"
-RECORD_FORMAT = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +43,7 @@ class Prepared:
     record: dict[str, Any]
     """What is stored in the film and beside it."""
     model_source: str
-    """The model as it was asked for."""
+    """The model as it was asked for; a folder by its full path."""
 
     @property
     def plan(self) -> Plan:
@@ -50,7 +56,7 @@ class Progress:
     """Where a film stands after a segment."""
 
     done: int
-    """Segments stored."""
+    """Segments stored, those of earlier runs included."""
     total: int
     result: WriteResult
     prompt: str
@@ -59,21 +65,28 @@ class Progress:
     """Estimate of the time left, from the pace of the segments so far."""
 
 
+Begin = Callable[[Prepared, str], Committed]
+"""What makes a run folder ready for an executor, under the lock of the run, and tells what it holds already."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class FilmResult:
     """A finished film."""
 
     film: Path
-    sidecar: Path
+    sidecar: Path | None
+    """What it was made from; None if that was not to be stored."""
     run_dir: Path
     seed: int
     num_frames: int
     duration_s: float
     elapsed_s: float
+    num_made: int
+    """Segments made; the others were in the run folder."""
     first_segment_s: float
-    """From the start until the first segment could be played."""
+    """From the start until the first segment made could be played; 0 if none was made."""
     steps_s: dict[str, float]
-    """Seconds in each step, summed over segments; with the ray executor steps overlap."""
+    """Seconds in each step, summed over segments made; with the ray executor steps overlap."""
     film_hash: str
     """SHA-256 of the film."""
 
@@ -120,6 +133,7 @@ def prepare(
     output: str | Path | None = None,
     overwrite: bool = False,
     settings: Mapping[str, Any] | None = None,
+    metadata: bool = True,
 ) -> Prepared:
     """Check everything that can be checked before the work.
 
@@ -129,6 +143,7 @@ def prepare(
         output: A film (`.mp4`) or a folder; see the module.
         overwrite: Replace a film, or a run, that is already there.
         settings: Values of `Settings`, where they differ from the model's.
+        metadata: Store in the film and beside it what it was made from.
 
     Raises:
         UsageError: If something asked for is not possible.
@@ -139,21 +154,53 @@ def prepare(
     checked = make_settings(plan.geometry.defaults, settings or {})
     paths = output_paths(output, plan.storyboard)
     check_output(paths, overwrite=overwrite)
-    record = film_record(plan, identity, checked)
+    source = _model_source(storyboard, model)
+    return assemble(plan, identity, folder, settings=checked, paths=paths, model_source=source, metadata=metadata)
+
+
+def assemble(
+    plan: Plan,
+    identity: Mapping[str, str],
+    model_path: Path,
+    *,
+    settings: Settings,
+    paths: OutputPaths,
+    model_source: str,
+    metadata: bool = True,
+    arlon_version: str | None = None,
+) -> Prepared:
+    """A film that can be made, from parts that were checked.
+
+    Args:
+        plan: Of the film.
+        identity: Name and content hash of the model.
+        model_path: Its folder.
+        settings: How it is computed.
+        paths: Where it goes.
+        model_source: The model as it was asked for.
+        metadata: Store the record in the film and beside it.
+        arlon_version: That the film names; None: this one.
+    """
+    record = film_record(plan, identity, settings)
+    if arlon_version is not None:
+        record["arlon"] = arlon_version
     job = Job(
         plan=plan,
-        settings=checked,
-        model_path=str(folder.resolve()),
+        settings=settings,
+        model_path=str(model_path.resolve()),
         model_hash=identity["hash"],
         run_dir=str(paths.run_dir.resolve()),
         partial_path=str(paths.partial.resolve()),
-        tag=json.dumps(record, ensure_ascii=False, separators=(",", ":")),
+        tags=film_tags(record, plan.storyboard.shots[0].prompt) if metadata else {},
     )
-    return Prepared(job=job, paths=paths, record=record, model_source=_model_source(storyboard, model))
+    return Prepared(job=job, paths=paths, record=record, model_source=model_source)
 
 
 def _model_source(storyboard: Storyboard, model: str | None) -> str:
-    return model if model is not None else storyboard.model or DEFAULT_MODEL
+    """The model as it was asked for; a folder by its full path, so that it is found from anywhere."""
+    source = model if model is not None else storyboard.model or DEFAULT_MODEL
+    path = Path(source).expanduser()
+    return str(path.resolve()) if source and path.is_dir() else source
 
 
 def make_settings(defaults: GenerationDefaults, values: Mapping[str, Any]) -> Settings:
@@ -199,6 +246,7 @@ def available_cores() -> int:
 def film_record(plan: Plan, identity: Mapping[str, str], settings: Settings) -> dict[str, Any]:
     """What a film was made from, in plain values and without any path: enough to make it again."""
     timeline = {name: value for name, value in plan.to_plain().items() if name not in ("takes", "segments")}
+    timeline["segment_starts"] = [segment.start_frame for segment in plan.segments]
     return {
         "format": RECORD_FORMAT,
         "arlon": version(),
@@ -209,121 +257,167 @@ def film_record(plan: Plan, identity: Mapping[str, str], settings: Settings) -> 
     }
 
 
+def start_run(prepared: Prepared, executor: str) -> Committed:
+    """Make the run folder ready for a new film."""
+    sweep_film(prepared.paths)
+    RunFolder(prepared.paths.run_dir).start(run_record(prepared, executor))
+    return Committed()
+
+
+def sweep_film(paths: OutputPaths) -> None:
+    """Remove what a crash left of a film and its sidecar while they were written."""
+    sweep([paths.film.parent], (paths.film.name, paths.sidecar.name))
+
+
 def generate(
     prepared: Prepared,
     *,
+    begin: Begin = start_run,
     executor: Executor = "local",
     address: str | None = None,
+    graph: GraphConfig | None = None,
+    worker: WorkerSource | None = None,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> FilmResult:
     """Make a film.
 
-    If it is interrupted or fails, the segments made so far stay in the run folder and in the partial film; if there
-    are none, nothing stays.
+    If it is interrupted or fails, the codes and segments made so far stay in the run folder, from which
+    `pipelines.resume` goes on, and the segments in the partial film; if there is nothing, nothing stays.
 
     Args:
         prepared: From `prepare`.
+        begin: Makes the run folder ready; a new film unless told otherwise.
         executor: `local`, or `ray` for the same film with its steps in parallel.
         address: Ray cluster to join.
-        on_progress: Called after every segment.
+        graph: Actors of each role of the ray executor.
+        worker: Where `local` has its workers from; for many films `pipelines.local.KeptWorkers`. None: new ones.
+        on_progress: Called after every segment made.
 
     Raises:
         UsageError: If the executor is unknown.
+        RunLockedError: If another process works on the run.
         ValueError, OSError, RuntimeError: If the work fails.
     """
     started_s = time.perf_counter()
+    _check_executor(executor)
+    folder = RunFolder(prepared.paths.run_dir)
+    make_folder(folder.path)
+    with RunLock(folder.path):
+        committed = begin(prepared, executor)
+        folder.log("start", executor=executor, segments=len(committed.segments))
+        tally = _Tally(prepared.plan, committed, started_s)
+        segments = _run(prepared.job, committed, executor, address, graph, worker)
+        try:
+            for result in segments:
+                progress = tally.add(result)
+                if on_progress is not None:
+                    on_progress(progress)
+        except BaseException as error:
+            segments.close()
+            folder.log("stopped", reason=type(error).__name__, segments=tally.done)
+            if not tally.done:
+                prepared.paths.partial.unlink(missing_ok=True)
+            if not folder.holds_work():
+                folder.discard()
+            raise
+        return _finish(prepared, folder, tally)
+
+
+def _check_executor(executor: str) -> None:
+    if executor not in get_args(Executor):
+        raise UsageError(f"unknown executor {executor!r}, choose 'local' or 'ray'")
     if executor == "ray" and importlib.util.find_spec("ray") is None:
         raise UsageError("the ray executor needs Ray: pip install 'arlon[ray]'")
-    segments = _run(prepared.job, executor, address)
-    folder = RunFolder(prepared.paths.run_dir)
-    folder.start(_run_record(prepared, executor))
-    results: list[WriteResult] = []
-    ends_s: list[float] = []
-    try:
-        for result in segments:
-            results.append(result)
-            ends_s.append(time.perf_counter() - started_s)
-            if on_progress is not None:
-                on_progress(_progress(prepared.plan, results, ends_s))
-    except BaseException as error:
-        segments.close()
-        if results:
-            folder.log("stopped", reason=type(error).__name__, segments=len(results))
-        else:
-            prepared.paths.partial.unlink(missing_ok=True)
-            folder.discard()
-        raise
-    return _finish(prepared, folder, results, ends_s, started_s)
 
 
-def _run(job: Job, executor: str, address: str | None) -> Generator[WriteResult, None, None]:
+def _run(
+    job: Job,
+    committed: Committed,
+    executor: str,
+    address: str | None,
+    graph: GraphConfig | None,
+    worker: WorkerSource | None,
+) -> Generator[WriteResult, None, None]:
     if executor == "local":
-        from pipelines.local import run_local
+        from pipelines.local import new_worker, run_local
 
-        return run_local(job)
-    if executor == "ray":
-        from pipelines.graph import run_graph
+        return run_local(job, committed, worker=worker or new_worker)
+    from pipelines.graph import run_graph
 
-        return run_graph(job, address=address)
-    raise UsageError(f"unknown executor {executor!r}, choose 'local' or 'ray'")
+    return run_graph(job, committed, address=address, config=graph)
 
 
-def _run_record(prepared: Prepared, executor: str) -> dict[str, Any]:
-    names = ("av", "numpy", "safetensors", "torch")
-    versions = {name: importlib.metadata.version(name) for name in names}
-    record = prepared.record | {"versions": versions, "executor": executor, "film": prepared.paths.film.name}
+def run_record(prepared: Prepared, executor: str) -> dict[str, Any]:
+    """What `run.json` says: the film's record, and where and with what it is made."""
+    record = prepared.record | {"versions": library_versions(), "executor": executor}
+    record |= {"film": prepared.paths.film_from_run_dir, "metadata": bool(prepared.job.tags)}
     record["model"] = record["model"] | {"source": prepared.model_source}
     return record | {"plan": prepared.plan.to_plain()}
 
 
-def _progress(plan: Plan, results: list[WriteResult], ends_s: list[float]) -> Progress:
-    """Time left: frames to come at the pace since the first segment, whose time holds the start-up too."""
-    done = sum(result.segment.num_frames for result in results)
-    first = results[0].segment.num_frames
-    if len(results) > 1:
-        pace_s = (ends_s[-1] - ends_s[0]) / (done - first)
-    else:
-        pace_s = sum(v for k, v in results[0].elapsed_s.items() if k != "code") / done
-    segment = results[-1].segment
-    return Progress(
-        done=len(results),
-        total=len(plan.segments),
-        result=results[-1],
-        prompt=plan.storyboard.shots[segment.shot].prompt,
-        elapsed_s=ends_s[-1],
-        left_s=pace_s * (plan.num_frames - done),
-    )
+def library_versions() -> dict[str, str]:
+    """Versions of the libraries that decide the bits of a film."""
+    return {name: importlib.metadata.version(name) for name in ("av", "numpy", "safetensors", "torch")}
 
 
-def _finish(
-    prepared: Prepared,
-    folder: RunFolder,
-    results: list[WriteResult],
-    ends_s: list[float],
-    started_s: float,
-) -> FilmResult:
+class _Tally:
+    """Running sums over the segments made; a long film needs no list of them."""
+
+    def __init__(self, plan: Plan, committed: Committed, started_s: float) -> None:
+        self.plan, self.started_s = plan, started_s
+        self.done, self.num_made = len(committed.segments), 0
+        self.left_frames = plan.num_frames - sum(plan.segments[index].num_frames for index in committed.segments)
+        self.first_segment_s = 0.0
+        self.steps_s: dict[str, float] = {}
+        self._frames_since_first = 0
+
+    def add(self, result: WriteResult) -> Progress:
+        """Count a segment.
+
+        Time left: frames to come at the pace since the first segment, whose time holds the start-up too.
+        """
+        elapsed_s = time.perf_counter() - self.started_s
+        segment, prompts = result.segment, self.plan.storyboard.shots
+        for step, seconds in result.elapsed_s.items():
+            self.steps_s[step] = self.steps_s.get(step, 0.0) + seconds
+        self.done += 1
+        self.num_made += 1
+        self.left_frames -= segment.num_frames
+        if self.num_made == 1:
+            self.first_segment_s = elapsed_s
+            pace_s = sum(v for k, v in result.elapsed_s.items() if k != "code") / segment.num_frames
+        else:
+            self._frames_since_first += segment.num_frames
+            pace_s = (elapsed_s - self.first_segment_s) / self._frames_since_first
+        return Progress(
+            done=self.done,
+            total=len(self.plan.segments),
+            result=result,
+            prompt=prompts[segment.shot].prompt,
+            elapsed_s=elapsed_s,
+            left_s=pace_s * self.left_frames,
+        )
+
+
+def _finish(prepared: Prepared, folder: RunFolder, tally: _Tally) -> FilmResult:
     """Put the sidecar and then the film in their places."""
     paths, plan = prepared.paths, prepared.plan
-    if (num_frames := sum(result.segment.num_frames for result in results)) != plan.num_frames:
-        raise RuntimeError(f"the film has {num_frames} frames, but {plan.num_frames} were planned")
-    write_json(paths.sidecar, prepared.record)
-    with paths.partial.open("rb") as file:
-        os.fsync(file.fileno())
-        film_hash = hash_bytes(file.read())
-    paths.partial.replace(paths.film)
-    steps = results[0].elapsed_s
-    elapsed_s = time.perf_counter() - started_s
+    if prepared.job.tags:
+        write_json(paths.sidecar, prepared.record)
+    film_hash = finalise(paths.partial, paths.film, num_frames=plan.num_frames)
+    elapsed_s = time.perf_counter() - tally.started_s
     folder.log("film", name=paths.film.name, sha256=film_hash, elapsed_s=round(elapsed_s, 3))
     assert plan.storyboard.seed is not None
     return FilmResult(
         film=paths.film,
-        sidecar=paths.sidecar,
+        sidecar=paths.sidecar if prepared.job.tags else None,
         run_dir=paths.run_dir,
         seed=plan.storyboard.seed,
         num_frames=plan.num_frames,
         duration_s=plan.duration_s,
         elapsed_s=elapsed_s,
-        first_segment_s=ends_s[0],
-        steps_s={step: sum(result.elapsed_s[step] for result in results) for step in steps},
+        num_made=tally.num_made,
+        first_segment_s=tally.first_segment_s,
+        steps_s=tally.steps_s,
         film_hash=film_hash,
     )

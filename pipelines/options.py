@@ -53,12 +53,16 @@ def read_film_options(options: FilmOptions) -> tuple[Storyboard, dict[str, Any]]
         film = load_storyboard(options.storyboard, default_duration=duration)
     else:
         film = storyboard_from_prompts(options.prompts, duration=duration, transition=options.transition)
-    film_values, settings = _sorted_values(options)
+    film_values, settings = sorted_values(options)
     return with_overrides(film, film_values), settings
 
 
-def _sorted_values(options: FilmOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Values given one by one and by --set, as (film-level values, settings)."""
+def sorted_values(options: FilmOptions) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Values given one by one and by --set, as (film-level values, settings).
+
+    Raises:
+        UsageError: If a key is unknown.
+    """
     film_keys = {field.name for field in fields(Storyboard)} - {"shots", "model"}
     setting_keys = {field.name for field in fields(Settings)}
     given = {name: value for name, value in options.values.items() if value is not None}

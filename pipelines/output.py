@@ -13,7 +13,9 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from pipelines.markup import shown
 from pipelines.run_folder import RunFolder, RunFolderError
 from pipelines.storyboard import Storyboard, UsageError
 
@@ -31,6 +33,11 @@ class OutputPaths:
     def partial(self) -> Path:
         """The film while it grows."""
         return self.film.with_name(f"{self.film.stem}.partial.mp4")
+
+    @property
+    def film_from_run_dir(self) -> str:
+        """Where the film is, seen from the run folder; `paths_of_run` reads it."""
+        return self.film.name if self.film.parent == self.run_dir else f"../{self.film.name}"
 
     @property
     def sidecar(self) -> Path:
@@ -55,6 +62,22 @@ def output_paths(output: str | Path | None, storyboard: Storyboard) -> OutputPat
     if path.suffix.lower() in (".avi", ".gif", ".m4v", ".mkv", ".mov", ".mpg", ".webm"):
         raise UsageError(f"films are written as .mp4: name the output '{path.with_suffix('.mp4')}'")
     return OutputPaths(film=path / "film.mp4", run_dir=path)
+
+
+def paths_of_run(run_dir: Path, film: Any) -> OutputPaths:
+    """Where the film of a run goes, from what `run.json` says.
+
+    Raises:
+        RunFolderError: If that is neither in the run folder nor beside it.
+    """
+    name = str(film).removeprefix("../")
+    if not isinstance(film, str) or Path(name).name != name or Path(name).suffix.lower() != ".mp4":
+        raise RunFolderError(f"'{run_dir}' names no film in or beside it, got {shown(film)}")
+    if film == name:
+        return OutputPaths(film=run_dir / name, run_dir=run_dir)
+    if run_dir.name in ("", ".."):
+        run_dir = run_dir.resolve()
+    return OutputPaths(film=run_dir.parent / name, run_dir=run_dir)
 
 
 def slug(text: str) -> str:

@@ -53,6 +53,8 @@ class Segment:
     """First new frame in the film."""
     num_frames: int
     """New frames."""
+    start_code_frame: int
+    """First code frame of the take that this segment depends on."""
     num_code_frames: int
     """Code frames of the take, from its start, that must be written before this segment can be refined."""
 
@@ -212,7 +214,7 @@ class _TakeLayout:
         owners = [shot for (shot, _), n in zip(self.group, self.counts, strict=True) for _ in range(n)]
         for place, shot in enumerate(owners):
             latents = grid.segment_slice(place)
-            needed = ceil_div(latents.stop, self.geometry.code_ratio[0]) + self.geometry.code_halo
+            ratio, halo = self.geometry.code_ratio[0], self.geometry.code_halo
             yield Segment(
                 index=self.first_segment + place,
                 take=self.index,
@@ -223,7 +225,8 @@ class _TakeLayout:
                 overlap=grid.overlap if place else 0,
                 start_frame=self.first_frame + (grid.take_frames(place) if place else 0),
                 num_frames=grid.stride_frames if place else grid.segment_frames,
-                num_code_frames=min(needed, take.num_code_frames),
+                start_code_frame=max(0, latents.start // ratio - halo),
+                num_code_frames=min(ceil_div(latents.stop, ratio) + halo, take.num_code_frames),
             )
 
 

@@ -8,8 +8,11 @@ results (`local`), or with references to results (`graph`).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import accumulate, zip_longest
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -18,6 +21,7 @@ from torch import Tensor
 
 from arlon.models.code_stream import SamplingConfig
 from arlon.text.encoders import TextFeatures
+from pipelines.look import Drift
 from pipelines.plan import Plan, Segment, Take
 
 R = TypeVar("R")
@@ -74,12 +78,22 @@ class Job:
     run_dir: str
     partial_path: str
     """The growing film."""
-    tag: str
-    """Text stored inside the film."""
+    tags: Mapping[str, str] = field(default_factory=dict)
+    """What the film says about itself; nothing if empty."""
 
     def component(self, name: str) -> Path:
         """Folder of a component of the model."""
         return Path(self.model_path) / name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Committed:
+    """What of a film is on disk already and is not made again."""
+
+    codes: Mapping[int, Tensor] = field(default_factory=dict)
+    """First code frames (1, n, cH, cW) int64, by take; all of a take, or some."""
+    segments: frozenset[int] = frozenset()
+    """Indices of the committed segments; their codes are among `codes`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,9 +105,23 @@ class TextRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class TextResult:
-    """Features of every prompt, on the CPU."""
+    """Features of prompts, on the CPU."""
 
     features: dict[str, TextFeatures]
+
+
+class Schedule(tuple[tuple[str, int, int], ...]):
+    """For every prompt of a take, in order: the prompt, its seed, its code frames."""
+
+    def span_at(self, frame: int) -> int:
+        """Index of the prompt in force at a code frame."""
+        if not 0 <= frame < self._ends[-1]:
+            raise ValueError(f"the take has {self._ends[-1]} code frames, there is no frame {frame}")
+        return bisect_right(self._ends, frame)
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        return list(accumulate(count for _, _, count in self))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,26 +129,27 @@ class CodeRequest:
     """Write the codes of a take up to `stop`."""
 
     take: int
-    schedule: tuple[tuple[str, int, int], ...]
-    """For every prompt of the take: the prompt, its seed, its code frames."""
+    schedule: Schedule
+    start: int
+    """Code frames of the take that the segment before needed, 0 if it is the first."""
     stop: int
     """Code frames of the take there must be afterwards."""
     text: TextResult | None = None
     before: CodeResult | None = None
-    """Codes written so far; None at the start of a take."""
+    """Codes written so far, `start` frames or more; None at the start of a take."""
 
     @property
     def prompts(self) -> tuple[str, ...]:
-        """Prompts whose features `text` must hold."""
-        return tuple(dict.fromkeys(prompt for prompt, _, _ in self.schedule))
+        """Prompts whose features `text` must hold: those in force from `start` to `stop`."""
+        if self.start >= self.stop:
+            return ()
+        schedule = self.schedule
+        spans = schedule[schedule.span_at(self.start) : schedule.span_at(self.stop - 1) + 1]
+        return tuple(dict.fromkeys(prompt for prompt, _, _ in spans))
 
     def seed_of(self, frame: int) -> int:
         """Seed of a code frame."""
-        for _, seed, count in self.schedule:
-            if frame < count:
-                return seed
-            frame -= count
-        raise ValueError(f"take {self.take} has no code frame {frame} beyond its end")
+        return self.schedule[self.schedule.span_at(frame)][1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +159,8 @@ class CodeResult:
     codes: Tensor
     """(1, n, cH, cW) int64."""
     elapsed_s: float
+    memory_bytes: int = 0
+    """Memory of the process afterwards; 0: not measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,6 +201,12 @@ class RefineResult:
     codes_hash: str
     """SHA-256 of the codes used."""
     elapsed_s: float
+    memory_bytes: int = 0
+
+
+def carried_on(latent: Tensor) -> RefineResult:
+    """The stored latent of a segment, as the segment after it needs it."""
+    return RefineResult(latent=latent, overlap_hash=None, codes_hash="", elapsed_s=0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,6 +224,7 @@ class DecodeResult:
     frames: np.ndarray
     """(pT, pH, pW, 3) uint8."""
     elapsed_s: float
+    memory_bytes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,6 +250,8 @@ class WriteResult:
     """SHA-256 of the file with its latents."""
     elapsed_s: dict[str, float]
     """Seconds of every step: code, refine, decode, write."""
+    drift: Drift
+    """From the first segment of the same shot."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,26 +277,36 @@ def text_request(plan: Plan) -> TextRequest:
 
 
 def film_requests(job: Job) -> Iterator[SegmentRequests]:
-    """Requests of all segments of a film, in order."""
+    """Requests of all segments of a film, in order, one at a time: a long film has many."""
     plan = job.plan
-    last_of_take = {segment.take: segment.index for segment in plan.segments}
-    for segment in plan.segments:
-        take = plan.takes[segment.take]
+    before: Segment | None = None
+    for segment, after in zip_longest(plan.segments, plan.segments[1:]):
+        is_take_start = before is None or before.take != segment.take
+        if is_take_start:
+            take = plan.takes[segment.take]
+            schedule = code_schedule(plan, take)
         refine = _refine_request(plan, segment, take)
         yield SegmentRequests(
             segment=segment,
-            code=CodeRequest(take=take.index, schedule=_code_schedule(plan, take), stop=segment.num_code_frames),
+            code=CodeRequest(
+                take=take.index,
+                schedule=schedule,
+                start=0 if is_take_start else before.num_code_frames,
+                stop=segment.num_code_frames,
+            ),
             refine=refine,
             decode=DecodeRequest(num_frames=segment.num_frames),
             write=WriteRequest(segment=segment, inputs=_inputs(job, refine)),
-            is_take_start=segment.index_in_take == 0,
-            is_take_end=last_of_take[take.index] == segment.index,
+            is_take_start=is_take_start,
+            is_take_end=after is None or after.take != segment.take,
         )
+        before = segment
 
 
-def _code_schedule(plan: Plan, take: Take) -> tuple[tuple[str, int, int], ...]:
+def code_schedule(plan: Plan, take: Take) -> Schedule:
+    """Prompt, seed and code frames of every shot of a take that owns any."""
     shots = plan.storyboard.shots
-    return tuple((shots[shot].prompt, _seed_of(plan, shot), count) for shot, count in take.spans)
+    return Schedule((shots[shot].prompt, _seed_of(plan, shot), count) for shot, count in take.spans)
 
 
 def _seed_of(plan: Plan, shot: int) -> int:
@@ -300,14 +350,13 @@ def _inputs(job: Job, refine: RefineRequest) -> dict[str, Any]:
         "height",
         "width",
     )
-    settings = job.settings
+    segment, settings = refine.segment, job.settings
+    of_segment = ("take", "index_in_take", "start_latent", "num_latents", "num_frames")
     return {
         "model": job.model_hash,
-        "shot": refine.segment.shot,
-        "take": refine.segment.take,
+        **{name: getattr(segment, name) for name in of_segment},
         **{name: getattr(refine, name) for name in names},
-        "dtype": settings.dtype,
-        "num_threads": settings.num_threads,
+        **{name: getattr(settings, name) for name in ("dtype", "num_threads", "device", "crf", "preset")},
     }
 
 

@@ -14,7 +14,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from arlon.data.video_io import probe, read_video
-from pipelines.run_folder import write_bytes
+from pipelines.durable import write_bytes
+from pipelines.film_file import RECORD_TAG
 from pipelines.storyboard import UsageError
 
 MARGIN = 8
@@ -141,7 +142,7 @@ def _timeline(path: Path, tags: dict[str, str]) -> list[dict[str, Any]]:
     """Shots with their frame ranges, from the sidecar or the tag inside the film; empty if it has neither."""
     try:
         sidecar = path.with_suffix(".json")
-        record = json.loads(sidecar.read_text(encoding="utf-8") if sidecar.is_file() else tags.get("arlon", "{}"))
+        record = json.loads(sidecar.read_text(encoding="utf-8") if sidecar.is_file() else tags.get(RECORD_TAG, "{}"))
         timeline = record["timeline"]
         return [shot | {"fps": timeline["fps"]} for shot in timeline["shots"]]
     except (OSError, ValueError, KeyError, TypeError):

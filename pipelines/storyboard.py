@@ -11,8 +11,8 @@ A storyboard is a YAML or JSON file:
         transition: continue   # carries the last frames over (default); `cut` starts afresh
 
 Film-level keys: seed, fps, height, width, model, negative_prompt, guidance_scale, num_inference_steps, solver, shots.
-Shot keys: prompt, duration, transition, seed, guidance_scale, notes. A plain text file is a storyboard too: one prompt
-a line, an empty line before a prompt is a cut, lines that start with `#` are comments.
+Shot keys: prompt, duration, transition, seed, guidance_scale, notes. A plain text file is a storyboard too: one shot a
+line, `prompt` or `duration | prompt`; an empty line before a shot is a cut, lines that start with `#` are comments.
 
 Reading never stops at the first problem: one StoryboardError lists them all, one a line.
 """
@@ -36,7 +36,7 @@ Transition = Literal["continue", "cut"]
 DEFAULT_DURATION_S = 5.0
 MAX_DURATION_S = 3600.0
 MAX_PROMPT_LENGTH = 2000
-MAX_SHOTS = 1000
+MAX_SHOTS = 10_000
 MAX_SEED = 2**63 - 1
 RANDOM_SEED_LIMIT = 2**31
 MAX_SIZE = 8192
@@ -136,7 +136,7 @@ def random_seed() -> int:
 
 
 def load_storyboard(path: str | Path, *, default_duration: Duration | None = None) -> Storyboard:
-    """Read a storyboard file: .yaml, .yml, .json, or .txt with one prompt a line.
+    """Read a storyboard file: .yaml, .yml, .json, or .txt with one shot a line.
 
     Args:
         path: The file.
@@ -173,7 +173,9 @@ def _shots_from_text(text: str) -> list[dict[str, str]]:
         if not line:
             is_cut = True
         elif not line.startswith("#"):
-            shots.append({"prompt": line, "transition": "cut" if is_cut else "continue"})
+            length = re.fullmatch(r"([\d.][^|]*?)\s*\|\s*(.*)", line)
+            shot = {"duration": length[1], "prompt": length[2]} if length else {"prompt": line}
+            shots.append(shot | {"transition": "cut" if is_cut else "continue"})
             is_cut = False
     return shots
 
@@ -229,6 +231,27 @@ def with_overrides(storyboard: Storyboard, values: Mapping[str, Any], source: st
     if problems:
         raise StoryboardError(problems, source)
     return replace(storyboard, **film)
+
+
+def with_shot(storyboard: Storyboard, index: int, values: Mapping[str, Any]) -> Storyboard:
+    """The storyboard with values of one shot replaced; None in `values` means: leave as it is.
+
+    Args:
+        storyboard: The film.
+        index: Of the shot, from 0.
+        values: By the keys of a shot.
+
+    Raises:
+        StoryboardError: If a key is unknown or a value out of range.
+    """
+    given = {name: value for name, value in values.items() if value is not None}
+    problems: list[str] = []
+    read = _read(given, "", {f.name for f in fields(Shot)}, _SHOT_READERS, problems)
+    if problems:
+        raise StoryboardError(problems, f"shot {index + 1}")
+    shots = list(storyboard.shots)
+    shots[index] = replace(shots[index], **read)
+    return replace(storyboard, shots=tuple(shots))
 
 
 def parse_duration(value: Any) -> Duration:

@@ -9,17 +9,22 @@ again alone.
 
 from __future__ import annotations
 
+import resource
+import sys
 import time
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
+from dataclasses import asdict
+from functools import cached_property, partial
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from arlon.data.video_io import VideoWriter
+from arlon.data.video_io import Fragment, VideoWriter, encode_fragment
 from arlon.diffusion import conditioning, flow, guidance, samplers
 from arlon.models.ar import CodeTransformer
 from arlon.models.code_stream import CodeStream, PromptSpan, SamplingConfig
@@ -27,9 +32,12 @@ from arlon.models.injection import SemanticInjection
 from arlon.models.stdit import STDiT3
 from arlon.models.video_vae import VideoVAE
 from arlon.text.encoders import TextEncoder, TextFeatures, load_text_encoder
+from pipelines.durable import hash_tensor
+from pipelines.look import Look, measure_drift, measure_look
 from pipelines.requests import (
     CodeRequest,
     CodeResult,
+    Committed,
     DecodeRequest,
     DecodeResult,
     Job,
@@ -41,7 +49,11 @@ from pipelines.requests import (
     WriteRequest,
     WriteResult,
 )
-from pipelines.run_folder import RunFolder, hash_bytes, hash_tensor
+from pipelines.run_folder import FRAGMENT_NAME, LATENTS_NAME, RunFolder, SegmentRecord
+
+MAX_KNOWN_PROMPTS = 64
+"""Prompts whose features are kept: a film may have thousands, and the features of one can take megabytes."""
+_NOT_IN_FORCE = torch.zeros(1, 1, 1)
 
 
 @contextmanager
@@ -55,6 +67,16 @@ def torch_threads(num_threads: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def process_memory_bytes() -> int:
+    """Memory of this process that is in RAM; where the system does not tell, the most it ever was."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * resource.getpagesize()
+    except OSError:
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
 class TextWorker:
     """Encodes prompts, one at a time, so that features do not depend on what else is in the film.
 
@@ -65,14 +87,20 @@ class TextWorker:
 
     def __init__(self, job: Job, encoder: TextEncoder | None = None) -> None:
         self.encoder = encoder or load_text_encoder(job.component("text_encoder"), device=job.settings.device)
-        self._known: dict[str, TextFeatures] = {}
+        self._known: OrderedDict[str, TextFeatures] = OrderedDict()
 
     def run(self, request: TextRequest) -> TextResult:
         """Encode."""
-        for prompt in request.prompts:
-            if prompt not in self._known:
-                self._known[prompt] = self.encoder.encode([prompt]).to("cpu")
-        return TextResult(features={prompt: self._known[prompt] for prompt in request.prompts})
+        features = {prompt: self._features(prompt) for prompt in request.prompts}
+        while len(self._known) > MAX_KNOWN_PROMPTS:
+            self._known.popitem(last=False)
+        return TextResult(features=features)
+
+    def _features(self, prompt: str) -> TextFeatures:
+        if prompt not in self._known:
+            self._known[prompt] = self.encoder.encode([prompt]).to("cpu")
+        self._known.move_to_end(prompt)
+        return self._known[prompt]
 
 
 class CodeWorker:
@@ -96,22 +124,20 @@ class CodeWorker:
         frames += [next(stream) for _ in range(request.stop - len(frames))]
         codes = torch.stack(frames)[None]
         self._stream = (self._key(request, request.stop, codes), stream)
-        return CodeResult(codes=codes, elapsed_s=time.perf_counter() - started_s)
+        return CodeResult(codes=codes, elapsed_s=time.perf_counter() - started_s, memory_bytes=process_memory_bytes())
 
     def _key(self, request: CodeRequest, frame: int, codes: Tensor | None) -> tuple[Any, ...]:
         return request.take, request.schedule, frame, None if codes is None else hash_tensor(codes)
 
     def _stream_at(self, request: CodeRequest, frame: int, existing: Tensor | None) -> CodeStream:
         if self._stream is not None and self._stream[0] == self._key(request, frame, existing):
-            return self._stream[1]
-        assert request.text is not None
-        settings, features = self.settings, request.text.features
+            stream = self._stream[1]
+            stream.schedule = self._spans(request)
+            return stream
+        settings = self.settings
         return CodeStream(
             self.model,
-            [
-                PromptSpan(text=features[prompt].tokens, text_mask=features[prompt].mask, num_code_frames=count)
-                for prompt, _, count in request.schedule
-            ],
+            self._spans(request),
             generator_for_frame=partial(_code_generator, request),
             sampling=SamplingConfig(
                 temperature=settings.ar_temperature,
@@ -119,6 +145,16 @@ class CodeWorker:
                 guidance_scale=settings.ar_guidance_scale,
             ),
             existing=existing,
+        )
+
+    def _spans(self, request: CodeRequest) -> tuple[PromptSpan, ...]:
+        """The prompts of the take; those not in force during this request come without their features."""
+        features = {} if request.text is None else request.text.features
+        return tuple(
+            PromptSpan(text=features[prompt].tokens, text_mask=features[prompt].mask, num_code_frames=count)
+            if prompt in features
+            else PromptSpan(text=_NOT_IN_FORCE, num_code_frames=count)
+            for prompt, _, count in request.schedule
         )
 
 
@@ -163,8 +199,9 @@ class RefineWorker:
         return RefineResult(
             latent=latent[:, :, segment.overlap :].contiguous(),
             overlap_hash=None if carried is None else hash_tensor(carried),
-            codes_hash=hash_tensor(codes),
+            codes_hash=hash_tensor(codes[:, segment.start_code_frame :]),
             elapsed_s=time.perf_counter() - started_s,
+            memory_bytes=process_memory_bytes(),
         )
 
     def _coarse_latent(self, codes: Tensor, request: RefineRequest) -> Tensor:
@@ -245,7 +282,11 @@ class DecodeWorker:
         started_s = time.perf_counter()
         with _precision(self.settings):
             video = self.vae.decode(request.refined.latent.to(self.settings.device), request.num_frames)
-        return DecodeResult(frames=video_to_frames(video[0]), elapsed_s=time.perf_counter() - started_s)
+        return DecodeResult(
+            frames=video_to_frames(video[0]),
+            elapsed_s=time.perf_counter() - started_s,
+            memory_bytes=process_memory_bytes(),
+        )
 
 
 def video_to_frames(video: Tensor) -> np.ndarray:
@@ -254,21 +295,29 @@ def video_to_frames(video: Tensor) -> np.ndarray:
     return levels.permute(1, 2, 3, 0).contiguous().cpu().numpy()
 
 
-class WriteWorker:
-    """Keeps the run folder and the growing film; segments come in order."""
+def film_settings(job: Job) -> dict[str, Any]:
+    """How the frames of a film are encoded, as `arlon.data.video_io` takes it."""
+    return {"fps": job.plan.fps, "crf": job.settings.crf, "preset": job.settings.preset}
 
-    def __init__(self, job: Job) -> None:
-        settings, film = job.settings, job.plan.storyboard
+
+class WriteWorker:
+    """Keeps the run folder and the growing film. Segments are committed as they come and enter the film in order.
+
+    Args:
+        job: The film.
+        committed: What the run folder holds; it is put into the film when its turn comes.
+    """
+
+    def __init__(self, job: Job, committed: Committed | None = None) -> None:
+        committed = committed or Committed()
+        self.plan = job.plan
         self.folder = RunFolder(job.run_dir)
-        self.takes = job.plan.takes
-        self._codes: dict[int, Tensor] = {}
-        self._writer = VideoWriter(
-            job.partial_path,
-            fps=film.fps or job.plan.fps,
-            crf=settings.crf,
-            preset=settings.preset,
-            tags={"arlon": job.tag, "title": film.shots[0].prompt},
-        )
+        self._committed = set(committed.segments)
+        self._codes = dict(committed.codes)
+        self._next = 0
+        self._settings = film_settings(job)
+        self._writer = VideoWriter(job.partial_path, **self._settings, tags=job.tags)
+        self._catch_up()
 
     def run(self, request: WriteRequest) -> WriteResult:
         """Store."""
@@ -278,31 +327,77 @@ class WriteWorker:
         assert decoded is not None
         started_s = time.perf_counter()
         segment = request.segment
-        fragment = self._writer.append(decoded.frames)
-        hashes = {"codes": refined.codes_hash, "overlap": refined.overlap_hash}
-        record = self.folder.commit_segment(
-            segment.index, latent=refined.latent, fragment=fragment.data, inputs=request.inputs | hashes
-        )
+        is_known = segment.index in self._committed  # by a writer that ended before it could answer
+        if is_known:
+            record = self.folder.read_segment(segment.index, verify=False)
+            look = _look_of(record) or measure_look(decoded.frames)
+        else:
+            look = measure_look(decoded.frames)
+            record = self.folder.commit_segment(
+                segment.index,
+                latent=refined.latent,
+                fragment=encode_fragment(decoded.frames, **self._settings).data,
+                inputs=request.inputs | {"codes": refined.codes_hash, "overlap": refined.overlap_hash},
+                look=asdict(look),
+            )
+            self._committed.add(segment.index)
+            self._catch_up()
         elapsed_s = {
             "code": codes.elapsed_s,
             "refine": refined.elapsed_s,
             "decode": decoded.elapsed_s,
             "write": time.perf_counter() - started_s,
         }
-        self.folder.log("segment", index=segment.index, elapsed_s=_rounded(elapsed_s))
+        memory = {"code": codes.memory_bytes, "refine": refined.memory_bytes, "decode": decoded.memory_bytes}
+        drift = measure_drift(look, self._first_look(segment.shot) or look)
+        if not is_known:
+            self._log(segment.index, elapsed_s, memory | {"write": process_memory_bytes()})
+            self.folder.log("commit", segment=segment.index, look=asdict(look), drift=asdict(drift))
         return WriteResult(
             segment=segment,
-            fragment_hash=hash_bytes(fragment.data),
-            latent_hash=record.outputs["latents.safetensors"],
+            fragment_hash=record.outputs[FRAGMENT_NAME],
+            latent_hash=record.outputs[LATENTS_NAME],
             elapsed_s=elapsed_s,
+            drift=drift,
         )
 
+    def _catch_up(self) -> None:
+        """Put committed segments whose turn it is into the film."""
+        while self._next in self._committed:
+            self._writer.append_fragment(Fragment(data=self.folder.read_fragment(self._next)))
+            self._next += 1
+
+    def _first_look(self, shot: int) -> Look | None:
+        """The look of the first segment of a shot, as it was committed."""
+        first = self._first_segment_of_shot[shot]
+        return _look_of(self.folder.read_segment(first, verify=False))
+
+    @cached_property
+    def _first_segment_of_shot(self) -> dict[int, int]:
+        return {segment.shot: segment.index for segment in reversed(self.plan.segments)}
+
+    def _log(self, index: int, elapsed_s: dict[str, float], memory: dict[str, int]) -> None:
+        for role, seconds in elapsed_s.items():
+            memory_mb = round(memory[role] / 2**20)
+            self.folder.log("step", segment=index, role=role, seconds=round(seconds, 4), memory_mb=memory_mb)
+
     def keep_codes(self, take: int, result: CodeResult) -> None:
-        """Store the whole codes of a take; the file appears with the last one."""
+        """Store what is new among the first code frames of a take; with the last of the film they get one file."""
+        known = self._codes.get(take)
+        start = 0 if known is None else known.shape[1]
+        if result.codes.shape[1] <= start:
+            return
+        self.folder.append_codes(take, start, result.codes[:, start:])
         self._codes[take] = result.codes
-        if len(self._codes) == len(self.takes):
+        if self._has_all_codes():
             self.folder.write_codes(self._codes)
             self.folder.log("codes", takes=len(self._codes))
+
+    def _has_all_codes(self) -> bool:
+        takes = self.plan.takes
+        return len(self._codes) == len(takes) and all(
+            self._codes[take.index].shape[1] == take.num_code_frames for take in takes
+        )
 
     def close(self) -> None:
         """Close the film."""
@@ -315,8 +410,9 @@ class WriteWorker:
         self.close()
 
 
-def _rounded(values: dict[str, float]) -> dict[str, float]:
-    return {name: round(value, 4) for name, value in values.items()}
+def _look_of(record: SegmentRecord) -> Look | None:
+    values = record.look
+    return Look(colour=tuple(values["colour"]), contrast=values["contrast"]) if values else None
 
 
 def _precision(settings: Settings) -> AbstractContextManager[Any]:

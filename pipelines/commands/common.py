@@ -7,13 +7,17 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted. An error is one re
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, redirect_stdout
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from pipelines.graph import GraphConfig
 
 FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
 
@@ -66,7 +70,34 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Any film-level storyboard key or setting, e.g. ar_top_p=0.9."),
 ]
+GraphOption = Annotated[
+    Path | None,
+    typer.Option("--graph", metavar="FILE.yaml", help="Ray actors of each role; docs/cluster.md."),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+
+
+def check_ray_options(executor: Executor, address: str | None, graph: Path | None = None) -> None:
+    """Refuse options that would not be used."""
+    from pipelines.storyboard import UsageError
+
+    for name, value in (("--address", address), ("--graph", graph)):
+        if value and executor is not Executor.ray:
+            raise UsageError(f"{name} needs --executor ray")
+
+
+def read_graph(path: Path | None) -> GraphConfig | None:
+    """The actors of each role, from a file."""
+    if path is None:
+        return None
+    from arlon.config import load_config
+    from pipelines.graph import GraphConfig
+    from pipelines.storyboard import UsageError
+
+    try:
+        return load_config(GraphConfig, [path])
+    except (ValueError, FileNotFoundError) as error:
+        raise UsageError(str(error)) from error
 
 
 def count(number: int, noun: str) -> str:
@@ -75,6 +106,11 @@ def count(number: int, noun: str) -> str:
 
 def say(text: str) -> None:
     typer.echo(text, err=True)
+
+
+def only_results_on_stdout() -> AbstractContextManager[Any]:
+    """While work is done: Ray prints there when a process dies, and what reads our results would trip over it."""
+    return redirect_stdout(sys.stderr)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,6 +14,7 @@ from pipelines.commands.common import (
     DurationOption,
     Executor,
     FpsOption,
+    GraphOption,
     GuidanceOption,
     HeightOption,
     JoinOption,
@@ -27,13 +29,18 @@ from pipelines.commands.common import (
     StoryboardOption,
     TransitionOption,
     WidthOption,
+    check_ray_options,
     count,
+    only_results_on_stdout,
+    read_graph,
     reported,
     say,
 )
 
 if TYPE_CHECKING:
-    from pipelines.generate import FilmResult, Prepared, Progress
+    from pipelines.film_cost import FilmCost
+    from pipelines.generate import Begin, FilmResult, Prepared, Progress
+    from pipelines.graph import GraphConfig
     from pipelines.plan import Plan
 
 
@@ -60,21 +67,24 @@ def generate(
         Executor, typer.Option("--executor", help="One process, or Ray actors; the film is the same.")
     ] = Executor.local,
     address: Annotated[str | None, typer.Option("--address", help="Ray cluster to join.")] = None,
+    graph: GraphOption = None,
     dtype: Annotated[DtypeOption | None, typer.Option("--dtype", help="Precision. [default: float32]")] = None,
     device: Annotated[str | None, typer.Option("--device", help="cpu, cuda, ... [default: cpu]")] = None,
     threads: Annotated[int | None, typer.Option("--threads", help="Processor threads. [default: all cores]")] = None,
     assignments: SetOption = None,
     sheet: Annotated[bool, typer.Option("--sheet", help="Write a contact sheet beside the film.")] = False,
+    metadata: Annotated[
+        bool,
+        typer.Option("--metadata/--no-metadata", help="Store in the film and beside it what it was made from."),
+    ] = True,
     as_json: JsonOption = False,
 ) -> None:
     """Make a film."""
     with reported():
         from pipelines.generate import prepare
         from pipelines.options import FilmOptions, read_film_options
-        from pipelines.storyboard import UsageError
 
-        if address and executor is not Executor.ray:
-            raise UsageError("--address needs --executor ray")
+        check_ray_options(executor, address, graph)
         options = FilmOptions(
             prompts=prompt or [],
             storyboard=storyboard,
@@ -96,10 +106,10 @@ def generate(
             assignments=assignments or [],
         )
         film, settings = read_film_options(options)
-        prepared = prepare(film, model=model, output=output, overwrite=overwrite, settings=settings)
-        result = _generate(prepared, executor.value, address)
+        prepared = prepare(film, model=model, output=output, overwrite=overwrite, settings=settings, metadata=metadata)
+        result = make_film(prepared, executor.value, address, graph=read_graph(graph))
         sheet_path = _write_sheet_beside(result.film) if sheet else None
-        _print_film(result, sheet_path, as_json=as_json)
+        print_film(result, sheet_path, as_json=as_json)
 
 
 def plan(
@@ -142,16 +152,43 @@ def plan(
             assignments=assignments or [],
         )
         film, settings = read_film_options(options)
-        film_plan, _, _ = open_for_film(film, model)
-        make_settings(film_plan.geometry.defaults, settings)
+        film_plan, _, folder = open_for_film(film, model)
+        dtype = make_settings(film_plan.geometry.defaults, settings).dtype
         if as_json:
-            typer.echo(json.dumps(film_plan.to_plain(), indent=2, ensure_ascii=False))
+            plain = film_plan.to_plain() | {"cost": _cost(film_plan, folder, dtype).to_plain()}
+            typer.echo(json.dumps(plain, indent=2, ensure_ascii=False))
         else:
-            _print_timeline(film_plan)
+            print_timeline(film_plan)
+            _print_cost(_cost(film_plan, folder, dtype))
 
 
-def _generate(prepared: Prepared, executor: str, address: str | None) -> FilmResult:
+def _cost(film: Plan, model: Path, dtype: str) -> FilmCost:
+    from arlon.checkpoint import ModelFolder
+    from pipelines.film_cost import plan_cost
+
+    return plan_cost(film, ModelFolder.open(model, verify=False), dtype=dtype)
+
+
+def _print_cost(cost: FilmCost) -> None:
+    from pipelines.film_cost import cost_lines
+
+    for line in cost_lines(cost):
+        typer.echo(line)
+
+
+def make_film(
+    prepared: Prepared,
+    executor: str,
+    address: str | None,
+    *,
+    graph: GraphConfig | None = None,
+    begin: Begin | None = None,
+) -> FilmResult:
+    """Make a film and tell how it goes; `begin` makes its run folder ready, a new one if there is none."""
     from pipelines.generate import generate as run
+    from pipelines.generate import start_run
+    from pipelines.lock import RunLockedError
+    from pipelines.run_folder import RunFolder, RunFolderError
 
     film = prepared.plan
     say(f"seed {film.storyboard.seed}, model {prepared.record['model']['name']}")
@@ -167,10 +204,23 @@ def _generate(prepared: Prepared, executor: str, address: str | None) -> FilmRes
         say(progress_line(progress))
 
     try:
-        return run(prepared, executor=executor, address=address, on_progress=on_progress)
-    except KeyboardInterrupt:
-        kept = f"; what there is plays: {prepared.paths.partial}" if done else ""
-        say(f"interrupted after {done} of {len(film.segments)} segments{kept}")
+        with only_results_on_stdout():
+            return run(
+                prepared,
+                begin=begin or start_run,
+                executor=executor,
+                address=address,
+                graph=graph,
+                on_progress=on_progress,
+            )
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt):
+            say(f"interrupted after {done} of {len(film.segments)} segments")
+        if done:
+            say(f"what there is plays: {prepared.paths.partial}")
+        is_refused = isinstance(error, RunLockedError | RunFolderError)
+        if not is_refused and RunFolder(prepared.paths.run_dir).has_run():
+            say(f"go on with: arlon resume {shlex.quote(str(prepared.paths.run_dir))}")
         raise
 
 
@@ -194,7 +244,8 @@ def _write_sheet_beside(film: Path) -> Path:
     return target
 
 
-def _print_film(result: FilmResult, sheet_path: Path | None, *, as_json: bool) -> None:
+def print_film(result: FilmResult, sheet_path: Path | None = None, *, as_json: bool) -> None:
+    """Say what was made, and print where it is."""
     if as_json:
         extra = {} if sheet_path is None else {"sheet": str(sheet_path)}
         typer.echo(json.dumps(result.to_plain() | extra, indent=2, ensure_ascii=False))
@@ -206,7 +257,7 @@ def _print_film(result: FilmResult, sheet_path: Path | None, *, as_json: bool) -
         typer.echo(str(sheet_path))
 
 
-def _print_timeline(film: Plan) -> None:
+def print_timeline(film: Plan) -> None:
     from rich.console import Console
     from rich.table import Table
 

@@ -10,6 +10,7 @@ import pytest
 
 from arlon.data.video_io import probe, read_video
 from pipelines import generate as module
+from pipelines.film_file import read_film_record
 from pipelines.generate import FilmResult, Progress, generate
 from pipelines.output import output_paths, slug
 from pipelines.run_folder import RunFolder, hash_bytes
@@ -32,7 +33,7 @@ def test_film_plays_and_has_the_planned_length(film: FilmResult) -> None:
 
 def test_film_and_sidecar_say_what_it_was_made_from_but_not_where(film: FilmResult, tiny_model: Path) -> None:
     sidecar = json.loads(film.sidecar.read_text())
-    assert json.loads(probe(film.film).tags["arlon"]) == sidecar
+    assert read_film_record(film.film) == sidecar
     assert sidecar["model"]["name"] == "tiny"
     assert sidecar["storyboard"]["seed"] == 7
     assert [shot["start_frame"] for shot in sidecar["timeline"]["shots"]] == [0, 51, 85]
@@ -131,17 +132,40 @@ def test_what_was_made_before_an_interruption_stays(tiny_model: Path, tmp_path: 
         prepared_film(tiny_model, tmp_path / "a.mp4")
 
 
-def test_a_failure_before_the_first_segment_leaves_nothing(
+@pytest.mark.parametrize("worker", ["TextWorker", "CodeWorker"])
+def test_a_failure_before_anything_is_stored_leaves_nothing(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, worker: str
+) -> None:
+    monkeypatch.setattr(f"pipelines.workers.{worker}.run", broken)
+    with pytest.raises(RuntimeError, match="broken"):
+        generate(prepared_film(tiny_model, tmp_path / "a.mp4"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_codes_stay_when_the_first_segment_fails(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(*_: object) -> None:
-        raise RuntimeError("broken")
-
-    prepared = prepared_film(tiny_model, tmp_path / "a.mp4")
     monkeypatch.setattr("pipelines.workers.RefineWorker.run", broken)
     with pytest.raises(RuntimeError, match="broken"):
-        generate(prepared)
-    assert list(tmp_path.iterdir()) == []
+        generate(prepared_film(tiny_model, tmp_path / "a.mp4"))
+    assert [path.name for path in tmp_path.iterdir()] == ["a.run"]
+    assert list(RunFolder(tmp_path / "a.run").read_codes()) == [0, 1]
+
+
+def test_without_metadata_nothing_is_said(film: FilmResult, tiny_model: Path, tmp_path: Path) -> None:
+    board = parse_storyboard({"seed": 7, "shots": list(SHOTS)})
+    prepared = module.prepare(
+        board, model=str(tiny_model), output=tmp_path / "a.mp4", settings={"num_threads": 1}, metadata=False
+    )
+    made = generate(prepared)
+    assert made.sidecar is None
+    assert {path.name for path in tmp_path.iterdir()} == {"a.mp4", "a.run"}
+    assert b"red circle" not in made.film.read_bytes()
+    np.testing.assert_array_equal(read_video(made.film), read_video(film.film))
+
+
+def broken(*_: object) -> None:
+    raise RuntimeError("broken")
 
 
 def test_existing_files_are_not_replaced_unasked(tiny_model: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from pathlib import Path
 
 import pytest
@@ -163,3 +164,12 @@ def test_storyboard_of_a_plan_is_resolved() -> None:
     film: Storyboard = plan_of("a").storyboard
     unset = [f.name for f in dataclasses.fields(film) if getattr(film, f.name) is None]
     assert unset == ["model"]
+
+
+def test_ten_thousand_shots_are_planned_in_seconds() -> None:
+    shots = [{"prompt": f"shot {number}", "duration": 5} for number in range(10_000)]
+    started_s = time.process_time()
+    plan = plan_of(*shots)
+    assert len(plan.shots) == 10_000
+    assert plan.takes[0].num_code_frames == -(-plan.takes[0].num_latents // 2)
+    assert time.process_time() - started_s < 20  # 2 s when nothing else runs

@@ -53,22 +53,25 @@ def test_a_segment_without_its_record_does_not_count(tmp_path: Path) -> None:
 
 
 def test_record_is_written_after_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A crash between any two writes leaves no committed segment."""
-    import pipelines.run_folder as module
+    """A failure between any two writes leaves no committed segment, and a sweep leaves nothing of it."""
+    import pipelines.durable as module
 
+    publish = module.publish
     for survived in range(3):
         folder = RunFolder(tmp_path / str(survived))
         calls = iter(range(3))
 
-        def failing(path: Path, data: bytes, calls: object = calls, survived: int = survived) -> None:
+        def failing(temporary: Path, path: Path, calls: object = calls, survived: int = survived) -> None:
             if next(calls) == survived:
                 raise OSError("disk full")
-            write_bytes(path, data)
+            publish(temporary, path)
 
-        monkeypatch.setattr(module, "write_bytes", failing)
+        monkeypatch.setattr(module, "publish", failing)
         with pytest.raises(OSError, match="disk full"):
             committed(folder)
         assert not folder.has_segment(7)
+        folder.sweep()
+        assert not folder.segment_dir(7).exists()
 
 
 def test_codes_of_all_takes_come_back(tmp_path: Path) -> None:
@@ -116,7 +119,7 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match="not valid JSON"):
         folder.read_run()
     (tmp_path / "run.json").write_text('{"format": 99}')
-    with pytest.raises(RunFolderError, match="format 1"):
+    with pytest.raises(RunFolderError, match="format 2"):
         folder.read_run()
     (tmp_path / "codes.safetensors").write_bytes(b"short")
     with pytest.raises(RunFolderError, match="damaged or cut off"):

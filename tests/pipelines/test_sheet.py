@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from arlon.data.video_io import VideoError, VideoWriter
+from pipelines.film_file import RECORD_TAG
 from pipelines.sheet import SheetRow, evenly_spaced, film_sheet, find_film, frames_to_sheet, write_sheet
 
 
@@ -18,7 +19,7 @@ def plain_frames(*levels: int, height: int = 32, width: int = 48) -> np.ndarray:
 
 
 def write_film(path: Path, record: dict[str, object] | None) -> Path:
-    tags = {} if record is None else {"arlon": json.dumps(record)}
+    tags = {} if record is None else {RECORD_TAG: json.dumps(record)}
     with VideoWriter(path, fps=8, tags=tags) as writer:
         writer.append(plain_frames(*[20] * 20))
         writer.append(plain_frames(*[200] * 10))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from pipelines.storyboard import (
     parse_storyboard,
     storyboard_from_prompts,
     with_overrides,
+    with_shot,
 )
 
 FILM = {
@@ -67,6 +69,30 @@ def test_text_file_has_a_prompt_a_line_and_cuts_at_empty_lines(tmp_path: Path) -
     assert {shot.duration for shot in shots} == {Duration(frames=9)}
 
 
+def test_lines_of_a_text_file_may_say_how_long(tmp_path: Path) -> None:
+    path = tmp_path / "film.txt"
+    path.write_text("4.5 | a red circle\n36f| a | b\na or | b\n\n2 s |a star\n")
+    shots = load_storyboard(path, default_duration=Duration(frames=9)).shots
+    assert [(shot.prompt, shot.duration) for shot in shots] == [
+        ("a red circle", Duration(seconds=4.5)),
+        ("a | b", Duration(frames=36)),
+        ("a or | b", Duration(frames=9)),
+        ("a star", Duration(seconds=2.0)),
+    ]
+    assert shots[3].transition == "cut"
+    path.write_text("5 minutes | a red circle\n")
+    with pytest.raises(StoryboardError, match=r"shots\[0\].duration must be seconds"):
+        load_storyboard(path)
+
+
+def test_values_of_one_shot_can_be_replaced() -> None:
+    film = parse_storyboard(FILM)
+    changed = with_shot(film, 1, {"prompt": "a blue circle", "seed": None})
+    assert changed.shots == (film.shots[0], replace(film.shots[1], prompt="a blue circle"))
+    with pytest.raises(StoryboardError, match="shot 2: seed must be between 0 and"):
+        with_shot(film, 1, {"seed": -5})
+
+
 def test_a_shot_may_be_just_its_prompt_and_white_space_is_folded() -> None:
     film = parse_storyboard({"shots": ["  a red\n  circle\t"]})
     assert film.shots[0].prompt == "a red circle"
@@ -110,7 +136,7 @@ def test_impossible_durations_are_refused(value: Any) -> None:
             r"shots\[0\].video: a reference video is not supported",
         ),
         ({"shots": [{"prompt": "a", "promt": "b"}]}, r"shots\[0\].promt: unknown key; did you mean 'prompt'"),
-        ({"shots": ["a"] * 1001}, "at most 1000 shots"),
+        ({"shots": ["a"] * 10_001}, "at most 10000 shots"),
         ({"seed": 1.5}, "seed must be a whole number, got 1.5"),
         ({"seed": -2}, "seed must be between -1 and"),
         ({"fps": float("nan")}, "fps must be a number"),

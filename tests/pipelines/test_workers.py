@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,8 @@ from pipelines.requests import (
     film_requests,
     text_request,
 )
-from pipelines.workers import CodeWorker, DecodeWorker, RefineWorker, TextWorker, video_to_frames
+from pipelines.run_folder import RunFolder
+from pipelines.workers import CodeWorker, DecodeWorker, RefineWorker, TextWorker, WriteWorker, video_to_frames
 from tests.pipelines import tiny_model as tiny
 from tests.pipelines.films import prepared_film
 
@@ -224,3 +226,26 @@ def test_bfloat16_stays_near_float32(chain: Chain, tiny_model: Path, tmp_path: P
     assert rough.dtype == torch.float32
     assert not rough.equal(exact)
     assert (rough - exact).norm() / exact.norm() < 0.05
+
+
+def test_segments_are_committed_as_they_come_and_enter_the_film_in_order(chain: Chain, tmp_path: Path) -> None:
+    """And a segment that is sent again is not stored again."""
+    decode = DecodeWorker(chain.job)
+    writes = []
+    for request, code, refined in zip(
+        chain.requests, chain.codes, chain.refine_all(RefineWorker(chain.job)), strict=True
+    ):
+        decoded = decode.run(fill(request.decode, refined=refined))
+        writes.append(fill(request.write, codes=code, refined=refined, decoded=decoded))
+    films = []
+    for order in ((0, 1, 2), (2, 0, 1, 2)):
+        film = tmp_path / f"{len(order)}.mp4"
+        job = replace(chain.job, run_dir=str(film.with_suffix(".run")), partial_path=str(film))
+        folder = RunFolder(job.run_dir)
+        folder.path.mkdir()
+        with WriteWorker(job) as writer:
+            results = {index: writer.run(writes[index]) for index in order}
+        films.append((film.read_bytes(), [results[index].fragment_hash for index in (0, 1, 2)]))
+        committed = [event["segment"] for event in folder.events() if event["event"] == "commit"]
+        assert committed == list(order[:3])
+    assert films[0] == films[1]

@@ -1,0 +1,60 @@
+"""`arlon extend`."""
+
+from __future__ import annotations
+
+from pipelines.commands.common import (
+    DurationOption,
+    Executor,
+    GraphOption,
+    JoinOption,
+    JsonOption,
+    PromptsOption,
+    StoryboardOption,
+    TransitionOption,
+    check_ray_options,
+    read_graph,
+    reported,
+)
+from pipelines.commands.generate import make_film, print_film
+from pipelines.commands.run_options import AddressOption, ExecutorOption, RunArgument, RunModelOption
+
+
+def extend(
+    run: RunArgument,
+    prompt: PromptsOption = None,
+    storyboard: StoryboardOption = None,
+    duration: DurationOption = None,
+    transition: JoinOption = TransitionOption.carry,
+    model: RunModelOption = None,
+    executor: ExecutorOption = Executor.local,
+    address: AddressOption = None,
+    graph: GraphOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Add shots at the end of a film; of a storyboard, only the shots are read."""
+    with reported():
+        from pipelines.edit_run import begin_change, change_run, with_shots_added
+        from pipelines.options import FilmOptions, read_film_options
+        from pipelines.resume import open_run
+
+        check_ray_options(executor, address, graph)
+        options = FilmOptions(
+            prompts=prompt or [],
+            storyboard=storyboard,
+            seed=None,
+            duration=duration,
+            transition=transition.value,
+            values={},
+            assignments=[],
+        )
+        added, _ = read_film_options(options)
+        old = open_run(run, model=model)
+        new = change_run(old, with_shots_added(old, added.shots))
+        film = make_film(
+            new.prepared,
+            executor.value,
+            address,
+            graph=read_graph(graph),
+            begin=lambda _, executor: begin_change(old, new, executor),
+        )
+        print_film(film, as_json=as_json)

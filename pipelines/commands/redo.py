@@ -1,0 +1,42 @@
+"""`arlon redo`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from pipelines.commands.common import Executor, GraphOption, JsonOption, check_ray_options, read_graph, reported
+from pipelines.commands.generate import make_film, print_film
+from pipelines.commands.run_options import AddressOption, ExecutorOption, RunArgument, RunModelOption
+
+
+def redo(
+    run: RunArgument,
+    shot: Annotated[int, typer.Option("--shot", help="Number of the shot, from 1.")],
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Its new prompt. [default: as it was]")] = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", help="Its new seed. [default: a fresh one, if the prompt stays]")
+    ] = None,
+    model: RunModelOption = None,
+    executor: ExecutorOption = Executor.local,
+    address: AddressOption = None,
+    graph: GraphOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Make one shot again, and only what depends on it; the film as it was is kept as a version of the run."""
+    with reported():
+        from pipelines.edit_run import begin_change, change_run, with_shot_changed
+        from pipelines.resume import open_run
+
+        check_ray_options(executor, address, graph)
+        old = open_run(run, model=model)
+        new = change_run(old, with_shot_changed(old, shot, prompt=prompt, seed=seed))
+        film = make_film(
+            new.prepared,
+            executor.value,
+            address,
+            graph=read_graph(graph),
+            begin=lambda _, executor: begin_change(old, new, executor),
+        )
+        print_film(film, as_json=as_json)

@@ -1,0 +1,42 @@
+"""`arlon status`."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import typer
+
+from pipelines.commands.common import JsonOption, reported
+from pipelines.commands.run_options import RunArgument
+
+if TYPE_CHECKING:
+    from pipelines.status import RunStatus
+
+
+def status(run: RunArgument, as_json: JsonOption = False) -> None:
+    """Tell where a run stands: what is committed, what is made now, how long it will take."""
+    with reported():
+        from pipelines.status import read_status
+
+        found = read_status(run)
+        if as_json:
+            typer.echo(json.dumps(found.to_plain(), indent=2, ensure_ascii=False))
+        else:
+            typer.echo("\n".join(_lines(found)))
+
+
+def _lines(status: RunStatus) -> list[str]:
+    holder = f" by {status.holder}" if status.holder else ""
+    lines = [
+        f"{status.state}{holder}",
+        f"codes     {status.num_codes_written} of {status.num_code_frames} frames",
+        f"segments  {status.num_committed} of {status.num_segments} committed",
+    ]
+    if status.now:
+        left = "" if status.left_s is None else f", about {status.left_s:.0f} s left"
+        lines.append(f"now       {status.now}{left}")
+    if status.drift:
+        drift = status.drift
+        lines.append(f"drift     colour {drift['colour']:.1f}, contrast {drift['contrast']:+.1f} levels (last segment)")
+    return [*lines, f"film      {status.film}"]

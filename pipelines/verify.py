@@ -1,0 +1,105 @@
+"""Is a run what it says it is? Hashes are computed again, and a segment can be made again and compared bit for bit."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from torch import Tensor
+
+from arlon.data.video_io import Fragment, VideoWriter, encode_fragment
+from pipelines.durable import hash_file
+from pipelines.film_file import finalise
+from pipelines.requests import CodeResult, SegmentRequests, TextRequest, carried_on, fill, film_requests
+from pipelines.resume import Run, misfit, read_fitting_codes
+from pipelines.run_folder import RunFolderError
+from pipelines.storyboard import UsageError
+from pipelines.workers import CodeWorker, DecodeWorker, RefineWorker, TextWorker, film_settings, torch_threads
+
+
+def verify_run(run: Run) -> Iterator[str]:
+    """What is wrong with the codes, the committed segments and the film of a run, one sentence a problem.
+
+    A segment must have the files its record names, and be made from what the plan, the codes and the segment before
+    say; the film must be its segments in a row, byte for byte.
+    """
+    try:
+        codes = read_fitting_codes(run)
+    except RunFolderError as error:
+        yield str(error)
+        return
+    there = set(run.folder.committed_indices())
+    is_sound = True
+    for request in film_requests(run.prepared.job):
+        index = request.segment.index
+        if index in there and (problem := _problem(run, request, codes, there)) is not None:
+            is_sound = False
+            yield f"segment {index}: {problem}"
+    if is_sound and len(there) == len(run.plan.segments) and run.prepared.paths.film.exists():
+        yield from _verify_film(run)
+
+
+def _problem(run: Run, request: SegmentRequests, codes: Mapping[int, Tensor], there: set[int]) -> str | None:
+    """What is wrong with a committed segment; None: nothing."""
+    segment = request.segment
+    known = codes.get(segment.take)
+    if known is None or known.shape[1] < segment.num_code_frames:
+        return "its codes are not there"
+    if segment.overlap and segment.index - 1 not in there:
+        return "the segment it goes on from is not there"
+    try:
+        return misfit(run.folder, segment, request.write.inputs, known)
+    except (RunFolderError, FileNotFoundError) as error:
+        return str(error)
+
+
+def _verify_film(run: Run) -> Iterator[str]:
+    job, paths = run.prepared.job, run.prepared.paths
+    with tempfile.TemporaryDirectory() as folder:
+        partial, film = Path(folder) / "partial.mp4", Path(folder) / "film.mp4"
+        with VideoWriter(partial, **film_settings(job), tags=job.tags) as writer:
+            for segment in run.plan.segments:
+                writer.append_fragment(Fragment(data=run.folder.read_fragment(segment.index)))
+        if finalise(partial, film, num_frames=run.plan.num_frames) != hash_file(paths.film):
+            yield f"'{paths.film}' is not made of the segments of this run; `arlon resume` puts it together again"
+
+
+def replay_segment(run: Run, index: int) -> Iterator[str]:
+    """Make a committed segment again from its record, and tell what differs: codes, latents, encoded frames.
+
+    Args:
+        run: The run; what the segment goes on from is taken from there.
+        index: Of the segment, from 0.
+
+    Raises:
+        UsageError: If the segment is not committed.
+        RunFolderError: If what it is compared with is damaged.
+    """
+    folder, job = run.folder, run.prepared.job
+    if not 0 <= index < len(run.plan.segments) or not folder.has_segment(index):
+        raise UsageError(f"segment {index} is not among those of '{folder.path}'")
+    request = next(request for request in film_requests(job) if request.segment.index == index)
+    folder.read_segment(index)
+    stored = CodeResult(codes=read_fitting_codes(run)[request.code.take], elapsed_s=0.0)
+    with torch_threads(job.settings.num_threads):
+        text_worker = TextWorker(job)
+        again = _replay_codes(run, request, text_worker)
+        if not again.codes.equal(stored.codes[:, : request.code.stop]):
+            yield f"segment {index}: its codes come out otherwise"
+        before = None if request.is_take_start else carried_on(folder.read_latent(index - 1))
+        text = text_worker.run(TextRequest(prompts=request.refine.prompts))
+        refined = RefineWorker(job).run(fill(request.refine, text=text, codes=stored, before=before))
+        if not refined.latent.equal(folder.read_latent(index)):
+            yield f"segment {index}: its latents come out otherwise"
+        decoded = DecodeWorker(job).run(fill(request.decode, refined=refined))
+    if encode_fragment(decoded.frames, **film_settings(job)).data != folder.read_fragment(index):
+        yield f"segment {index}: its encoded frames come out otherwise"
+
+
+def _replay_codes(run: Run, request: SegmentRequests, text_worker: TextWorker) -> CodeResult:
+    """The codes of a take up to a segment, written from the start."""
+    whole = replace(request.code, start=0)
+    text = text_worker.run(TextRequest(prompts=whole.prompts))
+    return CodeWorker(run.prepared.job).run(fill(whole, text=text))
