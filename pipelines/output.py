@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.markup import shown
-from pipelines.run_folder import RunFolder, RunFolderError
+from pipelines.run_folder import RUN_NAME, RunFolder, RunFolderError
 from pipelines.storyboard import Storyboard, UsageError
 
 MAX_SLUG_LENGTH = 40
@@ -104,11 +104,8 @@ def check_output(paths: OutputPaths, *, overwrite: bool) -> None:
             raise UsageError(
                 f"'{paths.run_dir}' holds another run: choose another --output, or replace it with --overwrite"
             )
-    elif (run := RunFolder(paths.run_dir)).has_run():
-        try:
-            run.read_run()
-        except RunFolderError as error:
-            raise UsageError(f"will not replace what this program did not write: {error}") from error
+    elif (run := RunFolder(paths.run_dir)).has_run() and not run.is_ours():
+        raise UsageError(f"will not replace what this program did not write: '{run.path / RUN_NAME}' tells of no film")
     for folder in (paths.run_dir, paths.film.parent):
         _check_writable(folder)
 

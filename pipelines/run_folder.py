@@ -127,6 +127,14 @@ class RunFolder:
             if not (folder / SEGMENT_NAME).exists():
                 self._remove_files(folder)
 
+    def is_ours(self) -> bool:
+        """Whether `run.json` tells of a film, in whatever format."""
+        try:
+            values = json.loads((self.path / RUN_NAME).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            return False
+        return isinstance(values, dict) and {"format", "storyboard"} <= values.keys()
+
     def read_run(self) -> dict[str, Any]:
         """Content of `run.json`.
 
