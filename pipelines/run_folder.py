@@ -151,6 +151,10 @@ class RunFolder:
         line = {"take": take, "start": start, "codes": codes[0].tolist()}
         append_line(self.path / CODES_LOG_NAME, line | {"sha256": hash_plain(line)}, sync=True)
 
+    def has_logged_codes(self) -> bool:
+        """Whether there are codes that are not in `codes.safetensors` yet."""
+        return (self.path / CODES_LOG_NAME).exists()
+
     def write_codes(self, codes: Mapping[int, Tensor]) -> None:
         """Store the codes (1, cT, cH, cW) of all takes, by take, in one file in place of all stored before."""
         tensors = {f"take_{take:04d}": c.to(torch.int32).contiguous() for take, c in codes.items()}

@@ -318,6 +318,7 @@ class WriteWorker:
         self._settings = film_settings(job)
         self._writer = VideoWriter(job.partial_path, **self._settings, tags=job.tags)
         self._catch_up()
+        self._gather_codes()
 
     def run(self, request: WriteRequest) -> WriteResult:
         """Store."""
@@ -389,7 +390,11 @@ class WriteWorker:
             return
         self.folder.append_codes(take, start, result.codes[:, start:])
         self._codes[take] = result.codes
-        if self._has_all_codes():
+        self._gather_codes()
+
+    def _gather_codes(self) -> None:
+        """Put the codes in one file once all are there; a writer that ended just before left that to the next."""
+        if self.folder.has_logged_codes() and self._has_all_codes():
             self.folder.write_codes(self._codes)
             self.folder.log("codes", takes=len(self._codes))
 

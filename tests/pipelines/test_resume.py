@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from pipelines.durable import CRASH_VARIABLE, hash_plain
 from pipelines.generate import FilmResult, Progress, generate
 from pipelines.lock import RunLock, RunLockedError
 from pipelines.resume import continue_run, open_run
-from pipelines.run_folder import RunFolder, RunFolderError
+from pipelines.run_folder import CODES_NAME, RunFolder, RunFolderError
 from pipelines.storyboard import UsageError
 from tests.pipelines.films import prepared_film
 from tests.pipelines.tiny_model import make_tiny_model
@@ -72,6 +73,20 @@ def test_an_interrupted_film_goes_on_to_the_same_bytes(
     assert film.sidecar is not None
     assert made.sidecar.read_text() == film.sidecar.read_text()
     assert not run_dir.with_name("film.partial.mp4").exists()
+
+
+def test_codes_that_were_all_logged_are_gathered_by_the_next_writer(tiny_model: Path, tmp_path: Path) -> None:
+    run_dir = stopped_after(2, tiny_model, tmp_path / "film.mp4")
+    folder = RunFolder(run_dir)
+    codes = folder.read_codes()
+    (run_dir / CODES_NAME).unlink()
+    for take, stored in codes.items():
+        folder.append_codes(take, 0, stored)
+    resume(run_dir)
+    assert not folder.has_logged_codes()
+    gathered = folder.read_codes()
+    assert (run_dir / CODES_NAME).exists()
+    assert all(torch.equal(gathered[take], stored) for take, stored in codes.items())
 
 
 def test_a_finished_film_is_put_together_again_without_its_networks(film: FilmResult, tmp_path: Path) -> None:
