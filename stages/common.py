@@ -32,6 +32,7 @@ from arlon.data.latent_cache import (
 from arlon.data.windows import BatchSet, BatchStream, FixedBatches, Sample, SampleSet, Shard
 from arlon.diffusion.samplers import address_seed
 from arlon.models.video_vae import VideoVAE
+from arlon.precision import fast_dtype, has_fast_bfloat16
 from arlon.text.encoders import MiniLMEncoder, TextEncoder, load_text_encoder
 from stages.callbacks import (
     Checkpoints,
@@ -230,19 +231,22 @@ class Encoder:
 
     vae: VideoVAE
     key: str
-    bf16: bool
+    dtype: torch.dtype
 
     def encode(self, video: Tensor) -> Tensor:
         """Posterior mean of video (B, 3, pT, pH, pW) in [-1, 1], (B, C, T, H, W) float32, where the VAE is."""
         video = video.to(self.vae.shift.device)
-        with torch.autocast(video.device.type, torch.bfloat16, enabled=self.bf16):
+        with torch.autocast(video.device.type, torch.bfloat16, enabled=self.dtype is torch.bfloat16):
             return self.vae.encode(video).float()
 
 
 def load_encoder(config: DataConfig) -> Encoder:
-    """The VAE that `data.vae` names."""
-    vae = load_frozen(VideoVAE, config.vae, "data.vae")
-    return Encoder(vae, hash_component(config.vae) + ("-bf16" if config.encode_bf16 else ""), config.encode_bf16)
+    """The VAE that `data.vae` names, on a GPU if there is one."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    vae = load_frozen(VideoVAE, config.vae, "data.vae").to(device)
+    named = config.encode_precision
+    dtype = fast_dtype(device) if named == "auto" else getattr(torch, named)
+    return Encoder(vae, hash_component(config.vae) + ("-bf16" if dtype is torch.bfloat16 else ""), dtype)
 
 
 def load_codes(config: DataConfig, cache: LatentCache, vqvae: nn.Module, folder: str) -> CodeCache:
@@ -381,7 +385,7 @@ def make_training(
             strategy=make_strategy(run, optim),
             devices=run.devices,
             num_nodes=run.num_nodes,
-            precision=run.precision,
+            precision=_resolved(run.precision),
             max_steps=run.max_steps,
             max_epochs=-1,
             gradient_clip_val=optim.grad_clip or None,
@@ -414,6 +418,14 @@ def export_model(stage: Stage, average: WeightAverage, folder: Path, dtype: torc
 
 def _exporter(average: WeightAverage, run_dir: Path) -> Callable[[Stage], None]:
     return lambda stage: export_model(stage, average, run_dir / EXPORT_DIR)
+
+
+def _resolved(precision: str) -> Any:
+    """Lightning's name of a precision, on the device that its `accelerator="auto"` takes."""
+    if precision != "auto":
+        return precision
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return "bf16-mixed" if has_fast_bfloat16(device) else "32-true"
 
 
 def _loggers(run_dir: Path) -> list[Any]:

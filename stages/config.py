@@ -64,8 +64,8 @@ class RunConfig:
     """Optimizer steps in all."""
     max_minutes: float | None = None
     """Minutes of training in all, interruptions left out; the run ends cleanly when they are over."""
-    precision: Literal["32-true", "bf16-mixed"] = "32-true"
-    """Lightning's name of the precision of forward and backward."""
+    precision: Literal["auto", "32-true", "bf16-mixed"] = "32-true"
+    """Lightning's name of the precision of forward and backward; `auto` is bf16-mixed where that is fast."""
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
     """How several processes share the work: `ddp` repeats the model in each, `fsdp` shards it (needs adamw)."""
     devices: int = 1
@@ -141,8 +141,8 @@ class DataConfig:
     """Tokens of a caption, padding included."""
     encode_batch_size: int = 8
     """Takes encoded at a time while the cache is built."""
-    encode_bf16: bool = False
-    """Let the VAE compute in bfloat16 while the cache is built: twice as fast, errors far below its own."""
+    encode_precision: Literal["auto", "float32", "bfloat16"] = "float32"
+    """Precision of the VAE while the cache is built; `auto` is bfloat16 where that is fast."""
     shard_size: int = 256
     """Takes of a cache shard; an interrupted build loses one at most."""
 

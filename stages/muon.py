@@ -17,16 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from arlon.precision import fast_dtype
+
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """Coefficients of the quintic iteration x <- a x + b x^3 + c x^5 on singular values."""
 NUM_ITERATIONS = 5
 RMS_OF_ADAMW = 0.2
 
 
-def orthogonalize(matrix: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+def orthogonalize(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     """Nearly orthogonal factor U V^T of a matrix (rows, columns) = U S V^T; singular values land in [0.7, 1.2].
 
-    The iteration runs in `dtype`: it forgives rounding, and bfloat16 halves its time.
+    The iteration runs in `dtype`: it forgives rounding, and bfloat16 halves its time where it is fast.
     """
     a, b, c = NEWTON_SCHULZ
     x = (matrix / (matrix.norm() + 1e-7)).to(dtype)
@@ -77,4 +79,6 @@ class Muon(torch.optim.Optimizer):
         direction = parameter.grad.add(momentum, alpha=group["momentum"]).flatten(1)
         scale = RMS_OF_ADAMW * math.sqrt(max(direction.shape))
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
-        parameter.add_(orthogonalize(direction).view_as(parameter), alpha=-group["lr"] * scale)
+        parameter.add_(
+            orthogonalize(direction, fast_dtype(direction.device)).view_as(parameter), alpha=-group["lr"] * scale
+        )
