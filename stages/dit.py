@@ -9,7 +9,7 @@ masks, captions dropped at random, buckets).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import numpy as np
@@ -18,8 +18,17 @@ from torch import Tensor
 
 from arlon.data.bucketed_clips import BucketedClips, ClipLatents, FixedClips
 from arlon.data.buckets import offered_order
+from arlon.data.latent_cache import LatentCache
 from arlon.data.manifest import Clip, read_manifest
-from arlon.data.windows import LatentWindows, MaskSampler, Sample, stack_samples
+from arlon.data.windows import (
+    FixedBatches,
+    LatentWindows,
+    MaskSampler,
+    MixedBatches,
+    Sample,
+    WindowConfig,
+    stack_samples,
+)
 from arlon.diffusion.conditioning import sample_frame_masks
 from arlon.grids import num_pixel_frames
 from arlon.models.stdit import STDiT3, STDiT3Config
@@ -54,6 +63,26 @@ TRAINING_FIELDS = (
 
 
 @dataclass(frozen=True, kw_only=True)
+class BesideConfig:
+    """Windows of another length that some of the steps are made with, as Open-Sora trains on pictures beside clips."""
+
+    windows: WindowConfig = field(default_factory=WindowConfig)
+    """Their length must be that of no other windows."""
+    share: float = 0.5
+    """Share of the steps, in (0, 1)."""
+    batch_size: int = 16
+    """Windows a step in each process."""
+    shift_scale: float = 1.0
+    """As in `flow`, for these windows."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share < 1 or self.batch_size < 1:
+            raise ValueError(
+                f"beside: share must be in (0, 1) and batch_size at least 1, got {self.share} and {self.batch_size}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class DiTStageConfig:
     """Settings of the stage. The defaults of `dit` are those of STDiT3-XL/2."""
 
@@ -61,9 +90,26 @@ class DiTStageConfig:
     gradient_checkpointing: bool = False
     """Compute every block again in the backward pass: a fraction of the memory for about a third more time."""
     flow: FlowConfig = field(default_factory=FlowConfig)
+    beside: tuple[BesideConfig, ...] = ()
+    """What the steps that are not made with `flow.windows` are made with."""
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        lengths = [self.flow.windows.latent_frames, *(part.windows.latent_frames for part in self.beside)]
+        if len(set(lengths)) < len(lengths):
+            raise ValueError(f"flow.windows and beside must have windows of different lengths, got {lengths}")
+        if self.beside and self.data.buckets:
+            raise ValueError("beside is for windows of takes: clips in data.buckets have many lengths already")
+        if sum(part.share for part in self.beside) >= 1:
+            raise ValueError("the shares of beside leave no step for flow.windows: their sum must be below 1")
+
+    @property
+    def flows(self) -> dict[int, FlowConfig]:
+        """Settings of a step by the latent frames of its windows."""
+        parts = [replace(self.flow, windows=part.windows, shift_scale=part.shift_scale) for part in self.beside]
+        return {flow.windows.latent_frames: flow for flow in (self.flow, *parts)}
 
 
 class DiTStage(Stage):
@@ -107,7 +153,8 @@ class DiTStage(Stage):
         return picture_of_pairs(self.frozen["vae"], batch["latent"], sampled)
 
     def _losses(self, batch: Sample, t: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-        t = shift_for(self.config.flow, batch)(t)
+        flow = self.config.flows.get(batch["latent"].shape[2], self.config.flow)
+        t = shift_for(flow, batch)(t)
         return flow_losses(self.model, batch, t, generators=generators)
 
 
@@ -126,19 +173,30 @@ def build(config: DiTStageConfig) -> StageParts:
 def _build_windows(config: DiTStageConfig) -> StageParts:
     """The stage on windows of takes of one size."""
     data = load_data(config.data, with_text=True)
-    train, val = (
-        LatentWindows(
+
+    def windows(cache: LatentCache, flow: FlowConfig) -> LatentWindows:
+        return LatentWindows(
             cache,
-            config=config.flow.windows,
+            config=flow.windows,
             seed=config.train.seed,
             size=config.data.frame_size,
             texts=data.texts,
-            mask_sampler=_mask_sampler(config),
+            mask_sampler=_mask_sampler(flow),
         )
-        for cache in (data.train, data.val)
-    )
+
+    val = windows(data.val, config.flow)
     vae = load_frozen(VideoVAE, config.data.vae, "data.vae")
-    return window_parts(DiTStage(config, _make_model(config), vae, example_batch(val)), train, val, config.train)
+    stage = DiTStage(config, _make_model(config), vae, example_batch(val))
+    parts = window_parts(stage, windows(data.train, config.flow), val, config.train)
+    if not config.beside:
+        return parts
+    beside = [
+        FixedBatches(windows(data.train, config.flows[part.windows.latent_frames]), part.batch_size)
+        for part in config.beside
+    ]
+    shares = [part.share for part in config.beside]
+    mixed = MixedBatches([parts.train, *beside], [1 - sum(shares), *shares], config.train.seed)
+    return replace(parts, train=mixed)
 
 
 def _build_buckets(config: DiTStageConfig) -> StageParts:
@@ -167,7 +225,7 @@ def _build_buckets(config: DiTStageConfig) -> StageParts:
             seed=config.train.seed,
             size_multiple=encoder.vae.config.space_stride,
             fps=data.clip_fps,
-            mask_sampler=_mask_sampler(config),
+            mask_sampler=_mask_sampler(config.flow),
         )
 
     train, val = sort(clips[: -data.val_clips]), sort(clips[-data.val_clips :])
@@ -175,8 +233,8 @@ def _build_buckets(config: DiTStageConfig) -> StageParts:
     return StageParts(stage, train, FixedClips(val, config.train.val_batches))
 
 
-def _mask_sampler(config: DiTStageConfig) -> MaskSampler | None:
-    ratios = config.flow.windows.mask_ratios
+def _mask_sampler(flow: FlowConfig) -> MaskSampler | None:
+    ratios = flow.windows.mask_ratios
     if not ratios:
         return None
     return lambda frames, generator: sample_frame_masks(1, frames, ratios, generator)[0]

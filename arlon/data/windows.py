@@ -65,6 +65,21 @@ class FixedBatches:
         return stack_samples([self.samples.sample(first + i) for i in range(self.batch_size)])
 
 
+class MixedBatches:
+    """Batches of several sets: batch k comes from set i with probability `shares[i]`, drawn from (seed, k)."""
+
+    def __init__(self, sets: Sequence[BatchSet], shares: Sequence[float], seed: int) -> None:
+        if len(sets) != len(shares) or min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
+            raise ValueError(f"a share for each of the {len(sets)} sets, 1 in all, is needed, got {list(shares)}")
+        self._sets, self._shares, self._seed = list(sets), torch.tensor(shares), seed
+
+    def batch(self, number: int, shard: Shard = WHOLE) -> Sample:
+        """The rows of batch `number` that belong to a process; all processes draw from the same set."""
+        generator = addressed_generator(self._seed, "mix", number)
+        chosen = int(torch.multinomial(self._shares, 1, generator=generator))
+        return self._sets[chosen].batch(number, shard)
+
+
 class BatchStream:
     """Addressed batches in order: endless from a given step on, or the same few each time.
 
