@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 import torch
 
-from arlon.data.windows import MixedBatches, Shard
+from arlon.data.windows import WHOLE, MixedBatches, Shard
 from stages.dit import build
 from stages.flow_matching import shift_for
 from tests.stages.conftest import StageConfigs
@@ -23,7 +23,7 @@ class Numbered:
     def __init__(self, name: int) -> None:
         self.name = name
 
-    def batch(self, number: int, shard: Shard = Shard()) -> dict[str, torch.Tensor]:
+    def batch(self, number: int, shard: Shard = WHOLE) -> dict[str, torch.Tensor]:
         return {"from": torch.tensor([self.name, number, shard.rank])}
 
 
