@@ -3,13 +3,16 @@
 #   make train CONFIG=configs/shapes          a folder with one YAML file a stage
 #   make dit ARGS="train.max_steps=1000"      dotted overrides and options of `python -m stages.train`
 #   make demo ARGS="--seed 7"                 options of `arlon generate`
+#   make test JOBS=8                          test processes at a time
 
 PYTHON ?= python3
 VENV ?= .venv
 CONFIG ?= configs/shapes
 ARGS ?=
+JOBS ?= 2
 
 BIN := $(VENV)/bin
+PYTEST = $(BIN)/python -m pytest -q --numprocesses $(JOBS) --dist loadfile
 STAMP := $(VENV)/.installed
 SOURCES := arlon stages pipelines tests $(wildcard benchmarks)
 TRAIN = $(BIN)/python -m stages.train
@@ -32,10 +35,10 @@ demo: setup
 # What fails is run once more: bit-for-bit tests of whole films fail now and then on a busy machine, cause not found yet
 # (docs/log.md).
 test: setup
-	$(BIN)/python -m pytest -q -m "not gpu" $(ARGS) || $(BIN)/python -m pytest -q -m "not gpu" --last-failed $(ARGS)
+	$(PYTEST) -m "not gpu" $(ARGS) || $(PYTEST) -m "not gpu" --last-failed $(ARGS)
 
 check: lint
-	$(BIN)/python -m pytest -q -m "not slow and not ray and not gpu" $(ARGS)
+	$(PYTEST) -m "not slow and not ray and not gpu" $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check $(SOURCES)
