@@ -21,7 +21,7 @@ import argparse
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -169,29 +169,52 @@ class CoarseWorker(RefineWorker):
         return RefineResult(latent=latent, overlap_hash=None, codes_hash="", elapsed_s=0.0)
 
 
+@dataclass(frozen=True)
+class SegmentParts:
+    """What one segment of a film was made from: its shot, frames (F, pH, pW, 3) uint8, and what each role gave."""
+
+    shot: int
+    frames: np.ndarray
+    codes: CodeResult
+    refined: RefineResult
+
+
 class FilmMaker:
     """Makes the frames of one film after another; the networks are loaded once."""
 
-    def __init__(self, job: Job, mode: Mode = "arlon") -> None:
-        """Load the workers that `mode` needs, for films of the model and settings of `job`."""
+    def __init__(
+        self, job: Job, mode: Mode = "arlon", shown: Callable[[CodeResult, Job], CodeResult] | None = None
+    ) -> None:
+        """Load the workers that `mode` needs, for films of the model and settings of `job`.
+
+        `shown` changes the codes that the diffusion transformer sees; the code model goes on from its own.
+        """
         refine = {"arlon": RefineWorker, "base": BaseRefineWorker, "codes": CoarseWorker}
         self._text = TextWorker(job)
         self._codes: CodeStep = BlankCodes(job) if mode == "base" else CodeWorker(job)
         self._refine, self._decode = refine[mode](job), DecodeWorker(job)
+        self._shown = shown or (lambda codes, job: codes)
 
     def shots(self, job: Job) -> list[np.ndarray]:
         """Frames (F, pH, pW, 3) uint8 of every shot of a film, as they are before the film is encoded."""
-        text = self._text.run(text_request(job.plan))
         frames: list[list[np.ndarray]] = [[] for _ in job.plan.shots]
+        for parts in self.segments(job):
+            frames[parts.shot].append(parts.frames)
+        return [np.concatenate(of_shot) for of_shot in frames]
+
+    def segments(self, job: Job) -> Iterator[SegmentParts]:
+        """The segments of a film in order."""
+        text = self._text.run(text_request(job.plan))
         codes: CodeResult | None = None
         refined: RefineResult | None = None
         for request in film_requests(job):
             if request.is_take_start:
                 codes = refined = None
             codes = self._codes.run(fill(request.code, text=text, before=codes))
-            refined = self._refine.run(fill(request.refine, text=text, codes=codes, before=refined))
-            frames[request.segment.shot].append(self._decode.run(fill(request.decode, refined=refined)).frames)
-        return [np.concatenate(parts) for parts in frames]
+            shown = self._shown(codes, job)
+            refined = self._refine.run(fill(request.refine, text=text, codes=shown, before=refined))
+            frames = self._decode.run(fill(request.decode, refined=refined)).frames
+            yield SegmentParts(request.segment.shot, frames, codes, refined)
 
 
 # --- measuring -----------------------------------------------------------------------------------------------

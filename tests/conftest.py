@@ -1,4 +1,4 @@
-"""What every test runs under: one thread, a fixed seed, no network; and one Ray session for all."""
+"""What every test runs under: one thread, a fixed seed, no network; one tiny model and one Ray session for all."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import random
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -58,6 +59,14 @@ def is_local(host: str) -> bool:
     except ValueError:
         return False
     return address.is_loopback or address.is_private or address.is_link_local
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random model; see `tests/pipelines/tiny_model.py`."""
+    from tests.pipelines.tiny_model import make_tiny_model
+
+    return make_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture(scope="session")

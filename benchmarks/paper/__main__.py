@@ -1,0 +1,79 @@
+"""The paper's experiments on a model that is read back by an oracle; each writes its table.
+
+    python -m benchmarks.paper short                     # base, codes alone, ARLON at 5, 10, 30 steps
+    python -m benchmarks.paper long --films 8            # twelve shots, by position of the shot
+    python -m benchmarks.paper flips                     # accuracy against the share of codes flipped at random
+    python -m benchmarks.paper sampling                  # temperature, top-p, guidance of the AR model
+
+Writes NAME.md and NAME.json into --output (docs/results). Records of films are kept in --work, so that the same command
+goes on after it was stopped; a film is made again if the model, the condition or the prompt changed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.paper.conditions import run_condition
+from benchmarks.paper.experiments import EXPERIMENTS
+from benchmarks.paper.tables import to_json, to_markdown
+from benchmarks.prompt_accuracy import ProgressLine, load_model
+from pipelines.durable import write_bytes, write_json
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.paper", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("experiment", choices=EXPERIMENTS)
+    parser.add_argument("--films", type=int, help="films a condition; default: 64, of long films 8")
+    parser.add_argument("--model", default="shapes", help="name or folder of the model")
+    parser.add_argument("--only", nargs="+", metavar="CONDITION", help="some conditions, as 'arlon 5 steps'")
+    parser.add_argument("--output", type=Path, default=Path("docs/results"), help="folder of the tables")
+    parser.add_argument("--work", type=Path, default=Path("outputs/paper"), help="folder of the records")
+    args = parser.parse_args(argv)
+    if args.films is not None and args.films < 1:
+        parser.error(f"--films must be at least 1, got {args.films}")
+    known = [condition.name for condition in EXPERIMENTS[args.experiment].conditions]
+    if unknown := sorted(set(args.only or ()) - set(known)):
+        parser.error(f"unknown condition {unknown[0]!r}; known are {', '.join(known)}")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run an experiment and write its table."""
+    args = parse_args(argv)
+    experiment = EXPERIMENTS[args.experiment]
+    try:
+        model = load_model(args.model)
+        cases = experiment.cases(args.films or experiment.default_cases, model.geometry)
+        results = {
+            condition.name: run_condition(
+                condition,
+                cases,
+                args.work / args.experiment,
+                model=args.model,
+                progress=ProgressLine(condition.name),
+            )
+            for condition in experiment.conditions
+            if args.only is None or condition.name in args.only
+        }
+        identity = {"name": model.name, "hash": model.model_hash}
+        command = f"python -m benchmarks.paper {args.experiment} --films {len(cases)}"
+        if args.only:
+            command += " --only " + shlex.join(args.only)
+        table = to_markdown(experiment, results, identity, command)
+        args.output.mkdir(parents=True, exist_ok=True)
+        write_json(args.output / f"{args.experiment}.json", to_json(experiment, results, identity))
+        write_bytes(args.output / f"{args.experiment}.md", table.encode())
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""Films made under named conditions, and their figures, one record a film, kept so that a stopped run goes on.
+
+A condition says which parts of the model make a film and how; every condition makes the same films: the same prompts
+under the same seeds, fixed beforehand.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from arlon.diffusion import samplers
+from arlon.evaluation.film import FilmShot, Outline, measure_film
+from arlon.evaluation.suite import Case
+from benchmarks.prompt_accuracy import FilmMaker, Mode, Model, load_model
+from pipelines.durable import append_line, make_folder, read_lines
+from pipelines.requests import CodeResult, Job
+from pipelines.workers import torch_threads
+
+Record = dict[str, Any]
+"""What is kept of a film: `figures` by name, `shots` with their scores, `seconds` by role, `calls` of the DiT."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Condition:
+    """How films are made."""
+
+    name: str
+    mode: Mode = "arlon"
+    steps: int | None = None
+    """Solver steps; None: the model's."""
+    model: str | None = None
+    """Another model than the one of the experiment."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of `arlon generate`, where they differ from the model's."""
+    flipped: float = 0.0
+    """Share of the codes that the DiT sees which are replaced by random ones, [0, 1]."""
+
+
+def flip_codes(codes: torch.Tensor, share: float, codebook_size: int, seed: int) -> torch.Tensor:
+    """Replace a share of codes (1, n, cH, cW) by others drawn evenly; which and by what depends on the seed alone.
+
+    The draws of the first frames do not depend on how many frames there are.
+    """
+    flipped = codes.clone()
+    for frame in range(codes.shape[1]):
+        address = samplers.address_seed(seed, "flip", frame)
+        generator = torch.Generator().manual_seed(address)
+        chosen = torch.rand(codes.shape[2:], generator=generator) < share
+        away = torch.randint(1, codebook_size, codes.shape[2:], generator=generator)
+        flipped[0, frame] = torch.where(chosen, (codes[0, frame] + away) % codebook_size, codes[0, frame])
+    return flipped
+
+
+def run_condition(
+    condition: Condition, cases: Sequence[Case], folder: Path, *, model: str, progress: Callable[[int, int], None]
+) -> list[Record]:
+    """Make and measure the film of every case; records in `folder` that fit are not made again.
+
+    Args:
+        condition: How.
+        cases: What.
+        folder: Where records are kept, a file a condition.
+        model: Name or folder of the model.
+        progress: Called with (done, all) after each film.
+    """
+    loaded = load_model(condition.model or model, num_inference_steps=condition.steps, settings=condition.settings)
+    path = folder / f"{condition.name.replace(' ', '_')}.jsonl"
+    kept = {line.pop("key"): line for line in read_lines(path)}
+    records: list[Record] = []
+    maker: FilmMaker | None = None
+    with torch_threads(loaded.settings.num_threads):
+        for case in cases:
+            key = _key(condition, case, loaded)
+            if key not in kept:
+                job = loaded.job(case)
+                maker = maker or _make_maker(condition, job)
+                kept[key] = _film_record(maker, job, case, loaded)
+                make_folder(path.parent)
+                append_line(path, {"key": key, **kept[key]})
+            records.append(kept[key])
+            progress(len(records), len(cases))
+    return records
+
+
+def _make_maker(condition: Condition, job: Job) -> FilmMaker:
+    size = json.loads((job.component("ar") / "config.json").read_text())["codebook_size"]
+
+    def shown(codes: CodeResult, job: Job) -> CodeResult:
+        flipped = flip_codes(codes.codes, condition.flipped, size, job.plan.storyboard.seed or 0)
+        return CodeResult(codes=flipped, elapsed_s=codes.elapsed_s)
+
+    return FilmMaker(job, condition.mode, shown if condition.flipped else None)
+
+
+def _film_record(maker: FilmMaker, job: Job, case: Case, model: Model) -> Record:
+    started_s = time.perf_counter()
+    shots: list[list[np.ndarray]] = [[] for _ in case.prompts]
+    starts, code_s, refine_s, at = [], 0.0, 0.0, 0
+    for parts in maker.segments(job):
+        starts.append(at)
+        at += len(parts.frames)
+        shots[parts.shot].append(parts.frames)
+        code_s, refine_s = code_s + parts.codes.elapsed_s, refine_s + parts.refined.elapsed_s
+    total_s = time.perf_counter() - started_s
+    frames = [np.concatenate(of_shot) for of_shot in shots]
+    measured = measure_film(
+        np.concatenate(frames),
+        _outline(case.prompts, [len(of_shot) for of_shot in frames], starts),
+        fps=model.geometry.defaults.fps,
+    )
+    return {
+        "figures": measured["figures"],
+        "shots": [shot["scores"] for shot in measured["shots"]],
+        "seconds": {"total": total_s, "code": code_s, "refine": refine_s, "film": at / model.geometry.defaults.fps},
+        "calls": len(starts) * (job.plan.storyboard.num_inference_steps or 0),
+    }
+
+
+def _outline(prompts: Sequence[str], lengths: Sequence[int], segment_starts: Sequence[int]) -> Outline:
+    ends = np.cumsum(lengths)
+    shots = tuple(
+        FilmShot(prompt=prompt, start_frame=int(end) - length, num_frames=length)
+        for prompt, length, end in zip(prompts, lengths, ends, strict=True)
+    )
+    return Outline(shots=shots, segment_starts=tuple(segment_starts))
+
+
+def _key(condition: Condition, case: Case, model: Model) -> str:
+    what = {**asdict(condition), "model": model.model_hash, "prompts": case.prompts, "seed": case.seed}
+    return json.dumps(what, sort_keys=True, default=str)

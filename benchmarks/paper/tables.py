@@ -1,0 +1,110 @@
+"""Records of films -> a table with intervals, as Markdown and JSON."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from arlon.evaluation.suite import Share, summarise
+from benchmarks.paper.conditions import Record
+from benchmarks.paper.experiments import Experiment
+
+Results = Mapping[str, Sequence[Record]]
+"""Records by the name of their condition."""
+
+
+def figure_shares(records: Sequence[Record], names: Sequence[str]) -> dict[str, Share]:
+    """Mean and bootstrap interval over films of the figures named."""
+    return summarise([{name: _number(record["figures"][name]) for name in names} for record in records])
+
+
+def accuracy_by_shot(records: Sequence[Record]) -> list[Share]:
+    """Prompt accuracy at each position of a shot: the mean of what a prompt states, then over films."""
+    rows = []
+    for position in range(min(len(record["shots"]) for record in records)):
+        scores = [[value for value in r["shots"][position].values() if value is not None] for r in records]
+        means = [{"accuracy": sum(values) / len(values) if values else math.nan} for values in scores]
+        rows.append(summarise(means)["accuracy"])
+    return rows
+
+
+def cost(records: Sequence[Record]) -> dict[str, float]:
+    """Medians over films: seconds a second of film, the share of the AR model in them, calls of the DiT a film."""
+    per_second = sorted(r["seconds"]["total"] / r["seconds"]["film"] for r in records)
+    share = sorted(r["seconds"]["code"] / r["seconds"]["total"] for r in records)
+    middle = len(records) // 2
+    calls = sorted(r["calls"] for r in records)[middle]
+    return {"seconds_per_second": per_second[middle], "ar_share": share[middle], "dit_calls": calls}
+
+
+def to_json(experiment: Experiment, results: Results, model: Mapping[str, str]) -> dict[str, Any]:
+    """Everything: the table and every film."""
+    rows = {}
+    for name, records in results.items():
+        shares = figure_shares(records, experiment.figures)
+        rows[name] = {
+            "figures": {key: _plain(share) for key, share in shares.items()},
+            "by_shot": [_plain(share) for share in accuracy_by_shot(records)],
+            "cost": cost(records),
+            "films": list(records),
+        }
+    return {"title": experiment.title, "claim": experiment.claim, "model": dict(model), "conditions": rows}
+
+
+def to_markdown(experiment: Experiment, results: Results, model: Mapping[str, str], command: str) -> str:
+    """The table as Markdown."""
+    count = min(len(records) for records in results.values())
+    lines = [
+        f"# {experiment.title}",
+        "",
+        f"The paper: {experiment.claim}",
+        "",
+        f"{count} films of {experiment.num_shots} shot{'s' * (experiment.num_shots > 1)}, held-out phrasings and "
+        f"attribute pairs, the same ones under every condition; model {model['name']} ({model['hash'][:12]}). Mean and "
+        f"95 % bootstrap interval over films. Made by `{command}`.",
+        "",
+        *_figure_table(experiment, results),
+    ]
+    if experiment.num_shots > 1:
+        lines += ["", "Prompt accuracy by position of the shot:", "", *_shot_table(results)]
+    return "\n".join(lines) + "\n"
+
+
+def _figure_table(experiment: Experiment, results: Results) -> list[str]:
+    names = [name.removeprefix("prompt_").replace("_", " ") for name in experiment.figures]
+    header = ["", *names, "s per s of film", "of it AR", "DiT calls"]
+    lines = [_row(header), _row(["---"] * len(header))]
+    for condition, records in results.items():
+        shares = figure_shares(records, experiment.figures)
+        spent = cost(records)
+        ends = [f"{spent['seconds_per_second']:.2f}", f"{spent['ar_share']:.0%}", str(spent["dit_calls"])]
+        lines.append(_row([condition, *(_cell(shares[name]) for name in experiment.figures), *ends]))
+    return lines
+
+
+def _shot_table(results: Results) -> list[str]:
+    tables = {name: accuracy_by_shot(records) for name, records in results.items()}
+    length = min(len(rows) for rows in tables.values())
+    header = ["", *(str(position + 1) for position in range(length))]
+    rows = [[name, *(f"{share.mean:.2f}" for share in table[:length])] for name, table in tables.items()]
+    return [_row(header), _row(["---"] * len(header)), *(_row(row) for row in rows)]
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _cell(share: Share) -> str:
+    if not share.count:
+        return ""
+    return f"{share.mean:.2f} [{share.low:.2f}, {share.high:.2f}]"
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def _plain(share: Share) -> dict[str, Any]:
+    return {key: None if isinstance(v, float) and math.isnan(v) else v for key, v in asdict(share).items()}

@@ -1,0 +1,115 @@
+"""The paper's experiments: the same films under every condition, and tables that say what the records say."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.paper import conditions
+from benchmarks.paper.__main__ import main, parse_args
+from benchmarks.paper.conditions import Condition, flip_codes, run_condition
+from benchmarks.paper.experiments import EXPERIMENTS, Experiment
+from benchmarks.paper.tables import accuracy_by_shot, cost, figure_shares, to_markdown
+from benchmarks.prompt_accuracy import load_model
+
+
+def record(shape: float | None, seconds: float, shots: list[dict[str, float | None]]) -> conditions.Record:
+    return {
+        "figures": {"prompt_shape": shape},
+        "shots": shots,
+        "seconds": {"total": seconds, "code": seconds / 4, "refine": seconds / 2, "film": 2.0},
+        "calls": 10,
+    }
+
+
+RECORDS = [
+    record(1.0, 4.0, [{"colour": 1.0, "speed": None}, {"colour": 0.0, "shape": 1.0}]),
+    record(None, 8.0, [{"colour": 0.0}, {"colour": 0.0, "shape": 0.0}]),
+    record(0.0, 6.0, [{"colour": 1.0}, {"colour": 1.0, "shape": 1.0}]),
+]
+
+
+def test_share_of_flipped_codes_is_the_one_asked_for_and_every_flip_changes_a_code() -> None:
+    codes = torch.randint(0, 64, (1, 50, 4, 4), generator=torch.Generator().manual_seed(0))
+    flipped = flip_codes(codes, 0.2, 64, seed=3)
+    assert (flipped != codes).float().mean().item() == pytest.approx(0.2, abs=0.04)
+    assert (flipped.min(), flipped.max()) >= (0, 0)
+    assert flipped.max() < 64
+    assert torch.equal(flip_codes(codes, 0.0, 64, seed=3), codes)
+    assert (flip_codes(codes, 1.0, 64, seed=3) != codes).all()
+
+
+def test_flips_of_the_first_frames_do_not_depend_on_the_later_ones() -> None:
+    codes = torch.zeros(1, 9, 4, 4, dtype=torch.int64)
+    assert torch.equal(flip_codes(codes, 0.5, 64, seed=1)[:, :4], flip_codes(codes[:, :4], 0.5, 64, seed=1))
+    assert not torch.equal(flip_codes(codes, 0.5, 64, seed=1), flip_codes(codes, 0.5, 64, seed=2))
+
+
+def test_figures_leave_out_what_a_film_does_not_show() -> None:
+    share = figure_shares(RECORDS, ["prompt_shape"])["prompt_shape"]
+    assert (share.mean, share.count) == (0.5, 2)
+
+
+def test_accuracy_by_shot_is_the_mean_of_what_a_prompt_states() -> None:
+    first, second = accuracy_by_shot(RECORDS)
+    assert first.mean == pytest.approx(2 / 3)
+    assert second.mean == pytest.approx((0.5 + 0 + 1) / 3)
+
+
+def test_cost_is_that_of_the_middle_film() -> None:
+    assert cost(RECORDS) == {"seconds_per_second": 3.0, "ar_share": 0.25, "dit_calls": 10}
+
+
+def test_table_has_a_row_a_condition_and_a_column_a_figure() -> None:
+    experiment = Experiment(title="T", claim="C", conditions=(), figures=("prompt_shape",), num_shots=2)
+    table = to_markdown(experiment, {"a": RECORDS, "b": RECORDS[:1]}, {"name": "m", "hash": "h"}, "run me")
+    rows = [line for line in table.splitlines() if line.startswith("| a") or line.startswith("| b")]
+    assert rows[0] == "| a | 0.50 [0.00, 1.00] | 3.00 | 25% | 10 |"
+    assert rows[2:] == ["| a | 0.67 | 0.50 |", "| b | 1.00 | 0.50 |"]
+
+
+def test_films_are_made_once_and_the_same_ones_under_every_condition(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    geometry = load_model(str(tiny_model)).geometry
+    cases = EXPERIMENTS["short"].cases(2, geometry)
+    assert [c.prompts for c in cases] == [c.prompts for c in EXPERIMENTS["flips"].cases(3, geometry)[:2]]
+    made = []
+    film_record = conditions._film_record
+    monkeypatch.setattr(conditions, "_film_record", lambda *args: made.append(1) or film_record(*args))
+
+    def run(condition: Condition) -> list[conditions.Record]:
+        return run_condition(condition, cases, tmp_path, model=str(tiny_model), progress=lambda done, total: None)
+
+    plain, flipped = Condition(name="plain", steps=2), Condition(name="flips", steps=2, flipped=1.0)
+    first = run(plain)
+    assert len(made) == 2
+    assert first[0]["calls"] == 2
+    assert run(plain) == first
+    assert len(made) == 2, "records are read, not made again"
+    assert run(flipped)[0]["figures"] != first[0]["figures"]
+    run(Condition(name="plain", steps=3))
+    assert len(made) == 6, "another condition under the same name is made again"
+
+
+def test_an_experiment_writes_its_table_and_every_film(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, work = tmp_path / "results", tmp_path / "work"
+    places = ["--model", str(tiny_model), "--output", str(out), "--work", str(work)]
+    main(["flips", "--films", "2", "--only", "0 % flipped", *places])
+    stored = json.loads((out / "flips.json").read_text())
+    assert len(stored["conditions"]["0 % flipped"]["films"]) == 2
+    assert (out / "flips.md").read_text() in capsys.readouterr().out
+    assert not math.isnan(stored["conditions"]["0 % flipped"]["cost"]["seconds_per_second"])
+
+
+def test_unknown_conditions_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        parse_args(["short", "--only", "arlon 7 steps"])
+    assert stopped.value.code == 2
+    assert "arlon 10 steps" in capsys.readouterr().err
