@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pipelines.generate import Prepared, prepare
+from pipelines.run_folder import RunFolder
 from pipelines.storyboard import parse_storyboard
 
 SHOTS = (
@@ -21,3 +24,30 @@ def prepared_film(
     """A film of the tiny model, ready to be made; `SHOTS` if none are given."""
     storyboard = parse_storyboard({"seed": 7, "shots": list(shots or SHOTS), **film})
     return prepare(storyboard, model=str(model), output=output, settings={"num_threads": 1} | (settings or {}))
+
+
+def assert_same_film(film: Path, expected: Path) -> None:
+    """Two films of the same bytes; if not, the error names the first step that came out otherwise, and by how much.
+
+    Their run folders lie where `prepare` places them.
+    """
+    if film.read_bytes() != expected.read_bytes():
+        raise AssertionError(f"'{film}' differs from '{expected}': {_first_difference(film, expected)}")
+
+
+def _first_difference(film: Path, expected: Path) -> str:
+    beside = (path.with_suffix(".run") for path in (film, expected))
+    one, other = (RunFolder(path if path.is_dir() else path.parent) for path in beside)
+    threads = f"{torch.get_num_threads()} threads now"
+    codes = one.read_codes(), other.read_codes()
+    if differing := [take for take in codes[1] if not codes[0][take].equal(codes[1][take])]:
+        return f"codes of take {differing[0]}; {threads}"
+    for index in other.committed_indices():
+        latents = one.read_latent(index), other.read_latent(index)
+        if not latents[0].equal(latents[1]):
+            unequal = latents[0] != latents[1]
+            largest, frames = (latents[0] - latents[1]).abs().max(), unequal.sum(dim=(0, 1, 3, 4)).tolist()
+            return f"latent of segment {index} by up to {largest:.3g}, values a latent frame {frames}; {threads}"
+        if one.read_fragment(index) != other.read_fragment(index):
+            return f"decoding or encoding of segment {index}: its latents are the same; {threads}"
+    return f"codes, latents and fragments are the same, so only the container; {threads}"

@@ -21,7 +21,7 @@ from pipelines.run_folder import RunFolder
 from pipelines.status import read_status
 from pipelines.storyboard import UsageError, load_storyboard
 from pipelines.verify import replay_segment, verify_run
-from tests.pipelines.films import SHOTS, prepared_film
+from tests.pipelines.films import SHOTS, assert_same_film, prepared_film
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +113,7 @@ def test_the_storyboard_of_a_film_makes_it_again(film: FilmResult, tiny_model: P
         *("generate", "--storyboard", board, "--model", tiny_model, "--threads", 1, "--output", again),
     )
     assert result.exit_code == 0, result.stderr
-    assert again.read_bytes() == film.film.read_bytes()
+    assert_same_film(again, film.film)
 
 
 def test_a_run_tells_its_timings(film: FilmResult) -> None:
