@@ -33,7 +33,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from arlon.cost import dit_cost
-from arlon.models.layers import NORM_EPS, STDiT3Block, spatial_position
+from arlon.models.embeddings import spatial_position
+from arlon.models.layers import NORM_EPS, STDiT3Block
 from arlon.models.stdit import TIME_SCALE, STDiT3, STDiT3Config
 from benchmarks.vae_decode import resident_mib, table_row
 from pipelines.run_folder import write_json

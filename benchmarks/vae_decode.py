@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 
 from arlon.checkpoint import load_component
+from arlon.memory import keep_freed_memory
 from arlon.models.video_vae import VideoVAE, VideoVAEConfig
 from pipelines.run_folder import write_json
 
@@ -86,6 +87,7 @@ def cases(
 @torch.inference_mode()
 def measure(case: Case, folder: Path | None, threads: int) -> Figures:
     """Decode noise once in this process, which should be fresh: its peak cannot be reset everywhere."""
+    keep_freed_memory()
     torch.set_num_threads(threads)
     overrides = {"micro_frame_size": case.chunk, "micro_batch_size": case.micro_batch}
     vae = VideoVAE(VideoVAEConfig(**overrides)) if folder is None else load_component(VideoVAE, folder, **overrides)

@@ -21,8 +21,10 @@ class _Pipeline:
     """Makes films, one after another; nothing that fails but the process ends it."""
 
     def __init__(self, options: BatchOptions) -> None:
+        from arlon.memory import keep_freed_memory
         from pipelines.local import KeptWorkers
 
+        keep_freed_memory()
         self.options, self.worker = options, KeptWorkers()
 
     def make(self, task: FilmTask) -> FilmOutcome:

@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from arlon.memory import keep_freed_memory
 from pipelines.commands.batch import batch
 from pipelines.commands.common import INTERRUPTED, say
 from pipelines.commands.doctor import doctor
@@ -61,6 +62,7 @@ for command in COMMANDS:
 def main() -> None:
     """Entry point of the console script."""
     signal.signal(signal.SIGTERM, _interrupt)
+    keep_freed_memory()
     try:
         app()
     except KeyboardInterrupt:

@@ -102,8 +102,10 @@ class _Actor:
         """Load the worker; after a restart the next call does."""
         import torch
 
+        from arlon.memory import keep_freed_memory
         from pipelines import workers
 
+        keep_freed_memory()
         torch.set_num_threads(self.job.settings.num_threads)
         state = (_committed(RunFolder(self.job.run_dir)),) if self.role == "write" else ()
         self._worker = getattr(workers, WORKER_OF_ROLE[self.role])(self.job, *state)

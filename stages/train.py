@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from arlon.memory import keep_freed_memory
+
 if TYPE_CHECKING:
     from stages.common import StageParts, Training
 
@@ -188,6 +190,7 @@ def main(
     ] = None,
 ) -> None:
     """Train one stage; running the same command again resumes it."""
+    keep_freed_memory()
     run_dir = output or Path("runs") / stage.value
     files = config or [Path("configs") / "shapes" / f"{stage.value}.yaml"]
     settings = _settings(stage.value, files, overrides or [])

@@ -25,7 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from arlon.models.layers import Mlp, PatchEmbed, layer_norm
+from arlon.models.embeddings import PatchEmbed
+from arlon.models.layers import Mlp, layer_norm
 
 DSU_EPS = 1e-6
 STATISTICS_MOMENTUM = 0.99

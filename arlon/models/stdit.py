@@ -29,17 +29,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from arlon.models.layers import (
-    CaptionEmbedder,
-    FinalLayer,
-    PatchEmbed,
-    RotaryTime,
-    ScalarEmbedder,
-    STDiT3Block,
-    TextKeys,
-    patch_grid,
-    spatial_position,
-)
+from arlon.models.embeddings import PatchEmbed, ScalarEmbedder, patch_grid, spatial_position
+from arlon.models.layers import CaptionEmbedder, FinalLayer, RotaryTime, STDiT3Block, TextKeys
 
 TIME_SCALE = 1000.0
 """Released weights embed times between 0 and 1000."""

@@ -1,0 +1,58 @@
+"""`keep_freed_memory`: seen from page faults, in a process of its own, since it cannot be undone."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from arlon import memory
+
+FAULTS = """
+import resource
+from arlon.memory import keep_freed_memory
+{first}
+size = 2**26
+def work():
+    assert len(b"x" * size) == size
+for _ in range(5):
+    work()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(5):
+    work()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def faults(first: str, **variables: str) -> int:
+    """Page faults of five rounds of work with large blocks, after five others."""
+    env = {name: value for name, value in os.environ.items() if name not in memory.CHOSEN_BY_USER} | variables
+    done = subprocess.run(
+        [sys.executable, "-c", FAULTS.format(first=first)], env=env, capture_output=True, text=True, check=True
+    )
+    return int(done.stdout)
+
+
+@pytest.mark.skipif(not memory._is_glibc(), reason="needs glibc")
+def test_freed_memory_is_used_again() -> None:
+    kept = faults("assert keep_freed_memory()")
+    given_back = faults("")
+    # five times 64 MiB are 81,920 pages of 4 KiB, or 160 of 2 MiB
+    assert given_back >= 160
+    assert kept < given_back / 10
+
+
+@pytest.mark.skipif(not memory._is_glibc(), reason="needs glibc")
+def test_a_choice_of_the_user_stands() -> None:
+    assert faults("assert not keep_freed_memory()", MALLOC_MMAP_THRESHOLD_="131072") >= 160
+
+
+def test_another_c_library_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(name: str) -> str:
+        raise ValueError("unrecognized configuration name")
+
+    monkeypatch.setattr(memory.os, "confstr", unknown, raising=False)
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: pytest.fail("the C library was touched"))
+    assert memory.keep_freed_memory() is False
