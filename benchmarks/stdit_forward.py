@@ -11,7 +11,7 @@ large square matrices in the same run. All rows count the operations of the plai
     forward         STDiT3, text features given
     prepared        STDiT3, prepared text given, as in every step of sampling
     guided step     both halves of guidance as one batch, prepared; twice the operations
-    bfloat16        `prepared` and `guided step` with weights in bfloat16
+    bfloat16        `prepared` and `guided step` with weights in bfloat16; left out where the CPU does not compute in it
 
 `sample` is what a whole guided sample takes: the text prepared once and all steps, over two plain passes a step.
 """
@@ -36,6 +36,7 @@ from arlon.cost import dit_cost
 from arlon.models.embeddings import spatial_position
 from arlon.models.layers import NORM_EPS, STDiT3Block
 from arlon.models.stdit import TIME_SCALE, STDiT3, STDiT3Config
+from arlon.precision import has_fast_bfloat16
 from benchmarks.vae_decode import resident_mib, table_row
 from pipelines.run_folder import write_json
 
@@ -173,7 +174,9 @@ def peak_of(call: Callable[[], object]) -> float:
 
 
 @torch.no_grad()
-def measure(dit: STDiT3, inputs: Inputs, *, steps: int, rounds: int, side: int) -> dict[str, dict[str, float]]:
+def measure(
+    dit: STDiT3, inputs: Inputs, *, steps: int, rounds: int, side: int, bfloat16: bool
+) -> dict[str, dict[str, float]]:
     """All figures by row and name; see above. `side` is that of the square matrices."""
     prepared = dit.prepare_text(inputs.text)
     forward = {
@@ -181,17 +184,18 @@ def measure(dit: STDiT3, inputs: Inputs, *, steps: int, rounds: int, side: int) 
         "prepared": lambda: dit(inputs.latent, inputs.t, prepared, **inputs.sizes),
     }
     peak_mib = peak_of(forward["prepared"])  # first: the peak of a process only grows
-    half = copy.deepcopy(dit).to(torch.bfloat16)
-    half_prepared = half.prepare_text(inputs.text)
     matrix = torch.randn(side, side)
     calls: dict[str, Callable[[], Tensor]] = {
         "matmul": lambda: matrix @ matrix,
         "plain": lambda: plain_forward(dit, inputs),
         **forward,
         "guided step": guided_step(dit, inputs),
-        "prepared, bfloat16": lambda: half(inputs.latent, inputs.t, half_prepared, **inputs.sizes),
-        "guided step, bfloat16": guided_step(half, inputs),
     }
+    if bfloat16:
+        half = copy.deepcopy(dit).to(torch.bfloat16)
+        half_prepared = half.prepare_text(inputs.text)
+        calls["prepared, bfloat16"] = lambda: half(inputs.latent, inputs.t, half_prepared, **inputs.sizes)
+        calls["guided step, bfloat16"] = guided_step(half, inputs)
     outputs = {name: call() for name, call in calls.items()}
     del outputs["matmul"]
     errors = {name: relative_error(output[:1], outputs["plain"]) for name, output in outputs.items()}
@@ -204,7 +208,7 @@ def measure(dit: STDiT3, inputs: Inputs, *, steps: int, rounds: int, side: int) 
         rate = flops * (2 if name.startswith("guided") else 1) / seconds[name]
         rows[name] = {"seconds": seconds[name], "rate": rate, "share": rate / matmul_rate, "error": error}
     rows["prepared"]["peak_mib"] = peak_mib
-    for precision in ("", ", bfloat16"):
+    for precision in ("", ", bfloat16") if bfloat16 else ("",):
         whole = 2 * seconds["prepare"] + steps * seconds[f"guided step{precision}"]
         rows[f"sample{precision}"] = {"seconds": whole, "share_of_plain": whole / (2 * steps * seconds["plain"])}
     return rows
@@ -240,6 +244,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=5, help="turns over which medians are taken")
     parser.add_argument("--matmul", type=int, default=2048, help="side of the square matrices")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of PyTorch")
+    parser.add_argument(
+        "--bfloat16",
+        choices=("auto", "always", "never"),
+        default="auto",
+        help="whether to measure it; auto: if the CPU computes in it. Elsewhere it takes ten times as long or more",
+    )
     parser.add_argument("--json", type=Path, metavar="OUT.json", help="write the figures")
     args = parser.parse_args(argv)
     if min(args.steps, args.rounds, args.matmul, args.threads, args.text) < 1:
@@ -255,8 +265,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             caption_channels=args.caption_channels,
             model_max_length=args.text,
         )
+        bfloat16 = args.bfloat16 == "always" or (args.bfloat16 == "auto" and has_fast_bfloat16("cpu"))
         dit, inputs = make_dit(config), make_inputs(config, tuple(size), args.text)
-        rows = measure(dit, inputs, steps=args.steps, rounds=args.rounds, side=args.matmul)
+        rows = measure(dit, inputs, steps=args.steps, rounds=args.rounds, side=args.matmul, bfloat16=bfloat16)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     tokens = math.prod(inputs.latent.shape[2:]) // math.prod(config.patch_size)
@@ -270,12 +281,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(
         f"\npeak memory of a prepared forward above what is resident before it: {rows['prepared']['peak_mib']:.0f} MiB"
     )
-    for name in ("sample", "sample, bfloat16"):
-        row = rows[name]
+    for name, row in rows.items():
+        if "share_of_plain" not in row:
+            continue
         print(
             f"{name} of {args.steps} steps: {row['seconds']:.0f} s, "
             f"{row['share_of_plain']:.2f} of {2 * args.steps} plain passes"
         )
+    if args.bfloat16 == "auto" and not bfloat16:
+        print("bfloat16 not measured: this CPU does not compute in it (--bfloat16 always measures it all the same)")
     if args.json:
         settings = {name: value for name, value in vars(args).items() if name != "json"}
         write_json(args.json, {**settings, "torch": torch.__version__, "rows": rows})

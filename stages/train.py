@@ -190,7 +190,6 @@ def main(
     ] = None,
 ) -> None:
     """Train one stage; running the same command again resumes it."""
-    keep_freed_memory()
     run_dir = output or Path("runs") / stage.value
     files = config or [Path("configs") / "shapes" / f"{stage.value}.yaml"]
     settings = _settings(stage.value, files, overrides or [])
@@ -246,4 +245,5 @@ def _resume_command(run_dir: Path) -> str:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     typer.run(main)

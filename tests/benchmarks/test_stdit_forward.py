@@ -26,6 +26,7 @@ SMALL = [
     "--caption-channels",
     "6",
 ]
+QUICK = ["--rounds", "1", "--matmul", "64"]
 
 
 def test_the_plain_formula_is_that_of_the_model() -> None:
@@ -41,7 +42,7 @@ def test_the_plain_formula_is_that_of_the_model() -> None:
 
 
 def test_shares_follow_from_seconds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    bench.main([*SMALL, "--steps", "7", "--rounds", "1", "--matmul", "64", "--json", str(tmp_path / "out.json")])
+    bench.main([*SMALL, *QUICK, "--steps", "7", "--bfloat16", "always", "--json", str(tmp_path / "out.json")])
     rows = json.loads((tmp_path / "out.json").read_text())["rows"]
     one, two = rows["prepared"], rows["guided step"]
     assert two["rate"] * two["seconds"] == pytest.approx(2 * one["rate"] * one["seconds"])
@@ -52,6 +53,18 @@ def test_shares_follow_from_seconds(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert sample["share_of_plain"] == pytest.approx(sample["seconds"] / (14 * rows["plain"]["seconds"]))
     assert one["error"] < 1e-5 < rows["prepared, bfloat16"]["error"] < 0.05
     assert "of 14 plain passes" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("able", [False, True])
+def test_bfloat16_is_left_out_where_the_cpu_does_not_compute_in_it(
+    able: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench, "has_fast_bfloat16", lambda device: able)
+    bench.main([*SMALL, *QUICK])
+    printed = capsys.readouterr().out
+    assert ("prepared, bfloat16" in printed) is able
+    assert ("sample, bfloat16" in printed) is able
+    assert ("bfloat16 not measured" in printed) is not able
 
 
 def test_latents_are_read_or_refused() -> None:
