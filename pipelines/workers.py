@@ -151,10 +151,12 @@ class CodeWorker:
         """The prompts of the take; those not in force during this request come without their features."""
         features = {} if request.text is None else request.text.features
         return tuple(
-            PromptSpan(text=features[prompt].tokens, text_mask=features[prompt].mask, num_code_frames=count)
+            PromptSpan(
+                text=features[prompt].tokens, text_mask=features[prompt].mask, num_code_frames=count, blend=blend
+            )
             if prompt in features
-            else PromptSpan(text=_NOT_IN_FORCE, num_code_frames=count)
-            for prompt, _, count in request.schedule
+            else PromptSpan(text=_NOT_IN_FORCE, num_code_frames=count, blend=blend)
+            for prompt, _, blend, count in request.schedule
         )
 
 
@@ -241,13 +243,26 @@ class RefineWorker:
 
     def _velocity(self, request: RefineRequest, coarse: Tensor, frame_mask: Tensor) -> samplers.VelocityFn:
         """Guided velocity of a segment; the coarse features are in both halves of the guidance."""
-        assert request.text is not None
-        device = self.settings.device
-        text = request.text.features[request.prompt].to(device)
-        negative = request.text.features[request.negative_prompt].to(device) if request.negative_prompt else None
         with _precision(self.settings):
             inject = self.injection.condition(coarse)
-        velocity = guidance.guide(
+        velocity = self._guided(request, request.prompt, frame_mask, inject)
+        if request.blend is not None:
+            weights = torch.tensor(request.blend.weights, device=coarse.device)
+            velocity = _blended(self._guided(request, request.blend.prompt, frame_mask, inject), velocity, weights)
+
+        def in_precision(x: Tensor, t: Tensor) -> Tensor:
+            with _precision(self.settings):
+                return velocity(x, t)
+
+        return in_precision
+
+    def _guided(self, request: RefineRequest, prompt: str, frame_mask: Tensor, inject: Any) -> samplers.VelocityFn:
+        """Guided velocity under a prompt."""
+        assert request.text is not None
+        device = self.settings.device
+        text = request.text.features[prompt].to(device)
+        negative = request.text.features[request.negative_prompt].to(device) if request.negative_prompt else None
+        return guidance.guide(
             self.dit,
             text.tokens,
             self.dit.null_text(text.tokens.shape[1]) if negative is None else negative.tokens,
@@ -261,11 +276,15 @@ class RefineWorker:
             inject=inject,
         )
 
-        def in_precision(x: Tensor, t: Tensor) -> Tensor:
-            with _precision(self.settings):
-                return velocity(x, t)
 
-        return in_precision
+def _blended(old: samplers.VelocityFn, new: samplers.VelocityFn, weights: Tensor) -> samplers.VelocityFn:
+    """Velocity between that of two prompts, by the share (T,) of the new one in each latent frame."""
+    share = weights[:, None, None]
+
+    def velocity_fn(x: Tensor, t: Tensor) -> Tensor:
+        return torch.lerp(old(x, t).float(), new(x, t).float(), share)
+
+    return velocity_fn
 
 
 class DecodeWorker:
