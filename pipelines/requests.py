@@ -78,6 +78,8 @@ class Job:
     run_dir: str
     partial_path: str
     """The growing film."""
+    hls_path: str = ""
+    """Folder of the film as a stream; empty: there is none."""
     tags: Mapping[str, str] = field(default_factory=dict)
     """What the film says about itself; nothing if empty."""
 

@@ -33,6 +33,7 @@ from arlon.models.stdit import STDiT3
 from arlon.models.video_vae import VideoVAE
 from arlon.text.encoders import TextEncoder, TextFeatures, load_text_encoder
 from pipelines.durable import hash_tensor
+from pipelines.hls import stream_of
 from pipelines.look import Look, measure_drift, measure_look
 from pipelines.requests import (
     CodeRequest,
@@ -335,7 +336,9 @@ class WriteWorker:
         self._codes = dict(committed.codes)
         self._next = 0
         self._settings = film_settings(job)
+        Path(job.partial_path).unlink(missing_ok=True)  # it may be a stream that someone watches, under another name
         self._writer = VideoWriter(job.partial_path, **self._settings, tags=job.tags)
+        self._hls = stream_of(job)
         self._catch_up()
         self._gather_codes()
 
@@ -383,9 +386,15 @@ class WriteWorker:
 
     def _catch_up(self) -> None:
         """Put committed segments whose turn it is into the film."""
+        start = self._next
         while self._next in self._committed:
-            self._writer.append_fragment(Fragment(data=self.folder.read_fragment(self._next)))
+            fragment = Fragment(data=self.folder.read_fragment(self._next))
+            self._writer.append_fragment(fragment)
+            if self._hls is not None:
+                self._hls.add(fragment.num_frames, head_bytes=self._writer.head_bytes, end=self._writer.num_bytes)
             self._next += 1
+        if self._hls is not None and self._next > start:
+            self._hls.publish(is_whole=self._next == len(self.plan.segments))
 
     def _first_look(self, shot: int) -> Look | None:
         """The look of the first segment of a shot, as it was committed."""

@@ -77,6 +77,9 @@ def generate(
         bool,
         typer.Option("--metadata/--no-metadata", help="Store in the film and beside it what it was made from."),
     ] = True,
+    hls: Annotated[
+        bool, typer.Option("--hls", help="Make an HLS stream beside the film, to watch it while it grows.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Make a film."""
@@ -106,7 +109,9 @@ def generate(
             assignments=assignments or [],
         )
         film, settings = read_film_options(options)
-        prepared = prepare(film, model=model, output=output, overwrite=overwrite, settings=settings, metadata=metadata)
+        prepared = prepare(
+            film, model=model, output=output, overwrite=overwrite, settings=settings, metadata=metadata, hls=hls
+        )
         result = make_film(prepared, executor.value, address, graph=read_graph(graph))
         sheet_path = _write_sheet_beside(result.film) if sheet else None
         print_film(result, sheet_path, as_json=as_json)
