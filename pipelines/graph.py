@@ -242,6 +242,9 @@ class _Film:
         self._lanes = [_Lane(actor) for actor in crew["refine"]]
         self._texts: OrderedDict[tuple[str, ...], Any] = OrderedDict()
         self._written: dict[Any, _Lane] = {}
+        self._folder = RunFolder(job.run_dir)
+        self._at: dict[Any, tuple[Any, Any]] = {}
+        """What refining and decoding give, of the segments that are not written yet, by what writing gives."""
         self._unkept: dict[int, tuple[int, Any]] = {}
         """Take and codes, by segment, that the writer was not asked to keep yet."""
 
@@ -256,6 +259,8 @@ class _Film:
                 break
             done = self.ray.wait(list(self._written), num_returns=1)[0][0]
             self._written.pop(done).in_flight -= 1
+            del self._at[done]
+            self._log_queue()
             yield self.ray.get(done)
         self.ray.get([self._keep(index) for index in list(self._unkept)])
 
@@ -289,7 +294,19 @@ class _Film:
         decoded = decode.run.remote(request.decode, refined=take.refined)
         if index in self._unkept:  # a committed segment whose codes are not stored would be made again
             self._keep(index)
-        return write.run.remote(request.write, codes=code, refined=take.refined, decoded=decoded)
+        written = write.run.remote(request.write, codes=code, refined=take.refined, decoded=decoded)
+        self._at[written] = take.refined, decoded
+        return written
+
+    def _log_queue(self) -> None:
+        """Note how many segments wait for each role, or are at it."""
+        num_refined, num_decoded = (self._num_ready(step) for step in (0, 1))
+        depths = {"refine": len(self._at) - num_refined, "decode": num_refined - num_decoded, "write": num_decoded}
+        self._folder.log("queue", **depths)
+
+    def _num_ready(self, step: int) -> int:
+        refs = [refs[step] for refs in self._at.values()]
+        return len(self.ray.wait(refs, num_returns=len(refs), timeout=0)[0]) if refs else 0
 
     def _write_codes_ahead(self) -> None:
         while self._without_codes and self._num_ahead < CODES_AHEAD:
