@@ -173,12 +173,13 @@ class RunView:
 
     def render(self, now_s: float | None = None) -> Group:
         """The view, for a rich console; whatever the files look like, it never stops the run that it shows."""
+        now_s = time.time() if now_s is None else now_s
         try:
             self.look()
+            passed_s = max(0.0, now_s - self.started_s) if self.started_s else 0.0
+            return Group(self._header(passed_s), self._roles(passed_s), *([self._drift()] if self.last else []))
         except (OSError, KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
             return Group(Text(f"the run cannot be read at this moment: {error}"))
-        passed_s = max(0.0, (time.time() if now_s is None else now_s) - self.started_s) if self.started_s else 0.0
-        return Group(self._header(passed_s), self._roles(passed_s), *([self._drift()] if self.last else []))
 
     def _header(self, passed_s: float) -> Table:
         total, left_s = len(self.segments), self.left_s()

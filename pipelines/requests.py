@@ -171,6 +171,8 @@ class CodeResult:
     elapsed_s: float
     memory_bytes: int = 0
     """Memory of the process afterwards; 0: not measured."""
+    ended_s: float = 0.0
+    """Clock time at the end of the step, seconds since 1970; 0: not measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,6 +228,7 @@ class RefineResult:
     """SHA-256 of the codes used."""
     elapsed_s: float
     memory_bytes: int = 0
+    ended_s: float = 0.0
 
 
 def carried_on(latent: Tensor) -> RefineResult:
@@ -249,6 +252,7 @@ class DecodeResult:
     """(pT, pH, pW, 3) uint8."""
     elapsed_s: float
     memory_bytes: int = 0
+    ended_s: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)

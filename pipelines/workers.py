@@ -125,7 +125,12 @@ class CodeWorker:
         frames += [next(stream) for _ in range(request.stop - len(frames))]
         codes = torch.stack(frames)[None]
         self._stream = (self._key(request, request.stop, codes), stream)
-        return CodeResult(codes=codes, elapsed_s=time.perf_counter() - started_s, memory_bytes=process_memory_bytes())
+        return CodeResult(
+            codes=codes,
+            elapsed_s=time.perf_counter() - started_s,
+            memory_bytes=process_memory_bytes(),
+            ended_s=time.time(),
+        )
 
     def _key(self, request: CodeRequest, frame: int, codes: Tensor | None) -> tuple[Any, ...]:
         return request.take, request.schedule, frame, None if codes is None else hash_tensor(codes)
@@ -205,6 +210,7 @@ class RefineWorker:
             codes_hash=hash_tensor(codes[:, segment.start_code_frame :]),
             elapsed_s=time.perf_counter() - started_s,
             memory_bytes=process_memory_bytes(),
+            ended_s=time.time(),
         )
 
     def _coarse_latent(self, codes: Tensor, request: RefineRequest) -> Tensor:
@@ -306,6 +312,7 @@ class DecodeWorker:
             frames=video_to_frames(video[0]),
             elapsed_s=time.perf_counter() - started_s,
             memory_bytes=process_memory_bytes(),
+            ended_s=time.time(),
         )
 
 
@@ -374,7 +381,14 @@ class WriteWorker:
         memory = {"code": codes.memory_bytes, "refine": refined.memory_bytes, "decode": decoded.memory_bytes}
         drift = measure_drift(look, self._first_look(segment.shot) or look)
         if not is_known:
-            self._log(segment.index, elapsed_s, memory | {"write": process_memory_bytes()})
+            memory["write"] = process_memory_bytes()
+            ended_s = {
+                "code": codes.ended_s,
+                "refine": refined.ended_s,
+                "decode": decoded.ended_s,
+                "write": time.time(),
+            }
+            self._log(segment.index, elapsed_s, memory, ended_s)
             self.folder.log("commit", segment=segment.index, look=asdict(look), drift=asdict(drift))
         return WriteResult(
             segment=segment,
@@ -405,10 +419,10 @@ class WriteWorker:
     def _first_segment_of_shot(self) -> dict[int, int]:
         return {segment.shot: segment.index for segment in reversed(self.plan.segments)}
 
-    def _log(self, index: int, elapsed_s: dict[str, float], memory: dict[str, int]) -> None:
+    def _log(self, index: int, elapsed_s: dict[str, float], memory: dict[str, int], ended_s: dict[str, float]) -> None:
         for role, seconds in elapsed_s.items():
-            memory_mb = round(memory[role] / 2**20)
-            self.folder.log("step", segment=index, role=role, seconds=round(seconds, 4), memory_mb=memory_mb)
+            values = {"seconds": round(seconds, 4), "memory_mb": round(memory[role] / 2**20)}
+            self.folder.log("step", segment=index, role=role, **values, ended=round(ended_s[role], 3))
 
     def keep_codes(self, take: int, result: CodeResult) -> None:
         """Store what is new among the first code frames of a take; with the last of the film they get one file."""
