@@ -374,6 +374,8 @@ def ray_session(address: str | None) -> Iterator[Any]:
     options: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
     if address is None:
         options |= {"_node_ip_address": "127.0.0.1", "object_store_memory": OBJECT_STORE_BYTES}
+        # Ray's own choice is 15: on a machine with other work, actors would wait where the local executor does not.
+        os.environ.setdefault("RAY_worker_niceness", "0")
     else:
         options = {"address": address, "log_to_driver": False, "logging_level": "ERROR"}
     try:
