@@ -79,6 +79,7 @@ def change_run(run: Run, storyboard: Storyboard) -> Run:
         paths=old.paths,
         model_source=old.model_source,
         metadata=bool(old.job.tags),
+        hls=bool(old.job.hls_path),
         arlon_version=old.record["arlon"],
     )
     return replace(run, prepared=prepared)

@@ -1,8 +1,8 @@
-"""The film as a file: what is written into it, its finished shape, and a stream to watch it while it grows.
+"""The film as a file: what is written into it, and its finished shape.
 
     film.partial.mp4    grows by fragments; plays at any time, cut off at any byte too (`arlon.data.video_io`)
     film.mp4            the same frames behind an index (`arlon.data.mp4`): starts fast and seeks
-    film.hls/           film.m3u8 and one file a fragment: an HLS stream for web players, where it is asked for
+    film.hls/           an HLS stream for web players, where it is asked for (`pipelines.hls`)
 
 Both films carry the record they were made from, as JSON, under the tag `comment`: of the tags one may choose, the one
 that other programs keep when they copy a film into another container.
@@ -13,18 +13,15 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from math import ceil
 from pathlib import Path
 from typing import Any
 
 from arlon.data.mp4 import flatten
-from arlon.data.video_io import Fragment, VideoError, read_tags
-from pipelines.durable import hash_file, make_folder, publish, temporary_beside, write_bytes
+from arlon.data.video_io import VideoError, read_tags
+from pipelines.durable import hash_file, publish, temporary_beside
 
 RECORD_FORMAT = 1
 RECORD_TAG = "comment"
-HLS_NAME = "film.m3u8"
-HLS_HEAD_NAME = "head.mp4"
 
 
 def film_tags(record: Mapping[str, Any], title: str) -> dict[str, str]:
@@ -101,49 +98,3 @@ def finalise(partial: Path, film: Path, *, num_frames: int) -> str:
         temporary.unlink(missing_ok=True)
     partial.unlink(missing_ok=True)
     return film_hash
-
-
-class HlsFolder:
-    """A film as an HLS stream (RFC 8216) in a folder of its own, which can be watched while it grows.
-
-    The playlist is replaced as a whole after every fragment and never names a file that is not there yet. The same
-    fragments give the same files, so a film that goes on after an interruption is simply added again from its start.
-
-    Args:
-        path: The folder; it is made.
-        fps: Frames a second.
-        longest_s: Seconds of the longest fragment there will be: players must be told at the start.
-    """
-
-    def __init__(self, path: Path, *, fps: float, longest_s: float) -> None:
-        make_folder(path)
-        self.path, self.fps = path, fps
-        self._num_fragments = 0
-        self._num_ticks = 0
-        self._lines = [
-            "#EXTM3U",
-            "#EXT-X-VERSION:7",
-            f"#EXT-X-TARGETDURATION:{ceil(longest_s)}",
-            "#EXT-X-PLAYLIST-TYPE:EVENT",
-            "#EXT-X-INDEPENDENT-SEGMENTS",
-            f'#EXT-X-MAP:URI="{HLS_HEAD_NAME}"',
-        ]
-
-    def add(self, fragment: Fragment) -> None:
-        """Add the next fragment."""
-        if not self._num_fragments:
-            write_bytes(self.path / HLS_HEAD_NAME, fragment.head)
-        name = f"{self._num_fragments:04d}.m4s"
-        write_bytes(self.path / name, fragment.placed(number=self._num_fragments + 1, start=self._num_ticks))
-        self._num_fragments += 1
-        self._num_ticks += fragment.num_ticks
-        self._lines += [f"#EXTINF:{fragment.num_frames / self.fps:.6f},", name]
-        self._write_playlist()
-
-    def finish(self) -> None:
-        """Say that nothing more will come."""
-        self._lines.append("#EXT-X-ENDLIST")
-        self._write_playlist()
-
-    def _write_playlist(self) -> None:
-        write_bytes(self.path / HLS_NAME, ("\n".join(self._lines) + "\n").encode())

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from pipelines.durable import make_folder, sweep, write_json
 from pipelines.film_file import RECORD_FORMAT, film_tags, finalise
+from pipelines.hls import remove_stream
 from pipelines.lock import RunLock
 from pipelines.model import GenerationDefaults, ModelGeometry, open_model, read_geometry
 from pipelines.output import OutputPaths, check_output, output_paths
@@ -134,6 +135,7 @@ def prepare(
     overwrite: bool = False,
     settings: Mapping[str, Any] | None = None,
     metadata: bool = True,
+    hls: bool = False,
 ) -> Prepared:
     """Check everything that can be checked before the work.
 
@@ -144,6 +146,7 @@ def prepare(
         overwrite: Replace a film, or a run, that is already there.
         settings: Values of `Settings`, where they differ from the model's.
         metadata: Store in the film and beside it what it was made from.
+        hls: Make an HLS stream beside the film while it grows; see `pipelines.hls`.
 
     Raises:
         UsageError: If something asked for is not possible.
@@ -155,7 +158,11 @@ def prepare(
     paths = output_paths(output, plan.storyboard)
     check_output(paths, overwrite=overwrite)
     source = _model_source(storyboard, model)
-    return assemble(plan, identity, folder, settings=checked, paths=paths, model_source=source, metadata=metadata)
+    if hls and paths.hls.exists() and not paths.hls.is_dir():
+        raise UsageError(f"'{paths.hls}' is in the way of the stream: it is not a folder")
+    return assemble(
+        plan, identity, folder, settings=checked, paths=paths, model_source=source, metadata=metadata, hls=hls
+    )
 
 
 def assemble(
@@ -167,6 +174,7 @@ def assemble(
     paths: OutputPaths,
     model_source: str,
     metadata: bool = True,
+    hls: bool = False,
     arlon_version: str | None = None,
 ) -> Prepared:
     """A film that can be made, from parts that were checked.
@@ -179,6 +187,7 @@ def assemble(
         paths: Where it goes.
         model_source: The model as it was asked for.
         metadata: Store the record in the film and beside it.
+        hls: Make a stream beside the film.
         arlon_version: That the film names; None: this one.
     """
     record = film_record(plan, identity, settings)
@@ -191,6 +200,7 @@ def assemble(
         model_hash=identity["hash"],
         run_dir=str(paths.run_dir.resolve()),
         partial_path=str(paths.partial.resolve()),
+        hls_path=str(paths.hls.resolve()) if hls else "",
         tags=film_tags(record, plan.storyboard.shots[0].prompt) if metadata else {},
     )
     return Prepared(job=job, paths=paths, record=record, model_source=model_source)
@@ -260,6 +270,7 @@ def film_record(plan: Plan, identity: Mapping[str, str], settings: Settings) -> 
 def start_run(prepared: Prepared, executor: str) -> Committed:
     """Make the run folder ready for a new film."""
     sweep_film(prepared.paths)
+    remove_stream(prepared.paths.hls)
     RunFolder(prepared.paths.run_dir).start(run_record(prepared, executor))
     return Committed()
 
@@ -351,6 +362,7 @@ def run_record(prepared: Prepared, executor: str) -> dict[str, Any]:
     """What `run.json` says: the film's record, and where and with what it is made."""
     record = prepared.record | {"versions": library_versions(), "executor": executor}
     record |= {"film": prepared.paths.film_from_run_dir, "metadata": bool(prepared.job.tags)}
+    record |= {"hls": True} if prepared.job.hls_path else {}
     record["model"] = record["model"] | {"source": prepared.model_source}
     return record | {"plan": prepared.plan.to_plain()}
 

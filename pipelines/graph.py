@@ -244,6 +244,9 @@ class _Film:
         self._lanes = [_Lane(actor) for actor in crew["refine"]]
         self._texts: OrderedDict[tuple[str, ...], Any] = OrderedDict()
         self._written: dict[Any, _Lane] = {}
+        self._folder = RunFolder(job.run_dir)
+        self._at: dict[Any, tuple[Any, Any]] = {}
+        """What refining and decoding give, of the segments that are not written yet, by what writing gives."""
         self._unkept: dict[int, tuple[int, Any]] = {}
         """Take and codes, by segment, that the writer was not asked to keep yet."""
 
@@ -258,6 +261,8 @@ class _Film:
                 break
             done = self.ray.wait(list(self._written), num_returns=1)[0][0]
             self._written.pop(done).in_flight -= 1
+            del self._at[done]
+            self._log_queue()
             yield self.ray.get(done)
         self.ray.get([self._keep(index) for index in list(self._unkept)])
 
@@ -291,7 +296,19 @@ class _Film:
         decoded = decode.run.remote(request.decode, refined=take.refined)
         if index in self._unkept:  # a committed segment whose codes are not stored would be made again
             self._keep(index)
-        return write.run.remote(request.write, codes=code, refined=take.refined, decoded=decoded)
+        written = write.run.remote(request.write, codes=code, refined=take.refined, decoded=decoded)
+        self._at[written] = take.refined, decoded
+        return written
+
+    def _log_queue(self) -> None:
+        """Note how many segments wait for each role, or are at it."""
+        num_refined, num_decoded = (self._num_ready(step) for step in (0, 1))
+        depths = {"refine": len(self._at) - num_refined, "decode": num_refined - num_decoded, "write": num_decoded}
+        self._folder.log("queue", **depths)
+
+    def _num_ready(self, step: int) -> int:
+        refs = [refs[step] for refs in self._at.values()]
+        return len(self.ray.wait(refs, num_returns=len(refs), timeout=0)[0]) if refs else 0
 
     def _write_codes_ahead(self) -> None:
         while self._without_codes and self._num_ahead < CODES_AHEAD:
@@ -359,6 +376,8 @@ def ray_session(address: str | None) -> Iterator[Any]:
     options: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
     if address is None:
         options |= {"_node_ip_address": "127.0.0.1", "object_store_memory": OBJECT_STORE_BYTES}
+        # Ray's own choice is 15: on a machine with other work, actors would wait where the local executor does not.
+        os.environ.setdefault("RAY_worker_niceness", "0")
     else:
         options = {"address": address, "log_to_driver": False, "logging_level": "ERROR"}
     try:

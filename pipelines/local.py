@@ -75,13 +75,13 @@ class _FilmCodes:
 
     def __init__(self, committed: Committed) -> None:
         self.takes = {take: CodeResult(codes=codes, elapsed_s=0.0) for take, codes in committed.codes.items()}
-        self.costs: dict[int, tuple[float, int]] = {}
+        self.costs: dict[int, tuple[float, int, float]] = {}
 
     def of_segment(self, index: int, take: int, stop: int) -> CodeResult:
         """The first `stop` code frames of a take, with the seconds and memory of a segment."""
-        elapsed_s, memory_bytes = self.costs.get(index, (0.0, 0))
+        elapsed_s, memory_bytes, ended_s = self.costs.get(index, (0.0, 0, 0.0))
         codes = self.takes[take].codes[:, :stop]
-        return CodeResult(codes=codes, elapsed_s=elapsed_s, memory_bytes=memory_bytes)
+        return CodeResult(codes=codes, elapsed_s=elapsed_s, memory_bytes=memory_bytes, ended_s=ended_s)
 
 
 def _write_codes(
@@ -99,7 +99,7 @@ def _write_codes(
         result = code_worker.run(fill(code, text=text, before=before))
         write_worker.keep_codes(code.take, result)
         film.takes[code.take] = result
-        film.costs[request.segment.index] = result.elapsed_s, result.memory_bytes
+        film.costs[request.segment.index] = result.elapsed_s, result.memory_bytes, result.ended_s
     return film
 
 

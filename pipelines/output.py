@@ -4,6 +4,8 @@
     --output folder       folder/film.mp4, folder/film.json; the folder is the run folder
     nothing               outputs/<first prompt>-<seed>/ as such a folder
 
+With `--hls` the folder film.hls is beside the film.
+
 While it grows the film is film.partial.mp4, which plays; it is renamed when it is complete.
 """
 
@@ -38,6 +40,11 @@ class OutputPaths:
     def film_from_run_dir(self) -> str:
         """Where the film is, seen from the run folder; `paths_of_run` reads it."""
         return self.film.name if self.film.parent == self.run_dir else f"../{self.film.name}"
+
+    @property
+    def hls(self) -> Path:
+        """The film as a stream, a folder; where it is asked for."""
+        return self.film.with_suffix(".hls")
 
     @property
     def sidecar(self) -> Path:

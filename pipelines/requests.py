@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 from torch import Tensor
 
-from arlon.models.code_stream import SamplingConfig
+from arlon.models.code_stream import SamplingConfig, blend_weight
 from arlon.text.encoders import TextFeatures
 from pipelines.look import Drift
 from pipelines.plan import Plan, Segment, Take
@@ -78,6 +78,8 @@ class Job:
     run_dir: str
     partial_path: str
     """The growing film."""
+    hls_path: str = ""
+    """Folder of the film as a stream; empty: there is none."""
     tags: Mapping[str, str] = field(default_factory=dict)
     """What the film says about itself; nothing if empty."""
 
@@ -110,8 +112,20 @@ class TextResult:
     features: dict[str, TextFeatures]
 
 
-class Schedule(tuple[tuple[str, int, int], ...]):
-    """For every prompt of a take, in order: the prompt, its seed, its code frames."""
+class Schedule(tuple[tuple[str, int, int, int], ...]):
+    """For every prompt of a take, in order: the prompt, its seed, code frames it is blended over, its code frames."""
+
+    def prompts(self, start: int, stop: int) -> tuple[str, ...]:
+        """Prompts that code frames [start, stop) are written under, each once."""
+        if start >= stop:
+            return ()
+        prompts: dict[str, None] = {}
+        for place in range(self.span_at(start), self.span_at(stop - 1) + 1):
+            first = self._ends[place - 1] if place else 0
+            if place and max(start, first) < first + self[place][2]:
+                prompts[self[place - 1][0]] = None
+            prompts[self[place][0]] = None
+        return tuple(prompts)
 
     def span_at(self, frame: int) -> int:
         """Index of the prompt in force at a code frame."""
@@ -121,7 +135,7 @@ class Schedule(tuple[tuple[str, int, int], ...]):
 
     @cached_property
     def _ends(self) -> list[int]:
-        return list(accumulate(count for _, _, count in self))
+        return list(accumulate(count for *_, count in self))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,11 +155,7 @@ class CodeRequest:
     @property
     def prompts(self) -> tuple[str, ...]:
         """Prompts whose features `text` must hold: those in force from `start` to `stop`."""
-        if self.start >= self.stop:
-            return ()
-        schedule = self.schedule
-        spans = schedule[schedule.span_at(self.start) : schedule.span_at(self.stop - 1) + 1]
-        return tuple(dict.fromkeys(prompt for prompt, _, _ in spans))
+        return self.schedule.prompts(self.start, self.stop)
 
     def seed_of(self, frame: int) -> int:
         """Seed of a code frame."""
@@ -161,6 +171,18 @@ class CodeResult:
     elapsed_s: float
     memory_bytes: int = 0
     """Memory of the process afterwards; 0: not measured."""
+    ended_s: float = 0.0
+    """Clock time at the end of the step, seconds since 1970; 0: not measured."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blend:
+    """How the prompt before passes into that of a segment."""
+
+    prompt: str
+    """The prompt before."""
+    weights: tuple[float, ...]
+    """Share of the new prompt in each latent frame of the segment, those carried over included."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,6 +201,8 @@ class RefineRequest:
     fps: float
     height: int
     width: int
+    blend: Blend | None = None
+    """None: the segment has one prompt."""
     text: TextResult | None = None
     codes: CodeResult | None = None
     before: RefineResult | None = None
@@ -187,7 +211,9 @@ class RefineRequest:
     @property
     def prompts(self) -> tuple[str, ...]:
         """Prompts whose features `text` must hold."""
-        return (self.prompt, self.negative_prompt) if self.negative_prompt else (self.prompt,)
+        old = () if self.blend is None else (self.blend.prompt,)
+        negative = (self.negative_prompt,) if self.negative_prompt else ()
+        return (self.prompt, *old, *negative)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,6 +228,7 @@ class RefineResult:
     """SHA-256 of the codes used."""
     elapsed_s: float
     memory_bytes: int = 0
+    ended_s: float = 0.0
 
 
 def carried_on(latent: Tensor) -> RefineResult:
@@ -225,6 +252,7 @@ class DecodeResult:
     """(pT, pH, pW, 3) uint8."""
     elapsed_s: float
     memory_bytes: int = 0
+    ended_s: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -304,9 +332,31 @@ def film_requests(job: Job) -> Iterator[SegmentRequests]:
 
 
 def code_schedule(plan: Plan, take: Take) -> Schedule:
-    """Prompt, seed and code frames of every shot of a take that owns any."""
+    """Prompt, seed, blend and code frames of every shot of a take that owns any."""
     shots = plan.storyboard.shots
-    return Schedule((shots[shot].prompt, _seed_of(plan, shot), count) for shot, count in take.spans)
+    return Schedule(
+        (shots[shot].prompt, _seed_of(plan, shot), (shots[shot].blend or 0) if place else 0, count)
+        for place, (shot, count) in enumerate(take.spans)
+    )
+
+
+def segment_blend(plan: Plan, segment: Segment, take: Take) -> Blend | None:
+    """How the prompt before passes into that of a segment, None if it has passed, or at once.
+
+    The weights are those of the code frames that cover the latent frames; a latent frame of the shot in a code frame
+    of the shot before has that of the first.
+    """
+    owners = [shot for shot, _ in take.spans]
+    place = owners.index(segment.shot) if segment.shot in owners else 0
+    blend = plan.storyboard.shots[segment.shot].blend or 0
+    if not place or not blend:
+        return None
+    switch, ratio = sum(count for _, count in take.spans[:place]), plan.geometry.code_ratio[0]
+    latents = range(segment.start_latent, segment.start_latent + segment.num_latents)
+    weights = tuple(blend_weight(max(0, latent // ratio - switch), blend) for latent in latents)
+    if min(weights[segment.overlap :]) == 1:
+        return None
+    return Blend(prompt=plan.storyboard.shots[owners[place - 1]].prompt, weights=weights)
 
 
 def _seed_of(plan: Plan, shot: int) -> int:
@@ -334,6 +384,7 @@ def _refine_request(plan: Plan, segment: Segment, take: Take) -> RefineRequest:
         fps=fps,
         height=height,
         width=width,
+        blend=segment_blend(plan, segment, take),
     )
 
 
@@ -352,7 +403,9 @@ def _inputs(job: Job, refine: RefineRequest) -> dict[str, Any]:
     )
     segment, settings = refine.segment, job.settings
     of_segment = ("take", "index_in_take", "start_latent", "num_latents", "num_frames")
+    blend = refine.blend
     return {
+        **({} if blend is None else {"blend": {"prompt": blend.prompt, "weights": list(blend.weights)}}),
         "model": job.model_hash,
         **{name: getattr(segment, name) for name in of_segment},
         **{name: getattr(refine, name) for name in names},

@@ -83,6 +83,7 @@ def open_run(run_dir: str | Path, *, model: str | None = None) -> Run:
         paths=paths_of_run(folder.path, record["film"]),
         model_source=record["model"]["source"],
         metadata=record["metadata"],
+        hls=record.get("hls", False),
         arlon_version=record["arlon"],
     )
     return Run(folder=folder, record=record, prepared=prepared)

@@ -11,8 +11,9 @@ A storyboard is a YAML or JSON file:
         transition: continue   # carries the last frames over (default); `cut` starts afresh
 
 Film-level keys: seed, fps, height, width, model, negative_prompt, guidance_scale, num_inference_steps, solver, shots.
-Shot keys: prompt, duration, transition, seed, guidance_scale, notes. A plain text file is a storyboard too: one shot a
-line, `prompt` or `duration | prompt`; an empty line before a shot is a cut, lines that start with `#` are comments.
+Shot keys: prompt, duration, transition, blend, seed, guidance_scale, notes. A plain text file is a storyboard too: one
+shot a line, `prompt` or `duration | prompt`; an empty line before a shot is a cut, lines that start with `#` are
+comments.
 
 Reading never stops at the first problem: one StoryboardError lists them all, one a line.
 """
@@ -37,6 +38,8 @@ DEFAULT_DURATION_S = 5.0
 MAX_DURATION_S = 3600.0
 MAX_PROMPT_LENGTH = 2000
 MAX_SHOTS = 10_000
+MAX_BLEND = 64
+"""Code frames."""
 MAX_SEED = 2**63 - 1
 RANDOM_SEED_LIMIT = 2**31
 MAX_SIZE = 8192
@@ -93,6 +96,8 @@ class Shot:
     duration: Duration = Duration(seconds=DEFAULT_DURATION_S)
     transition: Transition = "continue"
     """How the shot follows the one before: `continue` carries frames over, `cut` starts afresh."""
+    blend: int | None = None
+    """Code frames over which the prompt before passes into this one, behind `continue`; None: it is switched."""
     seed: int | None = None
     """Seed of this shot's noise; None: the film's."""
     guidance_scale: float | None = None
@@ -295,6 +300,8 @@ def _read_shots(data: Any, default_duration: Duration | None, problems: list[str
         values = _read(item, f"{where}.", known, _SHOT_READERS, problems)
         if "prompt" not in item:
             problems.append(f"{where}.prompt is missing")
+        elif values.get("blend") and values.get("transition") == "cut":
+            problems.append(f"{where}.blend needs transition 'continue': behind a cut there is nothing to blend with")
         elif "prompt" in values:
             shots.append(Shot(**({"duration": default_duration} if default_duration else {}) | values))
     return shots
@@ -389,6 +396,7 @@ _SHOT_READERS: dict[str, Callable[[Any], Any]] = {
     "prompt": _prompt,
     "duration": parse_duration,
     "transition": _transition,
+    "blend": _whole(0, MAX_BLEND),
     "seed": _whole(0, MAX_SEED),
     "guidance_scale": _number(0.0, 100.0),
     "notes": _text,

@@ -33,6 +33,7 @@ from arlon.models.stdit import STDiT3
 from arlon.models.video_vae import VideoVAE
 from arlon.text.encoders import TextEncoder, TextFeatures, load_text_encoder
 from pipelines.durable import hash_tensor
+from pipelines.hls import stream_of
 from pipelines.look import Look, measure_drift, measure_look
 from pipelines.requests import (
     CodeRequest,
@@ -124,7 +125,12 @@ class CodeWorker:
         frames += [next(stream) for _ in range(request.stop - len(frames))]
         codes = torch.stack(frames)[None]
         self._stream = (self._key(request, request.stop, codes), stream)
-        return CodeResult(codes=codes, elapsed_s=time.perf_counter() - started_s, memory_bytes=process_memory_bytes())
+        return CodeResult(
+            codes=codes,
+            elapsed_s=time.perf_counter() - started_s,
+            memory_bytes=process_memory_bytes(),
+            ended_s=time.time(),
+        )
 
     def _key(self, request: CodeRequest, frame: int, codes: Tensor | None) -> tuple[Any, ...]:
         return request.take, request.schedule, frame, None if codes is None else hash_tensor(codes)
@@ -151,10 +157,12 @@ class CodeWorker:
         """The prompts of the take; those not in force during this request come without their features."""
         features = {} if request.text is None else request.text.features
         return tuple(
-            PromptSpan(text=features[prompt].tokens, text_mask=features[prompt].mask, num_code_frames=count)
+            PromptSpan(
+                text=features[prompt].tokens, text_mask=features[prompt].mask, num_code_frames=count, blend=blend
+            )
             if prompt in features
-            else PromptSpan(text=_NOT_IN_FORCE, num_code_frames=count)
-            for prompt, _, count in request.schedule
+            else PromptSpan(text=_NOT_IN_FORCE, num_code_frames=count, blend=blend)
+            for prompt, _, blend, count in request.schedule
         )
 
 
@@ -202,6 +210,7 @@ class RefineWorker:
             codes_hash=hash_tensor(codes[:, segment.start_code_frame :]),
             elapsed_s=time.perf_counter() - started_s,
             memory_bytes=process_memory_bytes(),
+            ended_s=time.time(),
         )
 
     def _coarse_latent(self, codes: Tensor, request: RefineRequest) -> Tensor:
@@ -241,13 +250,26 @@ class RefineWorker:
 
     def _velocity(self, request: RefineRequest, coarse: Tensor, frame_mask: Tensor) -> samplers.VelocityFn:
         """Guided velocity of a segment; the coarse features are in both halves of the guidance."""
-        assert request.text is not None
-        device = self.settings.device
-        text = request.text.features[request.prompt].to(device)
-        negative = request.text.features[request.negative_prompt].to(device) if request.negative_prompt else None
         with _precision(self.settings):
             inject = self.injection.condition(coarse)
-        velocity = guidance.guide(
+        velocity = self._guided(request, request.prompt, frame_mask, inject)
+        if request.blend is not None:
+            weights = torch.tensor(request.blend.weights, device=coarse.device)
+            velocity = _blended(self._guided(request, request.blend.prompt, frame_mask, inject), velocity, weights)
+
+        def in_precision(x: Tensor, t: Tensor) -> Tensor:
+            with _precision(self.settings):
+                return velocity(x, t)
+
+        return in_precision
+
+    def _guided(self, request: RefineRequest, prompt: str, frame_mask: Tensor, inject: Any) -> samplers.VelocityFn:
+        """Guided velocity under a prompt."""
+        assert request.text is not None
+        device = self.settings.device
+        text = request.text.features[prompt].to(device)
+        negative = request.text.features[request.negative_prompt].to(device) if request.negative_prompt else None
+        return guidance.guide(
             self.dit,
             text.tokens,
             self.dit.null_text(text.tokens.shape[1]) if negative is None else negative.tokens,
@@ -261,11 +283,15 @@ class RefineWorker:
             inject=inject,
         )
 
-        def in_precision(x: Tensor, t: Tensor) -> Tensor:
-            with _precision(self.settings):
-                return velocity(x, t)
 
-        return in_precision
+def _blended(old: samplers.VelocityFn, new: samplers.VelocityFn, weights: Tensor) -> samplers.VelocityFn:
+    """Velocity between that of two prompts, by the share (T,) of the new one in each latent frame."""
+    share = weights[:, None, None]
+
+    def velocity_fn(x: Tensor, t: Tensor) -> Tensor:
+        return torch.lerp(old(x, t).float(), new(x, t).float(), share)
+
+    return velocity_fn
 
 
 class DecodeWorker:
@@ -286,6 +312,7 @@ class DecodeWorker:
             frames=video_to_frames(video[0]),
             elapsed_s=time.perf_counter() - started_s,
             memory_bytes=process_memory_bytes(),
+            ended_s=time.time(),
         )
 
 
@@ -316,7 +343,9 @@ class WriteWorker:
         self._codes = dict(committed.codes)
         self._next = 0
         self._settings = film_settings(job)
+        Path(job.partial_path).unlink(missing_ok=True)  # it may be a stream that someone watches, under another name
         self._writer = VideoWriter(job.partial_path, **self._settings, tags=job.tags)
+        self._hls = stream_of(job)
         self._catch_up()
         self._gather_codes()
 
@@ -352,7 +381,14 @@ class WriteWorker:
         memory = {"code": codes.memory_bytes, "refine": refined.memory_bytes, "decode": decoded.memory_bytes}
         drift = measure_drift(look, self._first_look(segment.shot) or look)
         if not is_known:
-            self._log(segment.index, elapsed_s, memory | {"write": process_memory_bytes()})
+            memory["write"] = process_memory_bytes()
+            ended_s = {
+                "code": codes.ended_s,
+                "refine": refined.ended_s,
+                "decode": decoded.ended_s,
+                "write": time.time(),
+            }
+            self._log(segment.index, elapsed_s, memory, ended_s)
             self.folder.log("commit", segment=segment.index, look=asdict(look), drift=asdict(drift))
         return WriteResult(
             segment=segment,
@@ -364,9 +400,15 @@ class WriteWorker:
 
     def _catch_up(self) -> None:
         """Put committed segments whose turn it is into the film."""
+        start = self._next
         while self._next in self._committed:
-            self._writer.append_fragment(Fragment(data=self.folder.read_fragment(self._next)))
+            fragment = Fragment(data=self.folder.read_fragment(self._next))
+            self._writer.append_fragment(fragment)
+            if self._hls is not None:
+                self._hls.add(fragment.num_frames, head_bytes=self._writer.head_bytes, end=self._writer.num_bytes)
             self._next += 1
+        if self._hls is not None and self._next > start:
+            self._hls.publish(is_whole=self._next == len(self.plan.segments))
 
     def _first_look(self, shot: int) -> Look | None:
         """The look of the first segment of a shot, as it was committed."""
@@ -377,10 +419,10 @@ class WriteWorker:
     def _first_segment_of_shot(self) -> dict[int, int]:
         return {segment.shot: segment.index for segment in reversed(self.plan.segments)}
 
-    def _log(self, index: int, elapsed_s: dict[str, float], memory: dict[str, int]) -> None:
+    def _log(self, index: int, elapsed_s: dict[str, float], memory: dict[str, int], ended_s: dict[str, float]) -> None:
         for role, seconds in elapsed_s.items():
-            memory_mb = round(memory[role] / 2**20)
-            self.folder.log("step", segment=index, role=role, seconds=round(seconds, 4), memory_mb=memory_mb)
+            values = {"seconds": round(seconds, 4), "memory_mb": round(memory[role] / 2**20)}
+            self.folder.log("step", segment=index, role=role, **values, ended=round(ended_s[role], 3))
 
     def keep_codes(self, take: int, result: CodeResult) -> None:
         """Store what is new among the first code frames of a take; with the last of the film they get one file."""

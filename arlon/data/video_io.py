@@ -336,7 +336,7 @@ class VideoWriter:
     ) -> None:
         if not 0 < fps <= MAX_FPS:
             raise ValueError(f"a video needs 0 < fps <= {MAX_FPS}, got {fps}")
-        self.num_frames = 0
+        self.num_frames = self.num_bytes = self.head_bytes = 0
         self._num_fragments = 0
         self._num_ticks = 0
         self._head = b""
@@ -361,10 +361,11 @@ class VideoWriter:
         placed = fragment.placed(number=self._num_fragments + 1, start=self._num_ticks)
         if not self._head:
             self._head = fragment.head
-            self._file.write(mp4.with_tags(self._head, self._tags))
+            self.head_bytes = self.num_bytes = self._file.write(mp4.with_tags(self._head, self._tags))
         elif fragment.head != self._head:
             raise VideoError("a fragment was encoded with other settings (size, fps, crf) than the first")
         mp4.append_fragment(self._file, placed)
+        self.num_bytes += len(placed)
         self._num_fragments += 1
         self._num_ticks += fragment.num_ticks
         self.num_frames += num_frames

@@ -3,6 +3,11 @@
 At a prompt switch the text prefix is swapped and the codes so far are read again under it. When they outgrow the
 context, the window slides on by a fixed number of code frames. Memory does not grow with the film.
 
+A switch may be blended: code frame i of the new prompt's first k has the logits
+lerp(old prompt's, new prompt's, (i + 1) / (k + 1)), both over the same codes, before guidance. So what is drawn comes
+from the normalised product p_old^(1 - w) p_new^w of the two distributions, which holds what both find likely; text
+features of two sentences have no such middle.
+
 Source: ARLON, arXiv:2410.20502 (codes of the whole film first, progressive prompts). How the context is kept at a
 switch and beyond the training length is ours.
 
@@ -31,10 +36,14 @@ class PromptSpan:
     """How many code frames this prompt holds for."""
     text_mask: Tensor | None = None
     """(1, L) bool, True = real token; all real if None."""
+    blend: int = 0
+    """Over how many of its first code frames the prompt before passes into this one; the first span has none before."""
 
     def __post_init__(self) -> None:
         if self.num_code_frames < 1:
             raise ValueError(f"a span needs at least one code frame, got {self.num_code_frames}")
+        if self.blend < 0:
+            raise ValueError(f"the blend of a span must not be negative, got {self.blend}")
         if self.text.ndim != 3 or self.text.shape[0] != 1:
             raise ValueError(f"a span holds one text (1, L, E), got {tuple(self.text.shape)}")
 
@@ -58,6 +67,11 @@ class SamplingConfig:
                 "temperature and guidance_scale must not be negative and top_p must lie in (0, 1], got "
                 f"temperature={self.temperature}, guidance_scale={self.guidance_scale}, top_p={self.top_p}"
             )
+
+
+def blend_weight(frame: int, blend: int) -> float:
+    """Weight of the new prompt at frame 0, 1, ... behind a switch: rises evenly between 0 and 1, 1 from `blend` on."""
+    return min(1.0, (frame + 1) / (blend + 1))
 
 
 def sample_code(logits: Tensor, uniform: float, *, temperature: float = 1.0, top_p: float = 1.0) -> int:
@@ -121,6 +135,8 @@ class CodeStream(Iterator[Tensor]):
         self._generator_for_frame = generator_for_frame
         self._recent: deque[Tensor] = deque(maxlen=model.config.max_code_frames)
         self._cache: KVCache | None = None
+        self._old_cache: KVCache | None = None
+        """The same codes under the prompt before, while a switch is blended."""
         self._is_ended = False
         if existing is not None:
             self._accept(existing)
@@ -140,7 +156,7 @@ class CodeStream(Iterator[Tensor]):
         try:
             self._write(codes, uniforms)
         except BaseException:
-            self._cache = None  # half a frame is in it; a retry reads it anew
+            self._cache = self._old_cache = None  # half a frame is in them; a retry reads them anew
             raise
         if self._is_ended:
             raise StopIteration
@@ -175,6 +191,8 @@ class CodeStream(Iterator[Tensor]):
     def _first_logits(self) -> Tensor:
         """Logits of the first code of the next frame; reads the cache anew where that is due."""
         window, read = _window_at(self.schedule, self.model.config, self.next_frame)
+        if self._old_prompt() is None:
+            self._old_cache = None
         if read == self.next_frame:
             return self._read(window, read)
         if self._cache is not None:
@@ -187,33 +205,54 @@ class CodeStream(Iterator[Tensor]):
 
     def _read(self, window: int, stop: int) -> Tensor:
         """Prefill with the text in force and code frames [window, stop); logits of the next code."""
-        config = self.model.config
-        device = self.model.head.weight.device
-        rows = 1 if self.sampling.guidance_scale == 1 else 2
         first = self.next_frame - len(self._recent)
         frames = list(self._recent)[window - first : stop - first]
         codes = torch.cat(frames) if frames else torch.empty(0, dtype=torch.int64)
-        text, mask = _trimmed(_span_at(self.schedule, self.next_frame)[0])
-        logits, self._cache = self.model.prefill(
+        rows = 1 if self.sampling.guidance_scale == 1 else 2
+        logits, self._cache = self._prefill(_span_at(self.schedule, self.next_frame)[0], codes, rows)
+        old, self._old_cache = self._old_prompt(), None
+        if old is None:
+            return self._guide(logits)
+        old_logits, self._old_cache = self._prefill(old, codes, 1)
+        return self._guide(logits, old_logits)
+
+    def _prefill(self, span: PromptSpan, codes: Tensor, rows: int) -> tuple[Tensor, KVCache]:
+        """Read codes (S,) under a prompt; logits of the next code (rows, K + 1), of rows [text] or [text, null]."""
+        config = self.model.config
+        device = self.model.head.weight.device
+        text, mask = _trimmed(span)
+        return self.model.prefill(
             codes.to(device).expand(rows, -1),
             text.to(device).expand(rows, -1, -1),
             mask.to(device).expand(rows, -1),
             max_codes=config.max_code_frames * config.codes_per_frame,
             drop_text=None if rows == 1 else torch.tensor([False, True], device=device),
         )
-        return self._guide(logits)
 
     def _advance(self, code: Tensor) -> Tensor:
         """Feed one code; logits of the next, (K + 1,)."""
         assert self._cache is not None
         rows = self._cache.keys.shape[1]
-        return self._guide(self.model.step(code.to(self._cache.keys.device).expand(rows), self._cache))
+        code = code.to(self._cache.keys.device)
+        logits = self.model.step(code.expand(rows), self._cache)
+        if self._old_cache is None:
+            return self._guide(logits)
+        return self._guide(logits, self.model.step(code.expand(1), self._old_cache))
 
-    def _guide(self, logits: Tensor) -> Tensor:
-        """Classifier-free guidance over the rows [text, null]."""
-        if len(logits) == 1:
-            return logits[0]
-        return torch.lerp(logits[1], logits[0], self.sampling.guidance_scale)
+    def _old_prompt(self) -> PromptSpan | None:
+        """The prompt that still passes into the one in force at the next frame."""
+        place, start = _place_at(self.schedule, self.next_frame)
+        is_blended = place > 0 and self.next_frame < start + self.schedule[place].blend
+        return self.schedule[place - 1] if is_blended else None
+
+    def _guide(self, logits: Tensor, old_logits: Tensor | None = None) -> Tensor:
+        """Classifier-free guidance over the rows [text, null]; the text is blended with the prompt before, if given."""
+        text = logits[0]
+        if old_logits is not None:
+            place, start = _place_at(self.schedule, self.next_frame)
+            weight = blend_weight(self.next_frame - start, self.schedule[place].blend)
+            text = torch.lerp(old_logits[0], text, weight)
+        return text if len(logits) == 1 else torch.lerp(logits[1], text, self.sampling.guidance_scale)
 
     def _draw(self, logits: Tensor, uniform: float, *, may_end: bool) -> int:
         """Draw a code; EOS is masked while codes are owed."""
@@ -256,12 +295,18 @@ def generate_codes(
 
 def _span_at(schedule: Sequence[PromptSpan], frame: int) -> tuple[PromptSpan, int]:
     """The span in force at a code frame, and its first code frame."""
+    place, start = _place_at(schedule, frame)
+    return schedule[place], start
+
+
+def _place_at(schedule: Sequence[PromptSpan], frame: int) -> tuple[int, int]:
+    """Place in the schedule of the span in force at a code frame, and its first code frame."""
     start = 0
-    for span in schedule[:-1]:
+    for place, span in enumerate(schedule[:-1]):
         if frame < start + span.num_code_frames:
-            return span, start
+            return place, start
         start += span.num_code_frames
-    return schedule[-1], start
+    return len(schedule) - 1, start
 
 
 def _window_at(schedule: Sequence[PromptSpan], config: CodeTransformerConfig, frame: int) -> tuple[int, int]:

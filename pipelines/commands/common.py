@@ -75,6 +75,7 @@ GraphOption = Annotated[
     typer.Option("--graph", metavar="FILE.yaml", help="Ray actors of each role; docs/cluster.md."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing of how it goes, only what came of it.")]
 
 
 def check_ray_options(executor: Executor, address: str | None, graph: Path | None = None) -> None:

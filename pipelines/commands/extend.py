@@ -9,6 +9,7 @@ from pipelines.commands.common import (
     JoinOption,
     JsonOption,
     PromptsOption,
+    QuietOption,
     StoryboardOption,
     TransitionOption,
     check_ray_options,
@@ -30,6 +31,7 @@ def extend(
     address: AddressOption = None,
     graph: GraphOption = None,
     as_json: JsonOption = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Add shots at the end of a film; of a storyboard, only the shots are read."""
     with reported():
@@ -56,5 +58,6 @@ def extend(
             address,
             graph=read_graph(graph),
             begin=lambda _, executor: begin_change(old, new, executor),
+            quiet=quiet,
         )
-        print_film(film, as_json=as_json)
+        print_film(film, as_json=as_json, quiet=quiet)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shlex
+import sys
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -22,6 +24,7 @@ from pipelines.commands.common import (
     ModelOption,
     NegativeOption,
     PromptsOption,
+    QuietOption,
     SeedOption,
     SetOption,
     SolverOption,
@@ -77,7 +80,11 @@ def generate(
         bool,
         typer.Option("--metadata/--no-metadata", help="Store in the film and beside it what it was made from."),
     ] = True,
+    hls: Annotated[
+        bool, typer.Option("--hls", help="Make an HLS stream beside the film, to watch it while it grows.")
+    ] = False,
     as_json: JsonOption = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Make a film."""
     with reported():
@@ -106,10 +113,12 @@ def generate(
             assignments=assignments or [],
         )
         film, settings = read_film_options(options)
-        prepared = prepare(film, model=model, output=output, overwrite=overwrite, settings=settings, metadata=metadata)
-        result = make_film(prepared, executor.value, address, graph=read_graph(graph))
+        prepared = prepare(
+            film, model=model, output=output, overwrite=overwrite, settings=settings, metadata=metadata, hls=hls
+        )
+        result = make_film(prepared, executor.value, address, graph=read_graph(graph), quiet=quiet)
         sheet_path = _write_sheet_beside(result.film) if sheet else None
-        print_film(result, sheet_path, as_json=as_json)
+        print_film(result, sheet_path, as_json=as_json, quiet=quiet)
 
 
 def plan(
@@ -183,28 +192,31 @@ def make_film(
     *,
     graph: GraphConfig | None = None,
     begin: Begin | None = None,
+    quiet: bool = False,
 ) -> FilmResult:
-    """Make a film and tell how it goes; `begin` makes its run folder ready, a new one if there is none."""
+    """Make a film and tell how it goes, unless `quiet`; `begin` makes its run folder ready, a new one if it is None.
+
+    On a terminal that is a view that changes, else a line a segment.
+    """
     from pipelines.generate import generate as run
     from pipelines.generate import start_run
     from pipelines.lock import RunLockedError
     from pipelines.run_folder import RunFolder, RunFolderError
 
     film = prepared.plan
-    say(f"seed {film.storyboard.seed}, model {prepared.record['model']['name']}")
-    say(
-        f"{count(len(film.shots), 'shot')}, {count(len(film.segments), 'segment')}, {film.num_frames} frames, "
-        f"{film.duration_s:.1f} s at {film.fps:g} fps"
-    )
+    if not quiet:
+        _announce(prepared)
+    is_live = not quiet and sys.stderr.isatty()
     done = 0
 
     def on_progress(progress: Progress) -> None:
         nonlocal done
         done = progress.done
-        say(progress_line(progress))
+        if not quiet and not is_live:
+            say(progress_line(progress))
 
     try:
-        with only_results_on_stdout():
+        with only_results_on_stdout(), _view(prepared) if is_live else nullcontext():
             return run(
                 prepared,
                 begin=begin or start_run,
@@ -222,6 +234,21 @@ def make_film(
         if not is_refused and RunFolder(prepared.paths.run_dir).has_run():
             say(f"go on with: arlon resume {shlex.quote(str(prepared.paths.run_dir))}")
         raise
+
+
+def _announce(prepared: Prepared) -> None:
+    film = prepared.plan
+    say(f"seed {film.storyboard.seed}, model {prepared.record['model']['name']}")
+    say(
+        f"{count(len(film.shots), 'shot')}, {count(len(film.segments), 'segment')}, {film.num_frames} frames, "
+        f"{film.duration_s:.1f} s at {film.fps:g} fps"
+    )
+
+
+def _view(prepared: Prepared) -> AbstractContextManager[Any]:
+    from pipelines.live import live_view
+
+    return live_view(prepared.paths.run_dir)
 
 
 def progress_line(progress: Progress) -> str:
@@ -244,14 +271,15 @@ def _write_sheet_beside(film: Path) -> Path:
     return target
 
 
-def print_film(result: FilmResult, sheet_path: Path | None = None, *, as_json: bool) -> None:
+def print_film(result: FilmResult, sheet_path: Path | None = None, *, as_json: bool, quiet: bool = False) -> None:
     """Say what was made, and print where it is."""
     if as_json:
         extra = {} if sheet_path is None else {"sheet": str(sheet_path)}
         typer.echo(json.dumps(result.to_plain() | extra, indent=2, ensure_ascii=False))
         return
     pace = result.duration_s / result.elapsed_s
-    say(f"{result.duration_s:.1f} s of film in {result.elapsed_s:.1f} s ({pace:.2f} x real time)")
+    if not quiet:
+        say(f"{result.duration_s:.1f} s of film in {result.elapsed_s:.1f} s ({pace:.2f} x real time)")
     typer.echo(str(result.film))
     if sheet_path is not None:
         typer.echo(str(sheet_path))

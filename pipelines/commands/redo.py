@@ -6,7 +6,15 @@ from typing import Annotated
 
 import typer
 
-from pipelines.commands.common import Executor, GraphOption, JsonOption, check_ray_options, read_graph, reported
+from pipelines.commands.common import (
+    Executor,
+    GraphOption,
+    JsonOption,
+    QuietOption,
+    check_ray_options,
+    read_graph,
+    reported,
+)
 from pipelines.commands.generate import make_film, print_film
 from pipelines.commands.run_options import AddressOption, ExecutorOption, RunArgument, RunModelOption
 
@@ -23,6 +31,7 @@ def redo(
     address: AddressOption = None,
     graph: GraphOption = None,
     as_json: JsonOption = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Make one shot again, and only what depends on it; the film as it was is kept as a version of the run."""
     with reported():
@@ -38,5 +47,6 @@ def redo(
             address,
             graph=read_graph(graph),
             begin=lambda _, executor: begin_change(old, new, executor),
+            quiet=quiet,
         )
-        print_film(film, as_json=as_json)
+        print_film(film, as_json=as_json, quiet=quiet)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,16 +15,33 @@ if TYPE_CHECKING:
     from pipelines.status import RunStatus
 
 
-def status(run: RunArgument, as_json: JsonOption = False) -> None:
+def status(
+    run: RunArgument,
+    as_json: JsonOption = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Show how it goes on until the process at it ends.")] = False,
+) -> None:
     """Tell where a run stands: what is committed, what is made now, how long it will take."""
     with reported():
         from pipelines.status import read_status
 
+        if watch:
+            _watch(run)
         found = read_status(run)
         if as_json:
             typer.echo(json.dumps(found.to_plain(), indent=2, ensure_ascii=False))
         else:
             typer.echo("\n".join(_lines(found)))
+
+
+def _watch(run: Path) -> None:
+    from rich.console import Console
+
+    from pipelines.live import watch
+    from pipelines.lock import holder_of
+    from pipelines.resume import find_run
+
+    folder = find_run(run).path
+    watch(folder, Console(stderr=True), is_running=lambda: holder_of(folder) is not None)
 
 
 def _lines(status: RunStatus) -> list[str]:

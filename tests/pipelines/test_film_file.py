@@ -1,4 +1,4 @@
-"""Films get their record, their finished shape and their playlist; FFmpeg reads what comes of it."""
+"""Films get their record and their finished shape; FFmpeg reads what comes of it."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ import json
 from pathlib import Path
 
 import av
-import numpy as np
 import pytest
 
 from arlon.data.video_io import Fragment, VideoError, VideoWriter, probe, read_video
 from pipelines import film_file
 from pipelines.durable import hash_bytes
-from pipelines.film_file import RECORD_FORMAT, HlsFolder, film_tags, finalise, read_film_record
+from pipelines.film_file import RECORD_FORMAT, film_tags, finalise, read_film_record
 from tests.arlon.data.clips import CRF, frame_numbers, make_clip
 
 RECORD = {
@@ -125,55 +124,3 @@ def test_interrupted_finish_leaves_the_growing_film(tmp_path: Path, monkeypatch:
         finalise(partial, film, num_frames=sum(LENGTHS))
     assert names(tmp_path) == {"film.partial.mp4"}
     assert frame_numbers(read_video(partial)) == list(range(sum(LENGTHS)))
-
-
-def test_stream_plays_the_fragments(tmp_path: Path) -> None:
-    fragments = growing_film(tmp_path / "film.mp4")
-    stream = HlsFolder(tmp_path / "film.hls", fps=8, longest_s=34 / 8)
-    for fragment in fragments:
-        stream.add(fragment)
-    stream.finish()
-    with av.open(str(stream.path / "film.m3u8"), options={"allowed_extensions": "ALL"}) as container:
-        frames = [(frame.time, frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0)]
-        assert container.duration == sum(LENGTHS) / 8 * av.time_base
-    assert [round(time * 8, 3) for time, _ in frames] == list(range(sum(LENGTHS)))
-    assert frame_numbers(np.stack([rgb for _, rgb in frames])) == list(range(sum(LENGTHS)))
-
-
-def test_stream_is_whole_after_every_fragment(tmp_path: Path) -> None:
-    fragments = growing_film(tmp_path / "film.mp4")
-    stream, seen = HlsFolder(tmp_path / "film.hls", fps=8, longest_s=34 / 8), []
-    for fragment in fragments:
-        stream.add(fragment)
-        seen.append((stream.path / "film.m3u8").read_text().splitlines())
-        assert names(stream.path) == {"film.m3u8", *(line for line in seen[-1] if not line.startswith("#")), "head.mp4"}
-    assert seen[1] == [
-        "#EXTM3U",
-        "#EXT-X-VERSION:7",
-        "#EXT-X-TARGETDURATION:5",
-        "#EXT-X-PLAYLIST-TYPE:EVENT",
-        "#EXT-X-INDEPENDENT-SEGMENTS",
-        '#EXT-X-MAP:URI="head.mp4"',
-        "#EXTINF:2.125000,",
-        "0000.m4s",
-        "#EXTINF:4.250000,",
-        "0001.m4s",
-    ]
-    assert seen[1][: len(seen[0])] == seen[0]
-    assert seen[2][: len(seen[1])] == seen[1]
-    stream.finish()
-    assert (stream.path / "film.m3u8").read_text().splitlines() == [*seen[2], "#EXT-X-ENDLIST"]
-    growing = (tmp_path / "film.mp4").read_bytes()
-    assert growing.endswith(b"".join((stream.path / f"{n:04d}.m4s").read_bytes() for n in range(3)))
-
-
-def test_stream_that_goes_on_has_the_same_files(tmp_path: Path) -> None:
-    fragments = growing_film(tmp_path / "film.mp4")
-    for name, interruptions in (("a", 0), ("b", 1)):
-        for stop in (*[2] * interruptions, 3):
-            stream = HlsFolder(tmp_path / name, fps=8, longest_s=34 / 8)
-            for fragment in fragments[:stop]:
-                stream.add(fragment)
-        stream.finish()
-    for name in names(tmp_path / "a"):
-        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()

@@ -278,3 +278,46 @@ def test_more_pipelines_than_there_is_room_for_are_refused(ray_session: Any, tin
     result = CliRunner().invoke(app, ["batch", str(path), "--output-dir", str(tmp_path / "out"), *options])
     assert result.exit_code == 2
     assert "3 pipelines of 2 CPU each do not fit: the cluster has 4 CPU" in result.stderr
+
+
+def test_workers_of_a_ray_for_one_film_have_the_priority_of_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    seen: list[str | None] = []
+    monkeypatch.delenv("RAY_worker_niceness", raising=False)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **_: seen.append(os.environ.get("RAY_worker_niceness")))  # noqa: SIM112
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    with graph.ray_session(None):
+        pass
+    monkeypatch.delenv("RAY_worker_niceness")
+    with graph.ray_session("127.0.0.1:1"):
+        pass
+    monkeypatch.setenv("RAY_worker_niceness", "7")
+    with graph.ray_session(None):
+        pass
+    assert seen == ["0", None, "7"]
+
+
+def test_depth_of_queues_is_noted(ray_session: Any, film: FilmResult, tiny_model: Path, tmp_path: Path) -> None:
+    made = generate(prepared_film(tiny_model, tmp_path / "film.mp4"), executor="ray")
+    assert made.film_hash == film.film_hash
+    events = list(RunFolder(made.run_dir).events())
+    depths = [event for event in events if event["event"] == "queue"]
+    assert [sum(event[role] for role in ("refine", "decode", "write")) for event in depths] == [2, 1, 0]
+    steps = [event for event in events if event["event"] == "step"]
+    assert all(event["time"] - 60 < event["ended"] <= event["time"] + 1 for event in steps)
+
+
+def test_blended_film_is_the_same_with_two_actors_a_role(ray_session: Any, tiny_model: Path, tmp_path: Path) -> None:
+    shots = (
+        {"prompt": "a red circle", "duration": "51f"},
+        {"prompt": "a blue square", "duration": "51f", "blend": 2},
+        {"prompt": "a green circle", "duration": "51f", "transition": "cut"},
+        {"prompt": "a red square", "duration": "34f", "blend": 1},
+    )
+    local = generate(prepared_film(tiny_model, tmp_path / "local.mp4", *shots))
+    config = GraphConfig(code=Role(replicas=2), refine=Role(replicas=2))
+    ray_made = generate(prepared_film(tiny_model, tmp_path / "ray.mp4", *shots), executor="ray", graph=config)
+    assert ray_made.film.read_bytes() == local.film.read_bytes()

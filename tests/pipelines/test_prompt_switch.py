@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,15 @@ import torch
 from torch import Tensor
 
 from arlon.models.ar import CodeTransformer
+from pipelines.edit_run import begin_change, change_run, with_shot_changed
+from pipelines.generate import FilmResult, Progress, generate
 from pipelines.local import run_local
-from pipelines.requests import Job, TextRequest
+from pipelines.requests import Job, TextRequest, film_requests
+from pipelines.resume import continue_run, open_run
 from pipelines.run_folder import RunFolder
-from pipelines.workers import TextWorker, guidance
+from pipelines.storyboard import StoryboardError, parse_storyboard
+from pipelines.verify import replay_segment
+from pipelines.workers import RefineWorker, TextWorker, guidance
 from tests.pipelines.films import prepared_film
 
 FIRST, SECOND = "a red circle", "a blue square"
@@ -76,3 +82,98 @@ def test_a_switch_changes_the_code_step_behind_it_and_the_first_segment_of_the_n
         assert [text.equal(features[prompt].tokens) for text, prompt in zip(seen.texts, prompts, strict=True)] == [
             True
         ] * 2
+
+
+def blended_job(model: Path, output: Path, **shot: Any) -> Job:
+    shots = ({"prompt": FIRST, "duration": "51f"}, {"prompt": SECOND, "duration": "68f", **shot})
+    return prepared_film(model, output, *shots).job
+
+
+def test_blended_requests_bring_both_prompts_where_both_count(tiny_model: Path, tmp_path: Path) -> None:
+    """Code frame 8 is the first of the new shot, latent frame 15 too: half of code frame 7, which is not its own."""
+    first, second, third = film_requests(blended_job(tiny_model, tmp_path / "a.mp4", blend=2))
+    assert first.refine.blend is None
+    assert first.code.prompts == (FIRST, SECOND)  # the halo of the VQ-VAE decoder reaches into the blended frames
+    assert second.code.prompts == ((FIRST, SECOND) if second.code.start < SWITCH + 2 else (SECOND,))
+    assert third.code.prompts == (SECOND,)
+    blend = second.refine.blend
+    assert blend is not None
+    assert blend.prompt == FIRST
+    # New latent frames 15 to 24, two a code frame from 16 on.
+    assert blend.weights[5:] == pytest.approx([1 / 3, 1 / 3, 1 / 3, 2 / 3, 2 / 3, 1, 1, 1, 1, 1])
+    assert second.refine.prompts == (SECOND, FIRST)
+    assert second.write.inputs["blend"] == {"prompt": FIRST, "weights": list(blend.weights)}
+    assert third.refine.blend is None
+    assert "blend" not in first.write.inputs | third.write.inputs
+
+
+def test_velocity_of_a_blended_segment_lies_between_that_of_both_prompts(tiny_model: Path, tmp_path: Path) -> None:
+    """The velocity of every latent frame lies between that of the two prompts, as far as its code frame says."""
+    job = blended_job(tiny_model, tmp_path / "a.mp4", blend=2)
+    request = list(film_requests(job))[1].refine
+    worker, features = RefineWorker(job), TextWorker(job).run(TextRequest(prompts=(FIRST, SECOND)))
+    generator = torch.Generator().manual_seed(0)
+    latent, coarse = (torch.randn(1, 4, 15, 4, 6, generator=generator) for _ in range(2))
+    mask, t = torch.ones(1, 15, dtype=torch.bool), torch.full((1,), 0.7)
+    with torch.inference_mode():
+        between, old, new = (
+            worker._velocity(replace(request, text=features, prompt=prompt, blend=blend), coarse, mask)(latent, t)
+            for prompt, blend in ((SECOND, request.blend), (FIRST, None), (SECOND, None))
+        )
+    assert not old.equal(new)
+    for frame, share in enumerate(request.blend.weights):
+        expected = (1 - share) * old[:, :, frame] + share * new[:, :, frame]
+        torch.testing.assert_close(between[:, :, frame], expected)
+
+
+@pytest.mark.slow
+def test_blended_films_are_made_again_exactly_and_redone_where_the_old_prompt_counts(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    shots = ({"prompt": FIRST, "duration": "51f"}, {"prompt": SECOND, "duration": "68f", "blend": 2})
+    whole = generate(prepared_film(tiny_model, tmp_path / "whole.mp4", *shots))
+    plain = generate(prepared_film(tiny_model, tmp_path / "plain.mp4", shots[0], {**shots[1], "blend": 0}))
+    codes, plain_codes = (RunFolder(film.run_dir).read_codes()[0] for film in (whole, plain))
+    assert codes[:, :SWITCH].equal(plain_codes[:, :SWITCH])
+    assert not codes.equal(plain_codes)
+    assert list(replay_segment(open_run(whole.run_dir), 1)) == []
+
+    def redone(storyboard: Any) -> FilmResult:
+        old = open_run(plain.run_dir)
+        new = change_run(old, storyboard)
+        return generate(new.prepared, begin=lambda _, executor: begin_change(old, new, executor))
+
+    board = open_run(plain.run_dir).plan.storyboard
+    again = redone(replace(board, shots=(board.shots[0], replace(board.shots[1], blend=2))))
+    assert again.film.read_bytes() == whole.film.read_bytes()
+    other = "a green circle"
+    changed = redone(with_shot_changed(open_run(plain.run_dir), 1, prompt=other))
+    fresh = generate(prepared_film(tiny_model, tmp_path / "fresh.mp4", {**shots[0], "prompt": other}, shots[1]))
+    assert changed.film.read_bytes() == fresh.film.read_bytes()
+    inputs = RunFolder(changed.run_dir).read_segment(1).inputs
+    assert inputs["blend"]["prompt"] == other
+
+
+@pytest.mark.slow
+def test_an_interrupted_blend_goes_on_to_the_same_film(tiny_model: Path, tmp_path: Path) -> None:
+    shots = ({"prompt": FIRST, "duration": "51f"}, {"prompt": SECOND, "duration": "68f", "blend": 5})
+    whole = generate(prepared_film(tiny_model, tmp_path / "whole.mp4", *shots))
+
+    def stop(_: Progress) -> None:
+        raise KeyboardInterrupt
+
+    prepared = prepared_film(tiny_model, tmp_path / "again.mp4", *shots)
+    with pytest.raises(KeyboardInterrupt):
+        generate(prepared, on_progress=stop)
+    run = open_run(prepared.paths.run_dir)
+    again = generate(run.prepared, begin=lambda *_: continue_run(run))
+    assert again.num_made == 2
+    assert again.film.read_bytes() == whole.film.read_bytes()
+
+
+def test_a_blend_behind_a_cut_is_refused() -> None:
+    shots = [{"prompt": FIRST}, {"prompt": SECOND, "transition": "cut", "blend": 2}]
+    with pytest.raises(StoryboardError, match=r"shots\[1\].blend needs transition 'continue'"):
+        parse_storyboard({"shots": shots})
+    with pytest.raises(StoryboardError, match="must be between 0 and 64, got 65"):
+        parse_storyboard({"shots": [{"prompt": FIRST, "blend": 65}]})

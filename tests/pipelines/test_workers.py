@@ -101,7 +101,7 @@ def test_codes_written_segment_by_segment_equal_the_take_in_one_go(chain: Chain)
             text_mask=chain.text.features[prompt].mask,
             num_code_frames=count,
         )
-        for prompt, _, count in chain.requests[0].code.schedule
+        for prompt, *_, count in chain.requests[0].code.schedule
     ]
     model = CodeWorker(chain.job).model
 

@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -442,3 +443,57 @@ def test_bad_settings_are_refused_together():
         CodeTransformerConfig(depth=0, dim=30, max_code_frames=9, window_hop=9)
     with pytest.raises(ValueError, match=r"top_p must lie in \(0, 1\]"):
         SamplingConfig(top_p=0.0)
+
+
+def naive_blend(model: CodeTransformer, schedule: list[PromptSpan], scale: float) -> Tensor:
+    """Greedy codes of two spans that fit one window: full forwards under each prompt, mixed by hand."""
+    frames: list[Tensor] = []
+    first, second = schedule
+    null = torch.tensor([True])
+    for frame in range(first.num_code_frames + second.num_code_frames):
+        behind = frame - first.num_code_frames
+
+        codes = torch.cat([*frames, torch.empty(0, dtype=torch.int64)])
+        for _ in range(model.config.codes_per_frame):
+            old = model(codes[None], first.text, first.text_mask)[0, -1, :-1]
+            new = model(codes[None], second.text, second.text_mask)[0, -1, :-1]
+            share = 0.0 if behind < 0 else {0: 1 / 3, 1: 2 / 3}.get(behind, 1.0)
+            text = (1 - share) * old + share * new
+            empty = model(codes[None], second.text, second.text_mask, drop_text=null)[0, -1, :-1]
+            codes = torch.cat((codes, (empty + scale * (text - empty)).argmax()[None]))
+        frames.append(codes[-model.config.codes_per_frame :])
+    return torch.stack(frames).unflatten(1, model.config.grid)[None]
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.5])
+def test_blended_switch_mixes_logits_of_both_prompts_over_its_frames(scale):
+    model = make_ar(max_code_frames=12)
+    first, second = make_span(3, seed=0), make_span(5, seed=1, length=5)
+    blended = [first, replace(second, blend=2)]
+    with torch.no_grad():
+        expected = naive_blend(model, blended, scale)
+    greedy = replace(GREEDY, guidance_scale=scale)
+    codes = generate(model, blended, greedy)
+    assert torch.equal(codes, expected)
+    assert not torch.equal(codes, generate(model, [first, second], greedy))
+
+
+@pytest.mark.parametrize("hop", [1, 2, 3])
+def test_blended_stream_continues_exactly_while_its_window_slides(hop):
+    """The window holds four code frames; the blend is longer than that."""
+    model = make_ar(window_hop=hop)
+    schedule = [make_span(7, seed=0), replace(make_span(8, seed=1, length=5), blend=6)]
+    sampling = SamplingConfig(guidance_scale=2.5)
+    whole = generate(model, schedule, sampling)
+    for frame in range(16):
+        assert torch.equal(generate(model, schedule, sampling, existing=whole[:, :frame]), whole), f"from {frame}"
+
+
+def test_blend_shorter_than_the_shot_before_leaves_earlier_codes_alone():
+    model = make_ar()
+    first, second = make_span(4, seed=0), make_span(4, seed=1)
+    plain = generate(model, [first, second], SamplingConfig())
+    blended = generate(model, [first, replace(second, blend=3)], SamplingConfig())
+    assert torch.equal(plain[:, :4], blended[:, :4])
+    with pytest.raises(ValueError, match="blend of a span must not be negative, got -1"):
+        replace(first, blend=-1)
