@@ -77,7 +77,7 @@ class Plan:
     """Everything about a film that is known before anything is computed."""
 
     storyboard: Storyboard
-    """Resolved: of the film-level values, only the model's name, `use_codes` where the model decides, and the names of a
+    """Resolved: of the film-level values, only the model's name, `use_codes` where the model decides, and names of a
     size may be None."""
     geometry: ModelGeometry
     shots: tuple[ShotSpan, ...]
