@@ -140,20 +140,12 @@ class BlankCodes:
         return CodeResult(codes=torch.zeros(1, request.stop, *self._grid, dtype=torch.int64), elapsed_s=0.0)
 
 
-class NoInjection:
-    """Stands for semantic injection where there is none."""
-
-    def condition(self, coarse_latent: torch.Tensor) -> None:
-        """Nothing to inject."""
-        return
-
-
 class BaseRefineWorker(RefineWorker):
     """The diffusion transformer without semantic injection; frames are carried over as ever."""
 
     def __init__(self, job: Job) -> None:
         super().__init__(job)
-        self.injection = NoInjection()
+        self.injection = None
 
 
 class CoarseWorker(RefineWorker):

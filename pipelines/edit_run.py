@@ -20,6 +20,7 @@ from pipelines.generate import assemble, run_record
 from pipelines.lock import RunLock
 from pipelines.output import OutputPaths, check_output, output_paths
 from pipelines.plan import Plan, make_plan
+from pipelines.references import check_references, encode_references
 from pipelines.requests import Committed, code_schedule, film_requests
 from pipelines.resume import Run, continue_run, misfit
 from pipelines.run_folder import (
@@ -28,6 +29,7 @@ from pipelines.run_folder import (
     EVENTS_NAME,
     FRAGMENT_NAME,
     LATENTS_NAME,
+    REFERENCES_NAME,
     SEGMENT_NAME,
     VERSIONS_NAME,
     RunFolder,
@@ -68,11 +70,13 @@ def change_run(run: Run, storyboard: Storyboard) -> Run:
     """The run under another storyboard, checked; nothing is written. `begin_change` does that.
 
     Raises:
-        StoryboardError: If the storyboard does not fit the model.
+        StoryboardError: If the storyboard does not fit the model, or a file that a new shot is given is not usable.
     """
     old = run.prepared
+    plan = make_plan(storyboard, old.plan.geometry)
+    references = check_references(plan, first_shot=len(old.plan.storyboard.shots))
     prepared = assemble(
-        make_plan(storyboard, old.plan.geometry),
+        plan,
         old.record["model"],
         Path(old.job.model_path),
         settings=old.job.settings,
@@ -82,7 +86,7 @@ def change_run(run: Run, storyboard: Storyboard) -> Run:
         hls=bool(old.job.hls_path),
         arlon_version=old.record["arlon"],
     )
-    return replace(run, prepared=prepared)
+    return replace(run, prepared=replace(prepared, references=references))
 
 
 def begin_change(old: Run, new: Run, executor: str) -> Committed:
@@ -93,6 +97,8 @@ def begin_change(old: Run, new: Run, executor: str) -> Committed:
     stale = sorted(committed.segments & _changed_segments(new, committed.segments, codes))
     version = folder.path / VERSIONS_NAME / f"{folder.num_versions() + 1:04d}"
     _copy(old, OutputPaths(film=version / "film.mp4", run_dir=version))
+    if given := encode_references(new.prepared.job, new.prepared.references):
+        folder.write_references({**(folder.read_references() if folder.has_references() else {}), **given})
     # Codes that both versions share are right for either, whichever run.json a crash leaves.
     folder.write_codes(codes)
     record = run_record(new.prepared, executor) | {"versions": old.record["versions"], "stale": stale}
@@ -168,9 +174,9 @@ def _copy(run: Run, paths: OutputPaths) -> None:
     temporary = temporary_beside(paths.run_dir)
     source, target = run.folder, RunFolder(temporary)
     make_folder(temporary)
-    for name in (CODES_NAME, *_LOG_NAMES):
+    for name in (CODES_NAME, REFERENCES_NAME, *_LOG_NAMES):
         if (source.path / name).exists():
-            copy = link_or_copy if name == CODES_NAME else copy_file
+            copy = copy_file if name in _LOG_NAMES else link_or_copy
             copy(source.path / name, temporary / name)
     for index in source.committed_indices():
         make_folder(target.segment_dir(index))

@@ -95,6 +95,7 @@ def plan_cost(plan: Plan, model: ModelFolder | ModelConfigs, *, dtype: str = "fl
         dtype: `bfloat16` runs under autocast, which keeps a rounded copy of the weights at work.
     """
     configs = model if isinstance(model, ModelConfigs) else read_configs(model)
+    configs = configs if plan.geometry.has_codes else configs.without_codes()
     return _Estimate(plan, configs, 2 if dtype == "bfloat16" else 0).film()
 
 

@@ -37,7 +37,8 @@ def read_film_record(film: str | Path) -> dict[str, Any]:
         VideoError: If the file is not a video, says nothing, or says it in a way of another version.
     """
     film = Path(film)
-    tags = {name.lower(): text for name, text in read_tags(film).items()}  # Matroska has them in capitals
+    found = _png_tags(film) if film.suffix.lower() == ".png" else read_tags(film)
+    tags = {name.lower(): text for name, text in found.items()}  # Matroska has them in capitals
     record = _parse_record(tags.get(RECORD_TAG, ""))
     sidecar = film.with_suffix(".json")
     if record is None and sidecar.is_file():
@@ -52,6 +53,20 @@ def read_film_record(film: str | Path) -> dict[str, Any]:
             f"this version reads {RECORD_FORMAT}"
         )
     return record
+
+
+def _png_tags(picture: Path) -> dict[str, str]:
+    from PIL import Image
+
+    try:
+        with Image.open(picture) as opened:
+            return {name: str(text) for name, text in opened.info.items() if isinstance(text, str)}
+    except (SyntaxError, ValueError, EOFError) as error:
+        raise VideoError(f"'{picture}' is no picture that can be read") from error
+    except OSError as error:
+        if isinstance(error, FileNotFoundError):
+            raise
+        raise VideoError(f"'{picture}' is no picture that can be read") from error
 
 
 def _parse_record(text: str) -> dict[str, Any] | None:

@@ -21,7 +21,8 @@ from pipelines.hls import remove_stream
 from pipelines.lock import RunLock
 from pipelines.model import GenerationDefaults, ModelGeometry, open_model, read_geometry
 from pipelines.output import OutputPaths, check_output, output_paths
-from pipelines.plan import Plan, make_plan, resolve_storyboard
+from pipelines.plan import Plan, make_plan, resolve_storyboard, with_frame_size
+from pipelines.references import Reference, check_references, encode_references
 from pipelines.requests import Committed, Job, Settings, WriteResult
 from pipelines.run_folder import RunFolder
 from pipelines.storyboard import Storyboard, UsageError, random_seed
@@ -45,6 +46,8 @@ class Prepared:
     """What is stored in the film and beside it."""
     model_source: str
     """The model as it was asked for; a folder by its full path."""
+    references: tuple[Reference, ...] = ()
+    """Files that it is given and that are not in its run folder yet."""
 
     @property
     def plan(self) -> Plan:
@@ -118,7 +121,7 @@ def open_for_film(storyboard: Storyboard, model: str | None = None) -> tuple[Pla
     except FileNotFoundError as error:
         raise UsageError(str(error)) from error
     geometry: ModelGeometry = read_geometry(folder)
-    resolved = resolve_storyboard(storyboard, geometry.defaults, random_seed())
+    resolved = resolve_storyboard(with_frame_size(storyboard, geometry), geometry.defaults, random_seed())
     resolved = replace(resolved, model=identity["name"])
     try:
         samplers.get_solver(resolved.solver or "")
@@ -157,12 +160,14 @@ def prepare(
     checked = make_settings(plan.geometry.defaults, settings or {})
     paths = output_paths(output, plan.storyboard)
     check_output(paths, overwrite=overwrite)
+    references = check_references(plan)
     source = _model_source(storyboard, model)
     if hls and paths.hls.exists() and not paths.hls.is_dir():
         raise UsageError(f"'{paths.hls}' is in the way of the stream: it is not a folder")
-    return assemble(
+    prepared = assemble(
         plan, identity, folder, settings=checked, paths=paths, model_source=source, metadata=metadata, hls=hls
     )
+    return replace(prepared, references=references)
 
 
 def assemble(
@@ -270,8 +275,9 @@ def film_record(plan: Plan, identity: Mapping[str, str], settings: Settings) -> 
 def start_run(prepared: Prepared, executor: str) -> Committed:
     """Make the run folder ready for a new film."""
     sweep_film(prepared.paths)
+    given = encode_references(prepared.job, prepared.references)
     remove_stream(prepared.paths.hls)
-    RunFolder(prepared.paths.run_dir).start(run_record(prepared, executor))
+    RunFolder(prepared.paths.run_dir).start(run_record(prepared, executor), given)
     return Committed()
 
 

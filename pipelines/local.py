@@ -41,7 +41,7 @@ class KeptWorkers:
 
     def __call__(self, kind: type[Any], job: Job) -> Any:
         """The worker of a kind; it is built if there is none that fits."""
-        key = (job.model_path, job.model_hash, job.settings)
+        key = (job.model_path, job.model_hash, job.settings, job.plan.geometry.has_codes)
         if key != self._key:
             self._key, self._workers = key, {}
         if kind not in self._workers:

@@ -84,6 +84,10 @@ class ModelGeometry:
         """Frame height and width must be multiples of this many pixels."""
         return self.space_stride * max(self.patch_size[1:])
 
+    def without_codes(self) -> ModelGeometry:
+        """What is left of the model when the base alone makes a film."""
+        return replace(self, code_ratio=(1, 1, 1), code_halo=0, code_grid=None, has_codes=False)
+
     def latent_size(self, height: int, width: int) -> tuple[int, int]:
         """Latent rows and columns of a frame."""
         return height // self.space_stride, width // self.space_stride
@@ -105,6 +109,10 @@ class ModelConfigs:
         """Whether the model plans with codes."""
         return self.vqvae is not None
 
+    def without_codes(self) -> ModelConfigs:
+        """The base alone."""
+        return replace(self, vqvae=None, ar=None, injection=None)
+
 
 def open_model(
     name_or_path: str, *, required: Iterable[str] | None = None, download: bool = True
@@ -113,7 +121,7 @@ def open_model(
 
     Args:
         name_or_path: Which model.
-        required: Components it must have; None: those of a whole model.
+        required: Components it must have; None: those of a base, which may have codes besides.
         download: Whether a model of the hub that is not in the cache may be downloaded.
 
     Returns:
@@ -123,9 +131,9 @@ def open_model(
         FileNotFoundError: If there is no such model.
         CheckpointError: If its components are damaged or do not fit each other.
     """
-    from arlon.checkpoint import GENERATION_COMPONENTS, MODEL_FILE_SUFFIXES, ModelFolder, resolve_model
+    from arlon.checkpoint import BASE_COMPONENTS, MODEL_FILE_SUFFIXES, ModelFolder, resolve_model
 
-    wanted = GENERATION_COMPONENTS if required is None else tuple(required)
+    wanted = BASE_COMPONENTS if required is None else tuple(required)
     model = ModelFolder.open(resolve_model(name_or_path, download=download), required=wanted)
     path = Path(name_or_path).expanduser()
     name = name_or_path

@@ -17,6 +17,7 @@ from pipelines.storyboard import (
     parse_duration,
     storyboard_from_prompts,
     with_overrides,
+    with_shot,
 )
 
 
@@ -33,6 +34,12 @@ class FilmOptions:
     """Film-level values and settings given one by one; None: not given."""
     assignments: list[str]
     """`key=value` of --set."""
+    image: Path | None = None
+    """Of the first shot."""
+    end_image: Path | None = None
+    """Of the last shot."""
+    video: Path | None = None
+    """Of the first shot."""
 
 
 def read_film_options(options: FilmOptions) -> tuple[Storyboard, dict[str, Any]]:
@@ -54,7 +61,16 @@ def read_film_options(options: FilmOptions) -> tuple[Storyboard, dict[str, Any]]
     else:
         film = storyboard_from_prompts(options.prompts, duration=duration, transition=options.transition)
     film_values, settings = sorted_values(options)
-    return with_overrides(film, film_values), settings
+    return _with_references(with_overrides(film, film_values), options), settings
+
+
+def _with_references(film: Storyboard, options: FilmOptions) -> Storyboard:
+    """The film with the files that options give to its ends."""
+    given = {0: {"image": options.image, "video": options.video}}
+    given.setdefault(len(film.shots) - 1, {})["end_image"] = options.end_image
+    for index, paths in given.items():
+        film = with_shot(film, index, {kind: None if path is None else str(path) for kind, path in paths.items()})
+    return film
 
 
 def sorted_values(options: FilmOptions) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -114,10 +114,10 @@ def check_output(paths: OutputPaths, *, overwrite: bool) -> None:
     elif (run := RunFolder(paths.run_dir)).has_run() and not run.is_ours():
         raise UsageError(f"will not replace what this program did not write: '{run.path / RUN_NAME}' tells of no film")
     for folder in (paths.run_dir, paths.film.parent):
-        _check_writable(folder)
+        check_output_folder(folder)
 
 
-def _check_writable(folder: Path) -> None:
+def check_output_folder(folder: Path) -> None:
     """Refuse a folder that cannot be written, or not be made where it is missing.
 
     Raises:

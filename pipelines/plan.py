@@ -8,11 +8,13 @@ that owns the first of them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate, pairwise
 from typing import Any
 
+from arlon.data import aspect as aspects
 from arlon.grids import ceil_div, code_grid
 from pipelines.model import GenerationDefaults, ModelGeometry
 from pipelines.storyboard import Shot, Storyboard, StoryboardError
@@ -75,7 +77,8 @@ class Plan:
     """Everything about a film that is known before anything is computed."""
 
     storyboard: Storyboard
-    """Resolved: no film-level value is None, apart from the model's name."""
+    """Resolved: of the film-level values, only the model's name, `use_codes` where the model decides, and names of a
+    size may be None."""
     geometry: ModelGeometry
     shots: tuple[ShotSpan, ...]
     takes: tuple[Take, ...]
@@ -123,6 +126,29 @@ def resolve_storyboard(storyboard: Storyboard, defaults: GenerationDefaults, see
     return replace(storyboard, seed=seed if storyboard.seed is None else storyboard.seed, **filled)
 
 
+def with_frame_size(storyboard: Storyboard, geometry: ModelGeometry) -> Storyboard:
+    """The storyboard with the frame size that its aspect and resolution name, in multiples that the model can make.
+
+    Raises:
+        StoryboardError: If it has both a name and a size, or the resolution has no such aspect.
+    """
+    if storyboard.aspect is None and storyboard.resolution is None:
+        return storyboard
+    if storyboard.height is not None or storyboard.width is not None:
+        raise StoryboardError(["give either height and width, or aspect and resolution"])
+    aspect, multiple, defaults = storyboard.aspect or "square", geometry.size_multiple, geometry.defaults
+    try:
+        if storyboard.resolution is not None:
+            wanted = aspects.frame_size(storyboard.resolution, aspect)
+        else:
+            ratio, area = aspects.aspect_ratio(aspect), defaults.height * defaults.width
+            wanted = (math.sqrt(area * ratio), math.sqrt(area / ratio))
+    except ValueError as error:
+        raise StoryboardError([str(error)]) from error
+    height, width = (max(multiple, round(side / multiple) * multiple) for side in wanted)
+    return replace(storyboard, height=height, width=width, aspect=None, resolution=None)
+
+
 def make_plan(storyboard: Storyboard, geometry: ModelGeometry) -> Plan:
     """Lay a resolved storyboard out on the grids of a model.
 
@@ -133,6 +159,10 @@ def make_plan(storyboard: Storyboard, geometry: ModelGeometry) -> Plan:
     Raises:
         StoryboardError: If the frame size does not fit the model or the film is too long.
     """
+    if storyboard.use_codes and not geometry.has_codes:
+        raise StoryboardError(["use_codes is true, but the model is a base alone, without codes: leave it out"])
+    if storyboard.use_codes is False:
+        geometry = geometry.without_codes()
     _check_size(storyboard, geometry)
     _check_length(storyboard, geometry)
     spans: list[ShotSpan] = []
@@ -258,7 +288,8 @@ def _check_size(storyboard: Storyboard, geometry: ModelGeometry) -> None:
         defaults = geometry.defaults
         problems.append(
             f"this model makes films of {defaults.width} x {defaults.height} (width x height), "
-            f"got {sizes['width']} x {sizes['height']}: leave height and width out"
+            f"got {sizes['width']} x {sizes['height']}: leave height and width out, or make it with the base alone "
+            "(--base-only)"
         )
     if problems:
         raise StoryboardError(problems)

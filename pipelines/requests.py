@@ -21,6 +21,7 @@ from torch import Tensor
 
 from arlon.models.code_stream import SamplingConfig, blend_weight
 from arlon.text.encoders import TextFeatures
+from pipelines.durable import hash_tensor
 from pipelines.look import Drift
 from pipelines.plan import Plan, Segment, Take
 
@@ -151,6 +152,8 @@ class CodeRequest:
     text: TextResult | None = None
     before: CodeResult | None = None
     """Codes written so far, `start` frames or more; None at the start of a take."""
+    given: Tensor | None = None
+    """Code frames (1, n, cH, cW) int64 that the take begins with, where it was given any."""
 
     @property
     def prompts(self) -> tuple[str, ...]:
@@ -203,6 +206,10 @@ class RefineRequest:
     width: int
     blend: Blend | None = None
     """None: the segment has one prompt."""
+    head: Tensor | None = None
+    """Latent frames (1, C, n, H, W) that a take begins with; None where it begins with none."""
+    tail: Tensor | None = None
+    """Latent frames (1, C, n, H, W) that the segment ends on."""
     text: TextResult | None = None
     codes: CodeResult | None = None
     before: RefineResult | None = None
@@ -306,14 +313,23 @@ def text_request(plan: Plan) -> TextRequest:
 
 def film_requests(job: Job) -> Iterator[SegmentRequests]:
     """Requests of all segments of a film, in order, one at a time: a long film has many."""
-    plan = job.plan
+    from pipelines.references import NOTHING, read_given
+
+    plan, given = job.plan, read_given(job)
     before: Segment | None = None
     for segment, after in zip_longest(plan.segments, plan.segments[1:]):
         is_take_start = before is None or before.take != segment.take
         if is_take_start:
             take = plan.takes[segment.take]
             schedule = code_schedule(plan, take)
+            begins_with = given.get(segment.shot, NOTHING)
+        ends_shot = after is None or after.shot != segment.shot
         refine = _refine_request(plan, segment, take)
+        refine = replace(
+            refine,
+            head=begins_with.head if is_take_start else None,
+            tail=given.get(segment.shot, NOTHING).tail if ends_shot else None,
+        )
         yield SegmentRequests(
             segment=segment,
             code=CodeRequest(
@@ -321,6 +337,7 @@ def film_requests(job: Job) -> Iterator[SegmentRequests]:
                 schedule=schedule,
                 start=0 if is_take_start else before.num_code_frames,
                 stop=segment.num_code_frames,
+                given=begins_with.codes,
             ),
             refine=refine,
             decode=DecodeRequest(num_frames=segment.num_frames),
@@ -402,6 +419,7 @@ def _inputs(job: Job, refine: RefineRequest) -> dict[str, Any]:
         "width",
     )
     segment, settings = refine.segment, job.settings
+    given = {"head": refine.head, "tail": refine.tail}
     of_segment = ("take", "index_in_take", "start_latent", "num_latents", "num_frames")
     blend = refine.blend
     return {
@@ -410,6 +428,7 @@ def _inputs(job: Job, refine: RefineRequest) -> dict[str, Any]:
         **{name: getattr(segment, name) for name in of_segment},
         **{name: getattr(refine, name) for name in names},
         **{name: getattr(settings, name) for name in ("dtype", "num_threads", "device", "crf", "preset")},
+        **{name: hash_tensor(latent) for name, latent in given.items() if latent is not None},
     }
 
 

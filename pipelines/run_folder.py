@@ -1,6 +1,7 @@
 """The folder of one run: everything a film is made from, in files that appear whole or not at all.
 
     run.json                     the resolved storyboard, the plan, the model's hash, settings, versions
+    references.safetensors       latent frames of the pictures and videos it was given, if any
     codes.safetensors            codes of every take: take_0000 (1, cT, cH, cW) int32, ...
     codes.jsonl                  codes written since; it goes when codes.safetensors has them all
     segments/0007/
@@ -49,6 +50,7 @@ FORMAT = 2
 RUN_NAME = "run.json"
 CODES_NAME = "codes.safetensors"
 CODES_LOG_NAME = "codes.jsonl"
+REFERENCES_NAME = "references.safetensors"
 EVENTS_NAME = "events.jsonl"
 SEGMENTS_NAME = "segments"
 VERSIONS_NAME = "versions"
@@ -88,11 +90,13 @@ class RunFolder:
         """Whether a run was started here."""
         return (self.path / RUN_NAME).exists()
 
-    def start(self, record: Mapping[str, Any]) -> None:
-        """Make the folder ready for a new run: remove an earlier run, write `run.json`."""
+    def start(self, record: Mapping[str, Any], references: Mapping[str, Tensor] | None = None) -> None:
+        """Make the folder ready for a new run: remove an earlier run, write what it is given, then `run.json`."""
         self.discard()
         make_folder(self.path)
-        sweep([self.path], (RUN_NAME,))
+        sweep([self.path], (RUN_NAME, REFERENCES_NAME))
+        if references:
+            self.write_references(references)
         self.write_run(record)
 
     def write_run(self, record: Mapping[str, Any]) -> None:
@@ -106,7 +110,8 @@ class RunFolder:
         for name in (SEGMENTS_NAME, VERSIONS_NAME):
             if (self.path / name).is_dir():
                 shutil.rmtree(self.path / name)
-        for name in (CODES_LOG_NAME, CODES_NAME, EVENTS_NAME, RUN_NAME):  # run.json last: until then this is a run
+        # run.json last: until then this is a run
+        for name in (CODES_LOG_NAME, CODES_NAME, REFERENCES_NAME, EVENTS_NAME, RUN_NAME):
             (self.path / name).unlink(missing_ok=True)
         with suppress(OSError):  # not empty, or where we are
             self.path.rmdir()
@@ -120,7 +125,7 @@ class RunFolder:
         """Remove what a crash left: temporary files, and segments that were not committed."""
         segments = self.path / SEGMENTS_NAME
         folders = [f for f in segments.iterdir() if f.name.isdecimal()] if segments.is_dir() else []
-        sweep([self.path], (RUN_NAME, CODES_NAME, CODES_LOG_NAME))
+        sweep([self.path], (RUN_NAME, CODES_NAME, CODES_LOG_NAME, REFERENCES_NAME))
         sweep([self.path / VERSIONS_NAME], [f"{number:04d}" for number in range(1, self.num_versions() + 2)])
         sweep(folders, (LATENTS_NAME, FRAGMENT_NAME, SEGMENT_NAME))
         for folder in folders:
@@ -143,6 +148,32 @@ class RunFolder:
             RunFolderError: If it is damaged, changed by hand or of another format.
         """
         return _read_sealed(self.path / RUN_NAME)
+
+    # --- what it is given ------------------------------------------------------------------------------------
+
+    def write_references(self, tensors: Mapping[str, Tensor]) -> None:
+        """Store latent and code frames of what the film is given, by `SHOT/KIND`; see `pipelines.references`."""
+        plain = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        data = safetensors.torch.save(plain, metadata={"sha256": _hash_tensors(plain)})
+        write_bytes(self.path / REFERENCES_NAME, data)
+
+    def has_references(self) -> bool:
+        """Whether the film is given anything."""
+        return (self.path / REFERENCES_NAME).exists()
+
+    def read_references(self) -> dict[str, Tensor]:
+        """What `write_references` stored.
+
+        Raises:
+            FileNotFoundError: If there is nothing.
+            RunFolderError: If the file is damaged or was changed.
+        """
+        path = self.path / REFERENCES_NAME
+        tensors = _load_tensors(path)
+        with safetensors.safe_open(path, "pt") as file:
+            if (file.metadata() or {}).get("sha256") != _hash_tensors(tensors):
+                raise RunFolderError(f"'{path}' was changed: its hash does not fit")
+        return tensors
 
     # --- codes -----------------------------------------------------------------------------------------------
 
@@ -312,6 +343,10 @@ class RunFolder:
     def events(self) -> Iterator[dict[str, Any]]:
         """What `events.jsonl` says."""
         return read_lines(self.path / EVENTS_NAME)
+
+
+def _hash_tensors(tensors: Mapping[str, Tensor]) -> str:
+    return hash_plain({name: hash_tensor(tensor) for name, tensor in sorted(tensors.items())})
 
 
 def _hash_codes(codes: Mapping[int, Tensor]) -> str:

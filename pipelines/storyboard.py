@@ -10,8 +10,10 @@ A storyboard is a YAML or JSON file:
       - prompt: a green circle moves left on a black background
         transition: continue   # carries the last frames over (default); `cut` starts afresh
 
-Film-level keys: seed, fps, height, width, model, negative_prompt, guidance_scale, num_inference_steps, solver, shots.
-Shot keys: prompt, duration, transition, blend, seed, guidance_scale, notes. A plain text file is a storyboard too: one
+Film-level keys: seed, fps, height, width, model, negative_prompt, guidance_scale, num_inference_steps, solver,
+aspect, resolution, use_codes, shots.
+Shot keys: prompt, duration, transition, blend, seed, guidance_scale, notes, and files that the shot begins with or ends
+on: image, video, end_image, whose relative paths start at the storyboard. A plain text file is a storyboard too: one
 shot a line, `prompt` or `duration | prompt`; an empty line before a shot is a cut, lines that start with `#` are
 comments.
 
@@ -46,7 +48,8 @@ MAX_SIZE = 8192
 MAX_FPS = 240.0
 MAX_LISTED = 20
 """How many problems a message lists."""
-_UNSUPPORTED = {"image": "a reference image", "video": "a reference video"}
+REFERENCE_KINDS = ("image", "end_image", "video")
+"""Shot keys that name a file; see `pipelines.references`."""
 
 
 class UsageError(ValueError):
@@ -102,6 +105,12 @@ class Shot:
     """Seed of this shot's noise; None: the film's."""
     guidance_scale: float | None = None
     """Guidance of this shot; None: the film's."""
+    image: str | None = None
+    """Picture file that the shot begins with; it starts a take."""
+    end_image: str | None = None
+    """Picture file that the shot ends on."""
+    video: str | None = None
+    """Video file whose end the shot goes on from; it starts a take."""
     notes: str = ""
     """For the reader; not used."""
 
@@ -120,6 +129,12 @@ class Storyboard:
     guidance_scale: float | None = None
     num_inference_steps: int | None = None
     solver: str | None = None
+    aspect: str | None = None
+    """Height:width of the frame such as "9:16", or landscape, portrait, square; instead of height and width."""
+    resolution: str | None = None
+    """Size of the frame by name, such as "240p"; None: as many pixels as the model's own."""
+    use_codes: bool | None = None
+    """False: the base alone makes the film, without codes, at any frame size; None: as the model is."""
 
     def to_plain(self) -> dict[str, Any]:
         """Plain values for JSON or YAML, without those that are not set; `parse_storyboard` reads them back."""
@@ -132,6 +147,8 @@ class Storyboard:
 def _shot_to_plain(shot: Shot) -> dict[str, Any]:
     plain = {f.name: getattr(shot, f.name) for f in fields(shot)}
     plain["duration"] = shot.duration.to_plain()
+    for kind in REFERENCE_KINDS:  # the name alone: where it lies on this machine concerns nobody else
+        plain[kind] = None if plain[kind] is None else Path(plain[kind]).name
     return {name: value for name, value in plain.items() if value not in (None, "")}
 
 
@@ -161,7 +178,14 @@ def load_storyboard(path: str | Path, *, default_duration: Duration | None = Non
         data: Any = {"shots": _shots_from_text(text)}
     else:
         data = _parse_markup(text, source, is_json=path.suffix.lower() == ".json")
-    return parse_storyboard(data, source=source, default_duration=default_duration)
+    film = parse_storyboard(data, source=source, default_duration=default_duration)
+    return replace(film, shots=tuple(_anchored(shot, path.parent) for shot in film.shots))
+
+
+def _anchored(shot: Shot, folder: Path) -> Shot:
+    """The shot with the paths of its files as seen from here."""
+    given = {kind: getattr(shot, kind) for kind in REFERENCE_KINDS}
+    return replace(shot, **{kind: str(folder / Path(name).expanduser()) for kind, name in given.items() if name})
 
 
 def _parse_markup(text: str, source: str, *, is_json: bool) -> Any:
@@ -317,10 +341,7 @@ def _read(
     """Read the known keys of a mapping; what is wrong is added to `problems`."""
     values = {}
     for key, value in data.items():
-        if key in _UNSUPPORTED and prefix:
-            what = _UNSUPPORTED[key]
-            problems.append(f"{prefix}{key}: {what} is not supported, films are made from text: remove it")
-        elif key not in known:
+        if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
             hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(sorted(known))}"
             name = key if str(key).isprintable() and len(str(key)) <= MAX_SHOWN else shown(key)
@@ -362,6 +383,12 @@ def _whole(low: int, high: int) -> Callable[[Any], int]:
     return read
 
 
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"must be true or false, got {shown(value)}")
+    return value
+
+
 def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise ValueError(f"must be text, got {shown(value)}")
@@ -379,6 +406,28 @@ def _prompt(value: Any) -> str:
     if not text:
         raise ValueError("is empty: say what the shot shows")
     return text
+
+
+def _file_name(value: Any) -> str:
+    if not isinstance(value, str) or not value.strip() or "\0" in value:
+        raise ValueError(f"must be the path of a file, got {shown(value)}")
+    return value
+
+
+def _aspect(value: Any) -> str:
+    from arlon.data.aspect import aspect_ratio
+
+    aspect_ratio(_prompt(value))
+    return _prompt(value)
+
+
+def _resolution(value: Any) -> str:
+    from arlon.data.aspect import PIXEL_BUDGETS
+
+    name = str(value) if isinstance(value, int) and not isinstance(value, bool) else _prompt(value)
+    if name not in PIXEL_BUDGETS:
+        raise ValueError(f"must be one of {', '.join(PIXEL_BUDGETS)}, got {shown(name)}")
+    return name
 
 
 def _transition(value: Any) -> str:
@@ -399,6 +448,9 @@ _SHOT_READERS: dict[str, Callable[[Any], Any]] = {
     "blend": _whole(0, MAX_BLEND),
     "seed": _whole(0, MAX_SEED),
     "guidance_scale": _number(0.0, 100.0),
+    "image": _file_name,
+    "end_image": _file_name,
+    "video": _file_name,
     "notes": _text,
 }
 _FILM_READERS: dict[str, Callable[[Any], Any]] = {
@@ -411,4 +463,7 @@ _FILM_READERS: dict[str, Callable[[Any], Any]] = {
     "guidance_scale": _number(0.0, 100.0),
     "num_inference_steps": _whole(1, 1000),
     "solver": _prompt,
+    "aspect": _aspect,
+    "resolution": _resolution,
+    "use_codes": _flag,
 }

@@ -18,7 +18,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from torch import Tensor
 
 from arlon.data.video_io import Fragment, VideoWriter, encode_fragment
 from arlon.diffusion import conditioning, flow, guidance, samplers
+from arlon.diffusion.references import condition_segment
 from arlon.models.ar import CodeTransformer
 from arlon.models.code_stream import CodeStream, PromptSpan, SamplingConfig
 from arlon.models.injection import SemanticInjection
@@ -51,6 +52,9 @@ from pipelines.requests import (
     WriteResult,
 )
 from pipelines.run_folder import FRAGMENT_NAME, LATENTS_NAME, RunFolder, SegmentRecord
+
+if TYPE_CHECKING:
+    from arlon.models.vqvae import LatentVQVAE
 
 MAX_KNOWN_PROMPTS = 64
 """Prompts whose features are kept: a film may have thousands, and the features of one can take megabytes."""
@@ -105,7 +109,7 @@ class TextWorker:
 
 
 class CodeWorker:
-    """Writes codes with the autoregressive model.
+    """Writes codes with the autoregressive model; for a base alone, code 0 once a frame, which nobody reads.
 
     It keeps the stream it last worked on only to save time: a request that does not continue it starts a new
     stream from the codes it brings, with the same result.
@@ -113,13 +117,17 @@ class CodeWorker:
 
     def __init__(self, job: Job) -> None:
         self.settings = job.settings
-        self.model = CodeTransformer.from_pretrained(job.component("ar"), dropout=0.0).to(job.settings.device)
+        self.model: CodeTransformer | None = None
+        if job.plan.geometry.has_codes:
+            self.model = CodeTransformer.from_pretrained(job.component("ar"), dropout=0.0).to(job.settings.device)
         self._stream: tuple[tuple[Any, ...], CodeStream] | None = None
 
     def run(self, request: CodeRequest) -> CodeResult:
         """Write."""
         started_s = time.perf_counter()
-        existing = request.before.codes if request.before is not None else None
+        if self.model is None:
+            return CodeResult(codes=torch.zeros(1, request.stop, 1, 1, dtype=torch.int64), elapsed_s=0.0)
+        existing = request.given if request.before is None else request.before.codes
         frames = [] if existing is None else list(existing[0])
         stream = self._stream_at(request, len(frames), existing)
         frames += [next(stream) for _ in range(request.stop - len(frames))]
@@ -173,16 +181,19 @@ def _code_generator(request: CodeRequest, frame: int) -> torch.Generator:
 
 
 class RefineWorker:
-    """Refines coarse latents with the diffusion transformer and semantic injection, a segment at a time."""
+    """Makes the latent of a segment with the diffusion transformer: of coarse latents, or of noise alone."""
 
     def __init__(self, job: Job) -> None:
-        from arlon.models.vqvae import LatentVQVAE  # seconds to import, and the other workers do not need it
-
         self.settings, self.geometry = job.settings, job.plan.geometry
         device = job.settings.device
-        self.vqvae = LatentVQVAE.from_pretrained(job.component("vqvae")).to(device)
         self.dit = STDiT3.from_pretrained(job.component("dit")).to(device)
-        self.injection = SemanticInjection.from_pretrained(job.component("injection")).to(device)
+        self.vqvae: LatentVQVAE | None = None
+        self.injection: SemanticInjection | None = None
+        if self.geometry.has_codes:
+            from arlon.models.vqvae import LatentVQVAE  # seconds to import, and the other workers do not need it
+
+            self.vqvae = LatentVQVAE.from_pretrained(job.component("vqvae")).to(device)
+            self.injection = SemanticInjection.from_pretrained(job.component("injection")).to(device)
 
     @torch.inference_mode()
     def run(self, request: RefineRequest) -> RefineResult:
@@ -191,15 +202,14 @@ class RefineWorker:
         assert request.codes is not None
         segment, device = request.segment, self.settings.device
         codes = request.codes.codes[:, : segment.num_code_frames]
-        coarse = self._coarse_latent(codes.to(device), request)
+        coarse = None if self.vqvae is None else self._coarse_latent(codes.to(device), request)
         carried = self._carried(request)
-        shape = coarse.shape
+        rows, columns = self.geometry.latent_size(request.height, request.width)
+        shape = (1, self.dit.config.in_channels, segment.num_latents, rows, columns)
         noise = samplers.draw_noise(shape, request.seed, "dit", segment.index)
-        frame_mask = torch.ones(shape[0], shape[2], dtype=torch.bool)
-        if carried is not None:
-            frame_mask[:, : segment.overlap] = False
-            clean = torch.cat((carried, torch.zeros_like(noise[:, :, segment.overlap :])), dim=2)
-            noise = conditioning.place_clean(noise, clean, frame_mask)
+        given = condition_segment(shape, head=request.head if carried is None else carried, tail=request.tail)
+        frame_mask = given.frame_mask
+        noise = conditioning.place_clean(noise, given.latent, frame_mask)
         velocity = conditioning.hold_clean(
             self._velocity(request, coarse, frame_mask.to(device)), frame_mask.to(device)
         )
@@ -218,6 +228,7 @@ class RefineWorker:
         segment, take = request.segment, request.take
         ratio = self.geometry.code_ratio[0]
         is_whole = segment.num_code_frames == take.num_code_frames
+        assert self.vqvae is not None
         with _precision(self.settings):
             coarse = self.vqvae.decode_frames(
                 codes,
@@ -237,24 +248,26 @@ class RefineWorker:
         return request.before.latent[:, :, -request.segment.overlap :].contiguous()
 
     def _times(self, request: RefineRequest) -> Tensor:
-        defaults, grid = self.geometry.defaults, self.geometry.grid
+        defaults, segment = self.geometry.defaults, request.segment
         shift = partial(
             flow.shift_times,
             height=request.height,
             width=request.width,
-            num_frames=grid.segment_frames,
+            num_frames=self.geometry.grid.segment_frames if segment.overlap else segment.num_frames,
             base_size=defaults.shift_base_size,
             scale=defaults.shift_scale,
         )
         return samplers.make_times(request.num_inference_steps, shift)
 
-    def _velocity(self, request: RefineRequest, coarse: Tensor, frame_mask: Tensor) -> samplers.VelocityFn:
+    def _velocity(self, request: RefineRequest, coarse: Tensor | None, frame_mask: Tensor) -> samplers.VelocityFn:
         """Guided velocity of a segment; the coarse features are in both halves of the guidance."""
-        with _precision(self.settings):
-            inject = self.injection.condition(coarse)
+        inject = None
+        if self.injection is not None and coarse is not None:
+            with _precision(self.settings):
+                inject = self.injection.condition(coarse)
         velocity = self._guided(request, request.prompt, frame_mask, inject)
         if request.blend is not None:
-            weights = torch.tensor(request.blend.weights, device=coarse.device)
+            weights = torch.tensor(request.blend.weights, device=frame_mask.device)
             velocity = _blended(self._guided(request, request.blend.prompt, frame_mask, inject), velocity, weights)
 
         def in_precision(x: Tensor, t: Tensor) -> Tensor:

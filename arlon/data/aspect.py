@@ -172,6 +172,15 @@ def _sizes(resolution: str) -> Sizes:
     return SIZE_TABLES[resolution]
 
 
+def aspect_ratio(aspect: str) -> float:
+    """Height / width of an aspect: a name of `ASPECTS`, "landscape", "portrait", "square", or any height:width.
+
+    Raises:
+        ValueError: If it is none of these.
+    """
+    return _parse_aspect(ASPECT_WORDS.get(aspect, aspect))
+
+
 def _parse_aspect(aspect: str) -> float:
     try:
         height, width = map(float, aspect.split(":"))

@@ -55,6 +55,7 @@ SeedOption = Annotated[int | None, typer.Option("--seed", help="Seed of the film
 DurationOption = Annotated[
     str | None, typer.Option("--duration", help='Length of shots that give none: seconds, or "36f" frames.')
 ]
+FramesOption = Annotated[int | None, typer.Option("--num-frames", help="The same in frames; 1 makes a picture.")]
 JoinOption = Annotated[TransitionOption, typer.Option("--transition", help="How shots given by --prompt join.")]
 FpsOption = Annotated[float | None, typer.Option("--fps", help="Frames a second.")]
 HeightOption = Annotated[int | None, typer.Option("--height", help="Frame height in pixels.")]
@@ -64,6 +65,17 @@ GuidanceOption = Annotated[
     float | None,
     typer.Option("--guidance-scale", help="Text guidance of the diffusion transformer; 1 is off."),
 ]
+AspectOption = Annotated[
+    str | None,
+    typer.Option("--aspect", help="Height:width of the frame such as 9:16, or landscape, portrait, square."),
+]
+ResolutionOption = Annotated[str | None, typer.Option("--resolution", help="Frame size by name, such as 240p.")]
+BaseOption = Annotated[
+    bool, typer.Option("--base-only", help="The base alone, without codes: any frame size, no plan ahead.")
+]
+ImageOption = Annotated[Path | None, typer.Option("--image", help="Picture that the film begins with.")]
+EndImageOption = Annotated[Path | None, typer.Option("--end-image", help="Picture that the film ends on.")]
+VideoOption = Annotated[Path | None, typer.Option("--video", help="Video whose end the film goes on from.")]
 NegativeOption = Annotated[str | None, typer.Option("--negative-prompt", help="What to stay away from.")]
 SolverOption = Annotated[str | None, typer.Option("--solver", help="Sampler of the diffusion transformer.")]
 SetOption = Annotated[

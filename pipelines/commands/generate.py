@@ -12,25 +12,32 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pipelines.commands.common import (
+    AspectOption,
+    BaseOption,
     DtypeOption,
     DurationOption,
+    EndImageOption,
     Executor,
     FpsOption,
+    FramesOption,
     GraphOption,
     GuidanceOption,
     HeightOption,
+    ImageOption,
     JoinOption,
     JsonOption,
     ModelOption,
     NegativeOption,
     PromptsOption,
     QuietOption,
+    ResolutionOption,
     SeedOption,
     SetOption,
     SolverOption,
     StepsOption,
     StoryboardOption,
     TransitionOption,
+    VideoOption,
     WidthOption,
     check_ray_options,
     count,
@@ -44,6 +51,7 @@ if TYPE_CHECKING:
     from pipelines.film_cost import FilmCost
     from pipelines.generate import Begin, FilmResult, Prepared, Progress
     from pipelines.graph import GraphConfig
+    from pipelines.picture import PreparedPicture
     from pipelines.plan import Plan
 
 
@@ -58,10 +66,17 @@ def generate(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at --output.")] = False,
     duration: DurationOption = None,
+    num_frames: FramesOption = None,
     transition: JoinOption = TransitionOption.carry,
     fps: FpsOption = None,
     height: HeightOption = None,
     width: WidthOption = None,
+    aspect: AspectOption = None,
+    resolution: ResolutionOption = None,
+    image: ImageOption = None,
+    end_image: EndImageOption = None,
+    video: VideoOption = None,
+    base_only: BaseOption = False,
     num_inference_steps: StepsOption = None,
     guidance_scale: GuidanceOption = None,
     negative_prompt: NegativeOption = None,
@@ -90,18 +105,22 @@ def generate(
     with reported():
         from pipelines.generate import prepare
         from pipelines.options import FilmOptions, read_film_options
+        from pipelines.picture import is_picture, prepare_picture
 
         check_ray_options(executor, address, graph)
         options = FilmOptions(
             prompts=prompt or [],
             storyboard=storyboard,
             seed=seed,
-            duration=duration,
+            duration=_length(duration, num_frames),
             transition=transition.value,
             values={
                 "fps": fps,
                 "height": height,
                 "width": width,
+                "aspect": aspect,
+                "resolution": resolution,
+                "use_codes": False if base_only else None,
                 "num_inference_steps": num_inference_steps,
                 "guidance_scale": guidance_scale,
                 "negative_prompt": negative_prompt,
@@ -111,8 +130,17 @@ def generate(
                 "num_threads": threads,
             },
             assignments=assignments or [],
+            image=image,
+            end_image=end_image,
+            video=video,
         )
         film, settings = read_film_options(options)
+        if is_picture(film, output):
+            checked = prepare_picture(
+                film, model=model, output=output, overwrite=overwrite, settings=settings, metadata=metadata
+            )
+            _print_picture(checked, executor, as_json=as_json)
+            return
         prepared = prepare(
             film, model=model, output=output, overwrite=overwrite, settings=settings, metadata=metadata, hls=hls
         )
@@ -127,10 +155,17 @@ def plan(
     model: ModelOption = None,
     seed: SeedOption = None,
     duration: DurationOption = None,
+    num_frames: FramesOption = None,
     transition: JoinOption = TransitionOption.carry,
     fps: FpsOption = None,
     height: HeightOption = None,
     width: WidthOption = None,
+    aspect: AspectOption = None,
+    resolution: ResolutionOption = None,
+    image: ImageOption = None,
+    end_image: EndImageOption = None,
+    video: VideoOption = None,
+    base_only: BaseOption = False,
     num_inference_steps: StepsOption = None,
     guidance_scale: GuidanceOption = None,
     negative_prompt: NegativeOption = None,
@@ -142,33 +177,68 @@ def plan(
     with reported():
         from pipelines.generate import make_settings, open_for_film
         from pipelines.options import FilmOptions, read_film_options
+        from pipelines.references import check_references
 
         options = FilmOptions(
             prompts=prompt or [],
             storyboard=storyboard,
             seed=seed,
-            duration=duration,
+            duration=_length(duration, num_frames),
             transition=transition.value,
             values={
                 "fps": fps,
                 "height": height,
                 "width": width,
+                "aspect": aspect,
+                "resolution": resolution,
+                "use_codes": False if base_only else None,
                 "num_inference_steps": num_inference_steps,
                 "guidance_scale": guidance_scale,
                 "negative_prompt": negative_prompt,
                 "solver": solver,
             },
             assignments=assignments or [],
+            image=image,
+            end_image=end_image,
+            video=video,
         )
         film, settings = read_film_options(options)
         film_plan, _, folder = open_for_film(film, model)
+        references = check_references(film_plan)
         dtype = make_settings(film_plan.geometry.defaults, settings).dtype
         if as_json:
-            plain = film_plan.to_plain() | {"cost": _cost(film_plan, folder, dtype).to_plain()}
+            plain = film_plan.to_plain() | {"references": [given.describe() for given in references]}
+            plain |= {"cost": _cost(film_plan, folder, dtype).to_plain()}
             typer.echo(json.dumps(plain, indent=2, ensure_ascii=False))
         else:
             print_timeline(film_plan)
+            for given in references:
+                typer.echo(given.describe())
             _print_cost(_cost(film_plan, folder, dtype))
+
+
+def _length(duration: str | None, num_frames: int | None) -> str | None:
+    """Length of shots that give none, from the two options that say it."""
+    from pipelines.storyboard import UsageError
+
+    if num_frames is None:
+        return duration
+    if duration is not None:
+        raise UsageError("give either --duration or --num-frames, not both")
+    return f"{num_frames}f"
+
+
+def _print_picture(prepared: PreparedPicture, executor: Executor, *, as_json: bool) -> None:
+    from pipelines.picture import make_picture
+    from pipelines.storyboard import UsageError
+
+    if executor is not Executor.local:
+        raise UsageError("a picture is made in one process: leave --executor out")
+    say(f"seed {prepared.job.plan.storyboard.seed}, model {prepared.record['model']['name']}")
+    with only_results_on_stdout():
+        result = make_picture(prepared)
+    say(f"one frame in {result.elapsed_s:.1f} s")
+    typer.echo(json.dumps(result.to_plain(), indent=2) if as_json else str(result.picture))
 
 
 def _cost(film: Plan, model: Path, dtype: str) -> FilmCost:

@@ -163,7 +163,7 @@ def test_a_model_is_named_without_its_path(tiny_model: Path) -> None:
 def test_storyboard_of_a_plan_is_resolved() -> None:
     film: Storyboard = plan_of("a").storyboard
     unset = [f.name for f in dataclasses.fields(film) if getattr(film, f.name) is None]
-    assert unset == ["model"]
+    assert unset == ["model", "aspect", "resolution", "use_codes"]
 
 
 def test_ten_thousand_shots_are_planned_in_seconds() -> None:

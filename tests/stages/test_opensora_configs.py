@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -121,3 +122,23 @@ def test_the_base_names_the_released_parts() -> None:
     config_from_dict(GenerationDefaults, base.defaults)
     trained = load_config(ModelFolderConfig, [FOLDER / "model.yaml"]).defaults
     assert {name: trained[name] for name in base.defaults} == base.defaults
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2", "stage3"])
+def test_buckets_of_the_recipe_are_the_released_ones(stage: str) -> None:
+    released = json.loads((FOLDER.parents[1] / "tests" / "data" / "buckets.json").read_text())["bucket_config"][stage]
+    config = load_stage_config("dit", [FOLDER / "dit.yaml", FOLDER / f"dit_{stage}.yaml"], [])
+    found: dict[str, dict[str, list[Any]]] = {}
+    for bucket in config.data.buckets:
+        keep = bucket.keep_prob if bucket.length_prob is None else [bucket.keep_prob, bucket.length_prob]
+        found.setdefault(bucket.resolution, {})[str(bucket.num_frames)] = [keep, bucket.batch_size]
+    assert found == released
+    assert config.dit == stage_config("dit").dit
+
+
+def test_stages_of_the_recipe_follow_one_another() -> None:
+    stages = [load_stage_config("dit", [FOLDER / "dit.yaml", FOLDER / f"dit_stage{n}.yaml"], []) for n in (1, 2, 3)]
+    assert [s.train.init_from for s in stages] == [None, "runs/dit_stage1/export", "runs/dit_stage2/export"]
+    shares = [sum(s.flow.windows.mask_ratios.values()) for s in stages]
+    assert shares == pytest.approx([0.2, 0.2, 0.25])
+    assert [s.train.max_steps for s in stages] == [30000, 23000, 15000]

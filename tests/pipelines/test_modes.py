@@ -1,0 +1,231 @@
+"""One frame as a picture, the base alone, and frames of any size."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from arlon.checkpoint import write_model_index
+from arlon.data.video_io import read_video
+from arlon.models.video_vae import VideoVAE
+from pipelines.cli import app
+from pipelines.film_file import read_film_record
+from pipelines.generate import generate, prepare
+from pipelines.local import KeptWorkers
+from pipelines.picture import is_picture, make_picture, picture_plan, prepare_picture
+from pipelines.plan import with_frame_size
+from pipelines.requests import film_requests
+from pipelines.run_folder import RunFolder
+from pipelines.storyboard import Storyboard, StoryboardError, UsageError, parse_storyboard
+from pipelines.workers import RefineWorker
+from tests.pipelines.tiny_model import HEIGHT, WIDTH
+
+
+def board(**values: Any) -> Storyboard:
+    shots = [{"prompt": "a red circle", "duration": "51f"}, {"prompt": "a blue square", "duration": "34f"}]
+    return parse_storyboard({"seed": 7, "shots": shots, **values})
+
+
+@pytest.fixture(scope="module")
+def base_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model without what codes need."""
+    folder = tmp_path_factory.mktemp("base") / "base"
+    folder.mkdir()
+    for name in ("vae", "dit", "text_encoder"):
+        (folder / name).symlink_to(tiny_model / name)
+    defaults = json.loads((tiny_model / "model_index.json").read_text())["defaults"]
+    write_model_index(folder, defaults)
+    return folder
+
+
+def make(model: Path, output: Path, film: Storyboard, **options: Any) -> list[torch.Tensor]:
+    prepared = prepare(film, model=str(model), output=output, settings={"num_threads": 1})
+    generate(prepared, **options)
+    folder = RunFolder(prepared.paths.run_dir)
+    return [folder.read_latent(segment.index) for segment in prepared.plan.segments]
+
+
+def test_a_base_alone_and_a_whole_model_without_codes_make_the_same_film(
+    tiny_model: Path, base_model: Path, tmp_path: Path
+) -> None:
+    alone = make(base_model, tmp_path / "base.mp4", board())
+    without = make(tiny_model, tmp_path / "without.mp4", board(use_codes=False))
+    whole = make(tiny_model, tmp_path / "whole.mp4", board())
+    assert all(torch.equal(a, b) for a, b in zip(alone, without, strict=True))
+    assert not torch.equal(alone[0], whole[0])
+
+
+def test_segments_of_a_base_go_on_from_one_another(base_model: Path, tmp_path: Path) -> None:
+    joined = make(base_model, tmp_path / "joined.mp4", board())
+    cut = board()
+    cut = replace(cut, shots=(cut.shots[0], replace(cut.shots[1], transition="cut")))
+    assert not torch.equal(joined[1][:, :, :5], make(base_model, tmp_path / "cut.mp4", cut)[1][:, :, :5])
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 32), (16, 80), (48, 48)])
+def test_a_base_makes_any_size(base_model: Path, tmp_path: Path, height: int, width: int) -> None:
+    make(base_model, tmp_path / "a.mp4", board(height=height, width=width))
+    assert read_video(tmp_path / "a.mp4").shape[1:3] == (height, width)
+
+
+def test_workers_kept_for_films_with_codes_are_not_used_without(tiny_model: Path, tmp_path: Path) -> None:
+    workers = KeptWorkers()
+    first = make(tiny_model, tmp_path / "a.mp4", board(), worker=workers)
+    without = make(tiny_model, tmp_path / "b.mp4", board(use_codes=False), worker=workers)
+    assert torch.equal(make(tiny_model, tmp_path / "c.mp4", board(use_codes=False))[0], without[0])
+    assert not torch.equal(first[0], without[0])
+
+
+def test_codes_are_not_asked_of_a_base(base_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(StoryboardError, match="use_codes is true, but the model is a base alone"):
+        prepare(board(use_codes=True), model=str(base_model), output=tmp_path / "a.mp4")
+
+
+def test_other_sizes_with_codes_name_the_way_out(tiny_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(StoryboardError, match="--base-only"):
+        prepare(board(height=64), model=str(tiny_model), output=tmp_path / "a.mp4")
+
+
+@pytest.mark.ray
+def test_ray_makes_the_same_film_with_a_base(base_model: Path, tmp_path: Path, ray_session: Any) -> None:
+    local = make(base_model, tmp_path / "local.mp4", board())
+    ray = make(base_model, tmp_path / "ray.mp4", board(), executor="ray")
+    assert all(torch.equal(a, b) for a, b in zip(local, ray, strict=True))
+
+
+# --- frame sizes by name -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("values", "size"),
+    [
+        ({"aspect": "9:16", "resolution": "240p"}, (240, 432)),  # 240 x 426 by name
+        ({"aspect": "portrait", "resolution": "240p"}, (432, 240)),
+        ({"resolution": "144p"}, (192, 192)),
+        ({"resolution": 256, "aspect": "1:4"}, (128, 512)),
+        ({"aspect": "landscape"}, (32, 48)),  # as many pixels as the model's own, 1536
+        ({"aspect": "4:1"}, (80, 16)),
+        ({}, (None, None)),
+    ],
+)
+def test_sizes_by_name_are_rounded_to_what_the_model_makes(
+    tiny_model: Path, values: dict[str, Any], size: tuple[int, int]
+) -> None:
+    from pipelines.model import open_model, read_geometry
+
+    geometry = read_geometry(open_model(str(tiny_model))[0])
+    found = with_frame_size(board(**values), geometry)
+    assert (found.height, found.width) == size
+    assert (found.aspect, found.resolution) == (None, None)
+
+
+def test_a_size_and_a_name_are_refused(tiny_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(StoryboardError, match="either height and width, or aspect and resolution"):
+        prepare(board(height=32, aspect="9:16"), model=str(tiny_model), output=tmp_path / "a.mp4")
+    with pytest.raises(StoryboardError, match="resolution must be one of"):
+        board(resolution="241p")
+    with pytest.raises(StoryboardError, match="unknown aspect"):
+        board(aspect="wide")
+
+
+# --- pictures ------------------------------------------------------------------------------------------------
+
+
+def picture_board(**values: Any) -> Storyboard:
+    return parse_storyboard({"seed": 7, "shots": [{"prompt": "a red circle", "duration": "1f"}], **values})
+
+
+def test_a_picture_is_one_decoded_latent_frame(tiny_model: Path, tmp_path: Path) -> None:
+    prepared = prepare_picture(
+        picture_board(), model=str(tiny_model), output=tmp_path / "a.png", settings={"num_threads": 1}
+    )
+    seen: list[Any] = []
+    run = RefineWorker.run
+
+    def keep(self: RefineWorker, request: Any) -> Any:
+        seen.append((request, run(self, request)))
+        return seen[-1][1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RefineWorker, "run", keep)
+        result = make_picture(prepared)
+    ((request, refined),) = seen
+    assert refined.latent.shape == (1, 4, 1, HEIGHT // 8, WIDTH // 8)
+    assert request.fps == 120.0
+    assert request.codes.codes.shape[1] == 1
+    with torch.inference_mode():
+        video = VideoVAE.from_pretrained(tiny_model / "vae").decode(refined.latent, 1)
+    expected = ((video[0, :, 0].permute(1, 2, 0) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    assert np.array_equal(np.array(Image.open(result.picture)), expected.numpy())
+
+
+def test_times_of_a_picture_are_those_of_one_frame(tiny_model: Path, tmp_path: Path) -> None:
+    prepared = prepare_picture(picture_board(), model=str(tiny_model), output=tmp_path / "a.png")
+    worker = RefineWorker(prepared.job)
+    request = next(iter(film_requests(prepared.job))).refine
+    film = next(iter(film_requests(prepare(board(), model=str(tiny_model), output=tmp_path / "b.mp4").job))).refine
+    assert worker._times(request)[1] < worker._times(film)[1], "fewer frames, less shift towards noise"
+
+
+def test_a_picture_says_what_it_was_made_from(tiny_model: Path, tmp_path: Path) -> None:
+    runner = CliRunner()
+    common = ["generate", "--model", str(tiny_model), "--prompt", "a red circle", "--num-frames", "1", "--seed", "7"]
+    result = runner.invoke(app, [*common, "--output", str(tmp_path / "a.png")])
+    assert result.exit_code == 0, result.output
+    record = read_film_record(tmp_path / "a.png")
+    assert record["storyboard"]["shots"][0]["prompt"] == "a red circle"
+    assert str(tmp_path) not in json.dumps(record)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+    assert runner.invoke(app, ["inspect", str(tmp_path / "a.png")]).exit_code == 0
+    again = runner.invoke(app, [*common, "--output", str(tmp_path / "a.png")])
+    assert again.exit_code == 2
+    assert "--overwrite" in again.output
+    plain = runner.invoke(app, [*common, "--output", str(tmp_path / "b.png"), "--no-metadata"])
+    assert plain.exit_code == 0
+    assert b"comment" not in (tmp_path / "b.png").read_bytes()
+    assert np.array_equal(np.array(Image.open(tmp_path / "a.png")), np.array(Image.open(tmp_path / "b.png")))
+
+
+def test_a_base_makes_pictures_of_any_size(base_model: Path, tmp_path: Path) -> None:
+    film = picture_board(height=48, width=32)
+    make_picture(prepare_picture(film, model=str(base_model), output=tmp_path / "a.png"))
+    assert Image.open(tmp_path / "a.png").size == (32, 48)
+
+
+@pytest.mark.parametrize(
+    ("shots", "output", "message"),
+    [
+        ([{"prompt": "a", "duration": "1f"}], "a.mp4", "one frame is a picture: name the output"),
+        ([{"prompt": "a", "duration": "2f"}], "a.png", "would be a picture, which is one frame"),
+        ([{"prompt": "a", "duration": "1f"}] * 2, "a.png", "would be a picture, which is one frame"),
+    ],
+)
+def test_name_and_length_must_fit(shots: list[dict[str, str]], output: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        is_picture(parse_storyboard({"shots": shots}), output)
+
+
+def test_a_picture_takes_no_reference_and_no_cluster(tiny_model: Path, tmp_path: Path) -> None:
+    film = parse_storyboard({"shots": [{"prompt": "a", "duration": "1f", "image": "x.png"}]})
+    with pytest.raises(UsageError, match="leave out image"):
+        prepare_picture(film, model=str(tiny_model), output=tmp_path / "a.png")
+    common = ["generate", "--model", str(tiny_model), "--prompt", "a", "--num-frames", "1", "--output"]
+    result = CliRunner().invoke(app, [*common, str(tmp_path / "a.png"), "--executor", "ray"])
+    assert result.exit_code == 2
+    assert "one process" in result.output
+
+
+def test_the_plan_of_a_picture_is_one_frame_on_every_grid(tiny_model: Path, tmp_path: Path) -> None:
+    from pipelines.generate import open_for_film
+
+    plan = picture_plan(open_for_film(picture_board(), str(tiny_model))[0])
+    (segment,) = plan.segments
+    assert (plan.num_frames, segment.num_latents, segment.num_code_frames, plan.takes[0].num_latents) == (1, 1, 1, 1)
