@@ -70,6 +70,13 @@ GENERATION_COMPONENTS = ("vae", "vqvae", "ar", "dit", "injection", "text_encoder
 """What a film needs; `vqvae_coarser` only serves training."""
 BASE_COMPONENTS = ("vae", "dit", "text_encoder")
 """What the base alone needs: video from text without codes, as Open-Sora v1.2 makes it."""
+RELEASED_KINDS = {
+    "STDiT3": "dit",
+    "VideoAutoencoderPipeline": "vae",
+    "VideoVAE": "vae",
+    "t5": "text_encoder",
+}
+"""Component that a folder holds, by the kind that its `config.json` states."""
 CACHE_VARIABLE = "ARLON_CACHE"
 """Environment variable with the folder where models of model files are put together. Default: ~/.cache/arlon."""
 
@@ -323,6 +330,8 @@ def _locate(name: str, source: str, base: Path, download: bool) -> Path | dict[s
 def resolve_model(name_or_path: str | Path, *, download: bool = True) -> Path:
     """Folder of a model: the name of a packaged model, a folder, a model file (.yaml), or a hub id `owner/name`.
 
+    A folder without an index may hold the released STDiT3, VAE and T5 folders side by side, under any names.
+
     A hub id is looked up in the local cache or downloaded, unless `download` or `HF_HUB_OFFLINE=1` forbid it.
 
     Raises:
@@ -336,9 +345,10 @@ def resolve_model(name_or_path: str | Path, *, download: bool = True) -> Path:
             raise FileNotFoundError(f"the weights of {name!r} are not installed: no {INDEX_NAME} in {str(folder)!r}")
         return folder
     if name and Path(name).expanduser().is_dir():
-        return Path(name).expanduser()
+        return _whole_folder(Path(name).expanduser(), download)
     if Path(name).suffix in MODEL_FILE_SUFFIXES:
-        return _combined(Path(name).expanduser(), download)
+        file = Path(name).expanduser()
+        return _combined(load_config(ModelSources, [file]), file, file.parent, download)
     if is_hub_id(name):
         return fetch(name, download=download)
     near = difflib.get_close_matches(name, PACKAGED_MODELS, n=1)
@@ -349,20 +359,67 @@ def resolve_model(name_or_path: str | Path, *, download: bool = True) -> Path:
     )
 
 
-def _combined(file: Path, download: bool) -> Path:
-    """The model folder of a model file, in the cache; it is put together anew when the file or a weight changes."""
-    sources = load_config(ModelSources, [file])
+def _whole_folder(folder: Path, download: bool) -> Path:
+    """A model folder as it is; of one without an index that holds released components, a model folder of them.
+
+    Raises:
+        FileNotFoundError: If it holds some of a base, but not all.
+    """
+    found = {} if (folder / INDEX_NAME).is_file() else _released_components(folder)
+    if not found:
+        return folder
+    if missing := [name for name in BASE_COMPONENTS if name not in found]:
+        have = ", ".join(f"{name} in {place!r}" for name, place in found.items())
+        raise FileNotFoundError(
+            f"{str(folder)!r} has no {INDEX_NAME} and lacks {', '.join(missing)} (it has {have}): put the released "
+            "STDiT3, VAE and T5 folders side by side in it, or name them in a model file such as "
+            "configs/opensora_v1_2/base.yaml"
+        )
+    return _combined(ModelSources(**found), folder, folder, download)
+
+
+def _released_components(folder: Path) -> dict[str, str]:
+    """Component -> subfolder, by what the `config.json` of each subfolder (or of the folder itself) says it is.
+
+    Raises:
+        CheckpointError: If two subfolders hold the same component.
+    """
+    found: dict[str, str] = {}
+    for place in (folder, *sorted(path for path in folder.iterdir() if path.is_dir())):
+        if not (place / CONFIG_NAME).is_file():
+            continue
+        values = read_json(place / CONFIG_NAME, "a component")
+        kind = values.get("model_type") or values.get("_class_name")
+        name = RELEASED_KINDS.get(kind) if isinstance(kind, str) else None
+        if name is None:
+            continue
+        where = "." if place == folder else place.name
+        if name in found:
+            raise CheckpointError(f"{str(folder)!r} holds {name} twice, in {found[name]!r} and {where!r}: remove one")
+        found[name] = where
+    return found
+
+
+def _combined(sources: ModelSources, file: Path, base: Path, download: bool) -> Path:
+    """The model folder of components that lie elsewhere, in the cache; it is put together anew when a weight changes.
+
+    Args:
+        sources: Where the components lie.
+        file: What names them; its name is that of the model.
+        base: Where relative folders start.
+        download: Whether hub ids that are not in the cache may be downloaded.
+    """
     if not sources.components:
         raise CheckpointError(f"{str(file)!r} names no component: expected some of {', '.join(COMPONENTS)}")
-    digest = hashlib.sha256(repr((file.parent.resolve(), sources)).encode())
+    digest = hashlib.sha256(repr((base.resolve(), sources)).encode())
     for name, source in sources.components.items():
-        located = _locate(name, source, file.parent, download)
+        located = _locate(name, source, base, download)
         for weights in sorted(located.iterdir()) if isinstance(located, Path) else []:
             digest.update(f"{weights}:{weights.stat().st_size}:{weights.stat().st_mtime_ns}\n".encode())
     cache = Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "arlon").expanduser()
     folder = cache / "models" / f"{file.stem}-{digest.hexdigest()[:12]}"
     if not folder.is_dir():
-        combine(folder, sources, relative_to=file.parent, download=download)
+        combine(folder, sources, relative_to=base, download=download)
     return folder
 
 

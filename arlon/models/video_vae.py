@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -366,6 +366,13 @@ class VideoVAE(nn.Module):
         if "vae_2d" not in values:
             return dict(values)
         kept = {key: values[key] for key in ("micro_frame_size", "shift", "scale") if key in values}
+        for name, part, kind in (
+            ("spatial", values["vae_2d"], SpatialVAEConfig),
+            ("temporal", values.get("vae_temporal") or {}, TemporalVAEConfig),
+        ):  # released ones state no widths: they have one size
+            known = {field.name for field in fields(kind)}
+            if stated := {key: value for key, value in part.items() if key in known}:
+                kept[name] = stated
         return kept | {"micro_batch_size": values["vae_2d"].get("micro_batch_size", 4)}
 
     def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:

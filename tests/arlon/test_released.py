@@ -5,12 +5,14 @@ from __future__ import annotations
 import gzip
 import json
 import os
-from dataclasses import dataclass, field
+import shutil
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from arlon import hub
@@ -29,10 +31,15 @@ from arlon.checkpoint import (
     stored_dtypes,
 )
 from arlon.config import ConfigError
+from arlon.data.video_io import probe
 from arlon.models.stdit import STDiT3
 from arlon.models.video_vae import SpatialVAEConfig, TemporalVAEConfig, VideoVAE, VideoVAEConfig
 from arlon.text.encoders import load_text_encoder
+from pipelines.generate import generate
 from pipelines.model import open_model, read_geometry
+from pipelines.picture import make_picture, prepare_picture
+from pipelines.storyboard import parse_storyboard
+from tests.pipelines.films import prepared_film
 from tests.pipelines.tiny_model import make_tiny_model
 
 DATA = Path(__file__).parents[1] / "data"
@@ -289,3 +296,67 @@ def test_hub_fetches_one_folder_and_no_pickles(tmp_path: Path, monkeypatch: pyte
 )
 def test_hub_ids_are_told_from_paths(name: str, is_id: bool) -> None:
     assert hub.is_hub_id(name) is is_id
+
+
+# --- folders of released parts ---
+
+
+@pytest.fixture
+def released(parts: Path, tmp_path: Path) -> Path:
+    """Released STDiT3, VAE and T5 folders side by side, under the names of the hub; no index."""
+    folder = tmp_path / "Open-Sora-v1.2"
+    for name, source in (("OpenSora-STDiT-v3", "dit"), ("OpenSora-VAE-v1.2", "vae"), ("t5", "text_encoder/t5")):
+        shutil.copytree(parts / source, folder / name)
+    config = json.loads((folder / "OpenSora-STDiT-v3" / "config.json").read_text())
+    bare = {name: value for name, value in config.items() if not name.startswith("_")}
+    (folder / "OpenSora-STDiT-v3" / "config.json").write_text(json.dumps(bare | DIT_EXTRAS))
+    vae = read_config(VideoVAE, parts / "vae")
+    widths = {
+        "vae_2d": VAE_CONFIG["vae_2d"] | asdict(vae.spatial),
+        "vae_temporal": VAE_CONFIG["vae_temporal"] | asdict(vae.temporal),
+    }
+    stated = VAE_CONFIG | widths | {"shift": list(vae.shift), "scale": list(vae.scale)}
+    (folder / "OpenSora-VAE-v1.2" / "config.json").write_text(json.dumps(stated))
+    return folder
+
+
+def test_a_folder_of_released_parts_is_a_model(released: Path, parts: Path, tmp_path: Path) -> None:
+    model, identity = open_model(str(released), required=BASE_COMPONENTS)
+    assert set(model.components) == set(BASE_COMPONENTS)
+    assert identity["name"] == "Open-Sora-v1.2"
+    assert read_config(VideoVAE, model.component("vae")).temporal == read_config(VideoVAE, parts / "vae").temporal
+    for name, kind, source in (("dit", STDiT3, "dit"), ("vae", VideoVAE, "vae")):
+        module = kind.from_pretrained(model.component(name))
+        save_component(module, tmp_path / name, dtype=stored_dtypes(model.component(name)))
+        assert (tmp_path / name / "model.safetensors").read_bytes() == find_weights(parts / source)[0].read_bytes()
+
+
+def test_a_folder_of_released_parts_generates_in_every_mode(released: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (50, 40), (200, 30, 30)).save(tmp_path / "red.png")
+    still = {"prompt": "a red circle", "duration": "1f"}
+    text = {"prompt": "a red circle", "duration": "102f"}
+    size = {"height": 64, "width": 48, "fps": 8, "num_inference_steps": 1}  # portrait
+
+    def film(name: str, shot: dict[str, Any]) -> Path:
+        return generate(prepared_film(released, tmp_path / name, shot, **size)).film
+
+    board = parse_storyboard({"seed": 7, "shots": [still], **size})
+    picture = make_picture(prepare_picture(board, model=str(released), output=tmp_path / "a.png")).picture
+    with Image.open(picture) as image:
+        assert image.size == (48, 64)
+    first = film("text.mp4", text)
+    for name, given in (
+        ("image", {"image": str(picture)}),
+        ("ends", {"image": str(picture), "end_image": str(tmp_path / "red.png")}),
+        ("video", {"video": str(first)}),
+    ):
+        made = film(f"{name}.mp4", text | given)
+        info = probe(made)
+        assert (info.height, info.width, info.num_frames) == (64, 48, 119)
+        assert made.read_bytes() != first.read_bytes()
+
+
+def test_a_folder_that_lacks_a_part_says_which(released: Path) -> None:
+    shutil.rmtree(released / "OpenSora-VAE-v1.2")
+    with pytest.raises(FileNotFoundError, match=r"lacks vae \(it has dit in 'OpenSora-STDiT-v3', text_encoder in 't5'"):
+        resolve_model(released)
