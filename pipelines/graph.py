@@ -25,6 +25,7 @@ from dataclasses import dataclass, field, fields
 from itertools import groupby
 from typing import Any
 
+from pipelines.lock import WriterLock, holder_mark
 from pipelines.requests import (
     CodeResult,
     Committed,
@@ -94,8 +95,9 @@ class GraphConfig:
 class _Actor:
     """One worker in a process of its own. It is built by `start`, whose errors reach the caller as they are."""
 
-    def __init__(self, role: str, job: Job) -> None:
-        self.role, self.job = role, job
+    def __init__(self, role: str, job: Job, holder: str) -> None:
+        self.role, self.job, self.holder = role, job, holder
+        self._lock: WriterLock | None = None
         self._worker: Any = None
 
     def start(self) -> None:
@@ -107,6 +109,8 @@ class _Actor:
 
         keep_freed_memory()
         torch.set_num_threads(self.job.settings.num_threads)
+        if self.role == "write" and self._lock is None:
+            self._lock = WriterLock(self.job.run_dir, self.holder)
         state = (_committed(RunFolder(self.job.run_dir)),) if self.role == "write" else ()
         self._worker = getattr(workers, WORKER_OF_ROLE[self.role])(self.job, *state)
 
@@ -205,7 +209,7 @@ def _start_actor(ray: Any, role: str, job: Job, config: GraphConfig) -> Any:
         options["num_cpus"] = getattr(config, role).num_cpus
         if job.settings.device.startswith("cuda"):
             options["num_gpus"] = getattr(config, role).num_gpus
-    return ray.remote(_Actor).options(**options).remote(role, job)
+    return ray.remote(_Actor).options(**options).remote(role, job, holder_mark(job.run_dir))
 
 
 class _Take:

@@ -11,6 +11,7 @@
     events.jsonl                 what happened when, one JSON object a line
     versions/0001/               what the run was before it was changed, as a run folder of its own
     run.lock                     there while a process works on the run
+    writer.lock                  there while a Ray writer writes for it
     film.mp4, film.json          the film and its sidecar, where no other place was asked for
 
 `run.json` and `segment.json` hold their own hash, so that a change by hand is noticed. See `docs/engine.md` for what is
@@ -337,8 +338,9 @@ class RunFolder:
         return max((int(name) for name in names if name.isdecimal()), default=0)
 
     def log(self, event: str, **values: Any) -> None:
-        """Add a line to `events.jsonl`."""
-        append_line(self.path / EVENTS_NAME, {"time": round(time.time(), 3), "event": event, **values})
+        """Add a line to `events.jsonl`, if there is room: no film is stopped for its log."""
+        with suppress(OSError):
+            append_line(self.path / EVENTS_NAME, {"time": round(time.time(), 3), "event": event, **values})
 
     def events(self) -> Iterator[dict[str, Any]]:
         """What `events.jsonl` says."""

@@ -3,11 +3,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
-from pipelines.lock import RunLock, RunLockedError, holder_of
+from pipelines.lock import RunLock, RunLockedError, WriterLock, holder_mark, holder_of
 
 HOLD = (
     "import sys; from pipelines.lock import RunLock; lock = RunLock(sys.argv[1]); lock.__enter__();"
@@ -52,3 +53,50 @@ def test_the_lock_of_a_killed_process_is_free(tmp_path: Path) -> None:
     assert holder_of(tmp_path) is None
     with RunLock(tmp_path):
         assert holder_of(tmp_path) == f"process {os.getpid()}"
+
+
+WRITE = (
+    "import sys; from pipelines.lock import WriterLock; lock = WriterLock(sys.argv[1], sys.argv[2]);"
+    "print('held', flush=True); sys.stdin.read()"
+)
+
+
+def test_the_writer_of_a_killed_command_is_waited_for(tmp_path: Path) -> None:
+    """A command was killed, and its writer lives on: the run is refused until the writer is gone, and then free."""
+    with RunLock(tmp_path):
+        mark = holder_mark(tmp_path)
+    (tmp_path / "run.lock").write_text(mark)
+    writer = subprocess.Popen(
+        [sys.executable, "-c", WRITE, tmp_path, mark],
+        cwd=Path(__file__).parents[2],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert writer.stdout is not None
+    assert writer.stdout.readline() == "held\n"
+    with pytest.raises(RunLockedError, match=f"process {writer.pid}, the Ray writer"):
+        RunLock(tmp_path, writer_patience_s=0.1).__enter__()
+    assert holder_of(tmp_path) is None
+    threading.Timer(0.3, writer.kill).start()
+    with RunLock(tmp_path, writer_patience_s=60):
+        assert writer.poll() is not None or writer.wait(5)
+        assert not (tmp_path / "writer.lock").exists()
+    writer.communicate()
+
+
+def test_a_writer_works_for_the_holder_of_the_run_only(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("keep")
+    with RunLock(tmp_path):
+        earlier = holder_mark(tmp_path)
+        writer = WriterLock(tmp_path, earlier)
+        with pytest.raises(RunLockedError, match="is written by process"):
+            WriterLock(tmp_path, earlier, patience_s=0.1)
+        writer.release()
+    with RunLock(tmp_path):
+        with pytest.raises(RunLockedError, match="in other hands"):
+            WriterLock(tmp_path, earlier)
+        WriterLock(tmp_path, holder_mark(tmp_path)).release()
+    with pytest.raises(RunLockedError, match="in other hands"):
+        WriterLock(tmp_path, earlier)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
