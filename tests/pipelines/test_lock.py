@@ -63,6 +63,7 @@ WRITE = (
 
 def test_the_writer_of_a_killed_command_is_waited_for(tmp_path: Path) -> None:
     """A command was killed, and its writer lives on: the run is refused until the writer is gone, and then free."""
+    (tmp_path / "mine.txt").write_text("keep")
     with RunLock(tmp_path):
         mark = holder_mark(tmp_path)
     (tmp_path / "run.lock").write_text(mark)
