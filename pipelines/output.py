@@ -103,6 +103,8 @@ def check_output(paths: OutputPaths, *, overwrite: bool) -> None:
     for path in (paths.film, paths.sidecar, paths.partial):
         if path.is_dir():
             raise UsageError(f"'{path}' is a folder, a file cannot be written there: choose another --output")
+        if path.exists() and not path.is_file():  # opening a pipe would wait for a reader forever
+            raise UsageError(f"'{path}' is a device or a pipe, not a file: choose another --output")
     if not overwrite:
         for path in (paths.film, paths.sidecar):
             if path.exists():

@@ -11,7 +11,7 @@ import pytest
 from arlon.data.video_io import probe, read_video
 from pipelines import generate as module
 from pipelines.film_file import read_film_record
-from pipelines.generate import FilmResult, Progress, generate
+from pipelines.generate import FilmResult, Progress, generate, prepare
 from pipelines.output import output_paths, slug
 from pipelines.run_folder import RunFolder, hash_bytes
 from pipelines.storyboard import UsageError, parse_storyboard, storyboard_from_prompts
@@ -245,3 +245,20 @@ def test_where_things_go() -> None:
     with pytest.raises(UsageError, match=r"name the output 'a\.mp4'"):
         output_paths("a.avi", film)
     assert slug("赤い円") == "film"
+
+
+@pytest.mark.parametrize("name", ["film.mp4", "film.partial.mp4", "film.json"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_pipe_in_the_place_of_a_file_is_refused_at_once(
+    tiny_model: Path, tmp_path: Path, name: str, overwrite: bool
+) -> None:
+    """Opening it would wait for a reader forever."""
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(UsageError, match=f"{name}' is a device or a pipe"):
+        prepare(
+            parse_storyboard({"seed": 7, "shots": list(SHOTS)}),
+            model=str(tiny_model),
+            output=tmp_path / "film.mp4",
+            overwrite=overwrite,
+        )
+    assert [path.name for path in tmp_path.iterdir()] == [name]
