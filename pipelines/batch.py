@@ -134,9 +134,10 @@ def read_batch(
         try:
             task = _read_line(number, text, path.parent, film_values or {}, settings or {})
             name = task.name
-            if name in line_of:
-                raise UsageError(f"the name {shown(name)} is that of line {line_of[name]}: choose another")
-            line_of[name] = number
+            folder = name.casefold()  # on some file systems names that differ in this way only are one folder
+            if folder in line_of:
+                raise UsageError(f"the name {shown(name)} is that of line {line_of[folder]}: choose another")
+            line_of[folder] = number
             films.append(task)
         except ValueError as error:
             films.append(FilmOutcome(line=number, name=name, state="failed", error=str(error)))

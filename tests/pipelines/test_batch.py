@@ -242,3 +242,13 @@ def test_wrong_options_are_refused_before_any_work(tmp_path: Path, options: tupl
     result = arlon("batch", path, "--output-dir", tmp_path / "out", *options)
     assert (result.exit_code, message in result.stderr) == (2, True), result.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_names_that_differ_in_case_only_are_one(tmp_path: Path) -> None:
+    (tmp_path / "films.jsonl").write_text(
+        "".join(json.dumps({"name": name, "prompts": ["a"]}) + "\n" for name in ("Film", "film", "other"))
+    )
+    first, second, third = read_batch(tmp_path / "films.jsonl")
+    assert (first.name, third.name) == ("Film", "other")
+    assert isinstance(second, FilmOutcome)
+    assert "is that of line 1" in (second.error or "")
