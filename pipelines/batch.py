@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import re
 import time
+import unicodedata
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -28,7 +29,7 @@ from pipelines.durable import hash_plain
 from pipelines.generate import Begin, Prepared, generate, make_settings, open_for_film, prepare, start_run
 from pipelines.local import WorkerSource, new_worker
 from pipelines.lock import RunLockedError
-from pipelines.markup import parse_json, shown
+from pipelines.markup import parse_json, read_text, shown
 from pipelines.output import output_paths, slug
 from pipelines.requests import Settings
 from pipelines.resume import Run, continue_run, open_run
@@ -121,10 +122,9 @@ def read_batch(
     """
     path = Path(path)
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise UsageError(f"batch '{path}' cannot be read: {reason}") from error
+        lines = read_text(path).split("\n")
+    except ValueError as error:
+        raise UsageError(f"batch '{path}' cannot be read: {error}") from error
     films: list[FilmTask | FilmOutcome] = []
     line_of: dict[str, int] = {}
     for number, text in enumerate(lines, start=1):
@@ -134,7 +134,7 @@ def read_batch(
         try:
             task = _read_line(number, text, path.parent, film_values or {}, settings or {})
             name = task.name
-            folder = name.casefold()  # on some file systems names that differ in this way only are one folder
+            folder = unicodedata.normalize("NFC", name).casefold()  # one folder on some file systems
             if folder in line_of:
                 raise UsageError(f"the name {shown(name)} is that of line {line_of[folder]}: choose another")
             line_of[folder] = number

@@ -41,8 +41,11 @@ def write_bytes(path: str | Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         publish(temporary, path)
+    except OSError as error:  # a full disk names no file
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # read-only by now: `sweep` does it later
+            temporary.unlink(missing_ok=True)
 
 
 def write_json(path: str | Path, values: Mapping[str, Any]) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,10 @@ def finalise(partial: Path, film: Path, *, num_frames: int) -> str:
             os.fsync(target.fileno())
         film_hash = hash_file(temporary)
         publish(temporary, film)
+    except OSError as error:  # a full disk names no file
+        raise OSError(error.errno, error.strerror, str(film)) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
     partial.unlink(missing_ok=True)
     return film_hash

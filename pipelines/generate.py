@@ -11,6 +11,7 @@ import importlib.util
 import os
 import time
 from collections.abc import Callable, Generator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -330,12 +331,13 @@ def generate(
                 if on_progress is not None:
                     on_progress(progress)
         except BaseException as error:
-            segments.close()
-            folder.log("stopped", reason=type(error).__name__, segments=tally.done)
-            if not tally.done:
-                prepared.paths.partial.unlink(missing_ok=True)
-            if not folder.holds_work():
-                folder.discard()
+            with suppress(OSError):  # what failed is told, not that nothing can be cleared away
+                segments.close()
+                folder.log("stopped", reason=type(error).__name__, segments=tally.done)
+                if not tally.done:
+                    prepared.paths.partial.unlink(missing_ok=True)
+                if not folder.holds_work():
+                    folder.discard()
             raise
         return _finish(prepared, folder, tally)
 

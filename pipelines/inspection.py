@@ -42,18 +42,29 @@ def sum_timings(events: Iterable[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def shot_rows(record: Mapping[str, Any]) -> list[dict[str, str]]:
-    """A row for every shot: where it is, its seed, its prompt."""
+    """A row for every shot: where it is, its seed, its prompt.
+
+    Raises:
+        ValueError: If the record lacks what a film of this program has: anyone may write into a film.
+    """
+    try:
+        return _shot_rows(record)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise ValueError(f"the record is damaged or was changed: {type(error).__name__} {error}") from error
+
+
+def _shot_rows(record: Mapping[str, Any]) -> list[dict[str, str]]:
     board, timeline = record["storyboard"], record["timeline"]
     rows = []
     for number, (shot, span) in enumerate(zip(board["shots"], timeline["shots"], strict=True), start=1):
         rows.append(
             {
                 "shot": str(number),
-                "join": "start" if number == 1 else span["transition"],
+                "join": "start" if number == 1 else str(span["transition"]),
                 "start": f"{span['start_frame'] / timeline['fps']:.2f} s",
                 "length": f"{span['num_frames'] / timeline['fps']:.2f} s",
                 "seed": str(shot.get("seed", board["seed"])),
-                "prompt": shot["prompt"],
+                "prompt": str(shot["prompt"]),
             }
         )
     return rows

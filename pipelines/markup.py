@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 MAX_SHOWN = 60
 """Characters of a wrong value that a message repeats."""
+MAX_TEXT_BYTES = 64 * 2**20
+"""Of a file; 10,000 shots with the longest prompts fit."""
 _MERGE_TAG = "tag:yaml.org,2002:merge"
 
 
@@ -16,6 +21,27 @@ def shown(value: Any) -> str:
     """A value for a message: printable and short."""
     text = repr(value)
     return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 3]}..."
+
+
+def read_text(path: Path) -> str:
+    """The text of a file that a user names. What is no regular file is not waited for, and a huge one is not read.
+
+    Raises:
+        ValueError: If it cannot be read, with the reason.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+        with open(descriptor, "rb") as file:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise ValueError("it is not a regular file")
+            data = file.read(MAX_TEXT_BYTES + 1)
+        if len(data) > MAX_TEXT_BYTES:
+            raise ValueError(f"it is larger than {MAX_TEXT_BYTES // 2**20} MiB")
+        return data.decode("utf-8-sig")
+    except OSError as error:
+        raise ValueError(error.strerror or str(error)) from error
+    except UnicodeDecodeError as error:
+        raise ValueError("it is not UTF-8 text") from error
 
 
 def parse_yaml(text: str) -> Any:

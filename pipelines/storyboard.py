@@ -32,7 +32,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from pipelines.markup import MAX_SHOWN, parse_json, parse_yaml, shown
+from pipelines.markup import MAX_SHOWN, parse_json, parse_yaml, read_text, shown
 
 Transition = Literal["continue", "cut"]
 
@@ -169,10 +169,9 @@ def load_storyboard(path: str | Path, *, default_duration: Duration | None = Non
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise StoryboardError([f"cannot be read: {reason}"], f"storyboard '{path}'") from error
+        text = read_text(path)
+    except ValueError as error:
+        raise StoryboardError([f"cannot be read: {error}"], f"storyboard '{path}'") from error
     source = f"storyboard '{path}'"
     if path.suffix.lower() == ".txt":
         data: Any = {"shots": _shots_from_text(text)}

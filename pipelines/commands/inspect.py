@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pipelines.commands.common import JsonOption, reported
+from pipelines.commands.common import JsonOption, printable, reported
 
 
 def inspect(
@@ -40,21 +40,33 @@ def _print_record(record: dict[str, Any]) -> None:
     from pipelines.inspection import shot_rows
 
     rows = shot_rows(record)
+    try:
+        lines = _lines(record)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"the record is damaged or was changed: {type(error).__name__} {error}") from error
+    if not rows:
+        raise ValueError("the record is damaged or was changed: it has no shots")
     table = Table(box=None, pad_edge=False)
     for column in rows[0]:
         table.add_column(
             column, justify="left" if column in ("join", "prompt") else "right", no_wrap=column != "prompt"
         )
     for row in rows:
-        table.add_row(*row.values())
+        table.add_row(*map(printable, row.values()))
     console = Console(markup=False, highlight=False)
     console.print(table)
+    for line in lines:
+        console.print(printable(line))
+
+
+def _lines(record: dict[str, Any]) -> list[str]:
     board, timeline = record["storyboard"], record["timeline"]
-    console.print(
+    lines = [
         f"{timeline['num_frames']} frames, {timeline['duration_s']:.2f} s at {timeline['fps']:g} fps, "
-        f"{board['width']} x {board['height']} pixels, seed {board['seed']}"
-    )
-    console.print(f"model {record['model']['name']} {record['model']['hash'][:12]}, arlon {record['arlon']}")
-    console.print("settings " + ", ".join(f"{name} {value}" for name, value in record["settings"].items()))
+        f"{board['width']} x {board['height']} pixels, seed {board['seed']}",
+        f"model {record['model']['name']} {record['model']['hash'][:12]}, arlon {record['arlon']}",
+        "settings " + ", ".join(f"{name} {value}" for name, value in record["settings"].items()),
+    ]
     if "timings_s" in record:
-        console.print("seconds " + ", ".join(f"{role} {spent:.1f}" for role, spent in record["timings_s"].items()))
+        lines.append("seconds " + ", ".join(f"{role} {spent:.1f}" for role, spent in record["timings_s"].items()))
+    return lines
