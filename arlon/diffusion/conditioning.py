@@ -173,7 +173,7 @@ def sample_with_edits(
         (B, C, T, H, W), float32.
 
     Raises:
-        ValueError: If a ratio is out of range, the solver is unknown or the times do not fall.
+        ValueError: If a ratio is out of range, the solver is unknown or the times rise.
     """
     if edit_ratio.shape != (latent.shape[0], latent.shape[2]) or not bool(
         ((edit_ratio >= 0) & (edit_ratio <= 1)).all()
@@ -191,7 +191,8 @@ def sample_with_edits(
         if bool(joining.any()):
             noisy = flow.add_noise(x, draw(i).to(x), t.expand(x.shape[0]))
             x = torch.where(flow.over_frames(joining), noisy, x)
-        x = step(hold_clean(_bind(velocity_fn, active), active), x, t, t_next)
+        if bool(t != t_next):  # a step of length zero does nothing
+            x = step(hold_clean(_bind(velocity_fn, active), active), x, t, t_next)
         was_active = active
         if callback is not None:
             callback(i + 1, len(times) - 1, x)

@@ -94,7 +94,7 @@ def shift_latent_frames(num_frames: Tensor) -> Tensor:
 
 
 def shift_times(
-    t: Tensor,
+    t: Tensor | float,
     *,
     height: Tensor | float,
     width: Tensor | float,
@@ -108,7 +108,7 @@ def shift_times(
     0 and 1 stay exactly where they are. Source: Open-Sora v1.2, `timestep_transform`.
 
     Args:
-        t: Flow times in [0, 1], of any shape that broadcasts with the sizes.
+        t: Flow times in [0, 1], a number or a tensor of any shape that broadcasts with the sizes.
         height: Height of the video in pixels, a number or (B,).
         width: Width of the video in pixels, a number or (B,).
         num_frames: Frames of the video, a number or (B,).
@@ -116,10 +116,10 @@ def shift_times(
         scale: Further factor of r.
 
     Returns:
-        Shifted times in [0, 1], at least float32.
+        Shifted times in [0, 1], a tensor, at least float32.
 
     Raises:
-        ValueError: If a size given as a number is not positive.
+        ValueError: If a size given as a number is not positive, or shapes do not fit each other.
     """
     sizes = {
         "height": height,
@@ -131,14 +131,27 @@ def shift_times(
     for name, value in sizes.items():
         if not isinstance(value, Tensor) and not value > 0:
             raise ValueError(f"{name} must be positive, got {value}")
+    t = torch.as_tensor(t)
     if not t.is_floating_point() or t.element_size() < 4:
         t = t.float()
     height, width, num_frames = (
         torch.as_tensor(value, device=t.device, dtype=torch.float32) for value in (height, width, num_frames)
     )
+    _check_broadcast(t, {"height": height, "width": width, "num_frames": num_frames})
     ratio = (height * width / base_size**2).sqrt() * shift_latent_frames(num_frames).sqrt() * scale
     moved = ratio * t
     return moved / (moved + (1 - t))
+
+
+def _check_broadcast(t: Tensor, sizes: dict[str, Tensor]) -> None:
+    try:
+        torch.broadcast_shapes(t.shape, *(value.shape for value in sizes.values()))
+    except RuntimeError:
+        got = ", ".join(f"{name} {tuple(value.shape)}" for name, value in sizes.items())
+        raise ValueError(
+            f"times t {tuple(t.shape)} and sizes of samples do not broadcast: got {got}. For a schedule (N,) of "
+            "samples of different sizes (B,), give the sizes as (B, 1)."
+        ) from None
 
 
 def uniform_times(count: int, generator: torch.Generator | None = None) -> Tensor:

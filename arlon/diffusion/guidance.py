@@ -33,17 +33,18 @@ def guide(
         model: Called as model(latent, t, text, text_mask=..., **conditions) -> velocity, such as an STDiT3. If it has
             `prepare_text`, it gets what that makes of text and mask in their place.
         text: Text features of the prompts, (B, L, E).
-        null_text: Features to move away from, (L, E) or (B, L, E): `STDiT3.null_text` or a negative prompt.
+        null_text: Features to move away from, (L, E), (1, L, E) or (B, L, E): `STDiT3.null_text` or a negative prompt.
         guidance_scale: g. 1 is the conditional velocity itself, for half the work.
         text_mask: True = real text token, (B, L).
-        null_mask: The same for `null_text`, (B, L). That of the prompts if None: released models expect it.
+        null_mask: The same for `null_text`, (L,), (1, L) or (B, L). That of the prompts if None: released models
+            expect it.
         **conditions: Further arguments of the model. Tensors with B rows are given twice, all else as it is.
 
     Returns:
         velocity_fn(x (B, ...), t (B,)) -> (B, ...), for `samplers.sample`.
 
     Raises:
-        ValueError: If the two texts have not the same length and width.
+        ValueError: If the two texts have not the same length and width, or a mask does not fit them.
     """
     if guidance_scale == 1:
         return _bind_text(model, text, text_mask, conditions)
@@ -53,7 +54,7 @@ def guide(
             f"{tuple(null_text.shape[-2:])}. Pad both to one length."
         )
     batch = text.shape[0]
-    both_texts = torch.cat((text, null_text.to(text).expand_as(text)))
+    both_texts = torch.cat((text, _null_half("null_text", null_text.to(text), text.shape)))
     both_masks = _both_masks(text_mask, null_mask, text)
     doubled = {name: _twice(value, batch) for name, value in conditions.items()}
     both_halves = _bind_text(model, both_texts, both_masks, doubled)
@@ -89,7 +90,21 @@ def _both_masks(text_mask: Tensor | None, null_mask: Tensor | None, text: Tensor
         return None
     if text_mask is None:
         text_mask = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)
-    return torch.cat((text_mask, text_mask if null_mask is None else null_mask))
+    if text_mask.shape != text.shape[:2]:
+        raise ValueError(f"text_mask must be (B, L) = {tuple(text.shape[:2])}, got {tuple(text_mask.shape)}")
+    null_mask = text_mask if null_mask is None else _null_half("null_mask", null_mask.to(text.device), text_mask.shape)
+    return torch.cat((text_mask, null_mask))
+
+
+def _null_half(name: str, value: Tensor, shape: torch.Size) -> Tensor:
+    """What the null half is given, for one sample or for each, as one for each: `shape`, (B, ...)."""
+    if value.shape not in {shape, shape[1:], (1, *shape[1:])}:
+        rest = tuple(shape[1:])
+        expected = f"{rest}, {(1, *rest)} or {tuple(shape)}"
+        raise ValueError(
+            f"{name} must be for one sample or for each of {shape[0]}: {expected}, got {tuple(value.shape)}"
+        )
+    return value.expand(shape)
 
 
 def _twice(value: Any, batch: int) -> Any:

@@ -52,11 +52,12 @@ class Placement:
 
 
 def parse_mask_strategy(text: str) -> tuple[Placement, ...]:
-    """Read a mask strategy; an empty text places nothing.
+    """Read a mask strategy; an empty text places nothing, and a `;` at the end adds nothing.
 
     Raises:
         ValueError: If a group is not one to six numbers in range; the message names it.
     """
+    text = text.rstrip("; \t\r\n")
     return tuple(_parse_group(group) for group in text.split(";")) if text.strip() else ()
 
 

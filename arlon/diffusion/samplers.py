@@ -78,10 +78,10 @@ def make_times(num_steps: int, shift: Callable[[Tensor], Tensor] | None = None) 
             `functools.partial(flow.shift_times, height=..., width=..., num_frames=...)`.
 
     Returns:
-        (N + 1,), float32, falling.
+        (N + 1,), float32, falling, or equal where `shift` makes them so.
 
     Raises:
-        ValueError: If there is no step, or the shifted times do not fall within [0, 1].
+        ValueError: If there is no step, or the shifted times rise or leave [0, 1].
     """
     if num_steps < 1:
         raise ValueError(f"num_steps must be at least 1, got {num_steps}")
@@ -91,15 +91,20 @@ def make_times(num_steps: int, shift: Callable[[Tensor], Tensor] | None = None) 
     return check_times(times.float())
 
 
-def check_times(times: Tensor) -> Tensor:
-    """Return times (N + 1,) unchanged.
+def check_times(times: Tensor | Sequence[float]) -> Tensor:
+    """Return times (N + 1,), a tensor, a list or an array, as a floating-point tensor, otherwise unchanged.
+
+    Equal neighbours are a step of length zero: a discrete schedule has them where it rounds.
 
     Raises:
-        ValueError: If they are not at least two numbers in [0, 1] that fall strictly.
+        ValueError: If they are not at least two numbers in [0, 1] that never rise.
     """
+    times = torch.as_tensor(times)
+    if not times.is_floating_point():
+        times = times.float()
     if times.ndim != 1 or len(times) < 2:
         raise ValueError(f"times must be (N + 1,) with at least one step, got shape {tuple(times.shape)}")
-    falling = bool((times[1:] < times[:-1]).all())
+    falling = bool((times[1:] <= times[:-1]).all())
     if not (falling and float(times[-1]) >= 0 and float(times[0]) <= 1):
         raise ValueError(f"times must fall from at most 1 to at least 0, got {times.tolist()}")
     return times
@@ -109,7 +114,7 @@ def check_times(times: Tensor) -> Tensor:
 def sample(
     velocity_fn: VelocityFn,
     noise: Tensor,
-    times: Tensor,
+    times: Tensor | Sequence[float],
     solver: str = "euler",
     callback: StepCallback | None = None,
 ) -> Tensor:
@@ -118,7 +123,8 @@ def sample(
     Args:
         velocity_fn: (x (B, ...), t (B,)) -> velocity like x. x is float32.
         noise: State at times[0], (B, ...).
-        times: Falling flow times, (N + 1,), usually from 1 to 0; see `make_times`.
+        times: Falling flow times, (N + 1,), usually from 1 to 0; see `make_times`. A step between equal times does
+            nothing and asks for no velocity.
         solver: Name of a registered solver.
         callback: Called as (steps done, N, x) after every step.
 
@@ -126,13 +132,15 @@ def sample(
         State at times[-1], (B, ...), float32.
 
     Raises:
-        ValueError: If the solver is unknown or the times do not fall.
+        ValueError: If the solver is unknown or the times rise.
     """
     step = get_solver(solver)
     times = check_times(times).to(noise.device, torch.float32)
+    moves = times.diff().tolist()
     x = noise.float()
     for done, (t, t_next) in enumerate(pairwise(times), start=1):
-        x = step(velocity_fn, x, t, t_next)
+        if moves[done - 1]:
+            x = step(velocity_fn, x, t, t_next)
         if callback is not None:
             callback(done, len(times) - 1, x)
     return x

@@ -246,7 +246,8 @@ class STDiT3(nn.Module):
             text: Text features, (B, L, E); (B, L, D) if the config says `skip_y_embedder`. Or what `prepare_text`
                 made of them, which saves work where the same text is given again.
             text_mask: True = real text token, (B, L). All are real if None.
-            frame_mask: True = noisy frame, False = clean frame, a condition, (B, T). Noisy if None.
+            frame_mask: True = noisy frame, False = clean frame, a condition, (B, T). Noisy if None. The frames of one
+                patch must agree.
             fps: Frames a second, (B,) or a number.
             height: Height of the video in pixels, (B,) or a number.
             width: Width of the video in pixels, (B,) or a number.
@@ -262,6 +263,7 @@ class STDiT3(nn.Module):
             ValueError: If shapes do not fit the config or each other.
         """
         self._check_inputs(latent, t, text, text_mask, frame_mask)
+        frame_mask = _mask_patches(frame_mask, self.config.patch_size[0])
         dtype, grid = self.x_embedder.proj.weight.dtype, patch_grid(latent, self.config.patch_size)
         fps, height, width = (_per_sample(value, latent) for value in (fps, height, width))
 
@@ -382,8 +384,6 @@ class STDiT3(nn.Module):
         elif text.batch_size != batch:
             raise ValueError(f"the prepared text has {text.batch_size} samples, the latent has {batch}")
         _check_mask("frame_mask", frame_mask, (batch, frames))
-        if frame_mask is not None and config.patch_size[0] != 1:
-            raise ValueError(f"a frame_mask needs patches of one latent frame, patch_size is {config.patch_size}")
 
     def _check_text(self, text: Tensor, text_mask: Tensor | None, batch: int) -> None:
         config = self.config
@@ -414,7 +414,24 @@ def keep_tokens(text: Tensor, text_mask: Tensor) -> tuple[Tensor, Tensor | None]
 
 def _check_mask(name: str, mask: Tensor | None, shape: tuple[int, int]) -> None:
     if mask is not None and (mask.shape != shape or mask.dtype != torch.bool):
-        raise ValueError(f"{name} must be bool {shape}, got {mask.dtype} {tuple(mask.shape)}")
+        hint = "; use mask.bool()" if mask.dtype != torch.bool else ""
+        raise ValueError(f"{name} must be bool {shape}, got {mask.dtype} {tuple(mask.shape)}{hint}")
+
+
+def _mask_patches(frame_mask: Tensor | None, patch: int) -> Tensor | None:
+    """Mask of frames (B, T) as one of patches of `patch` frames, (B, nT); the last frame stands for those after it."""
+    if frame_mask is None or patch == 1:
+        return frame_mask
+    padding = frame_mask[:, -1:].expand(-1, -frame_mask.shape[1] % patch)
+    frames = torch.cat((frame_mask, padding), dim=1).unflatten(1, (-1, patch))
+    mixed = (frames != frames[..., :1]).any(dim=-1)
+    if bool(mixed.any()):
+        sample, place = mixed.nonzero()[0].tolist()
+        raise ValueError(
+            f"frame_mask must agree within every patch of {patch} latent frames, but patch {place} of sample {sample} "
+            "has noisy and clean ones"
+        )
+    return frames[..., 0]
 
 
 def _per_sample(value: Tensor | float, latent: Tensor) -> Tensor:

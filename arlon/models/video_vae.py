@@ -285,7 +285,8 @@ class TemporalVAE(nn.Module):
     def moments(self, x: Tensor) -> Tensor:
         """Per-frame latents (B, F, pT, H, W) -> mean and log-variance (B, 2C, ceil(pT / 4), H, W)."""
         front = -x.shape[2] % self.config.time_stride
-        return self.quant_conv(self.encoder(F.pad(x, (0, 0, 0, 0, front, 0))))
+        x = _like_weights(x, self)
+        return _full(self.quant_conv(self.encoder(F.pad(x, (0, 0, 0, 0, front, 0)))))
 
     def encode(self, x: Tensor) -> Posterior:
         """Per-frame latents (B, F, pT, H, W) -> posterior over (B, C, ceil(pT / 4), H, W); zeros go in front."""
@@ -293,7 +294,7 @@ class TemporalVAE(nn.Module):
 
     def decode(self, z: Tensor, num_frames: int) -> Tensor:
         """(B, C, T, H, W) -> per-frame latents (B, F, num_frames, H, W); the frames that padding added are dropped."""
-        x = self.decoder(self.post_quant_conv(z))
+        x = _full(self.decoder(self.post_quant_conv(_like_weights(z, self))))
         surplus = x.shape[2] - num_frames
         if not 0 <= surplus < self.config.time_stride:
             raise ValueError(
@@ -326,7 +327,11 @@ class _SpatialVAE(nn.Module):
 
 
 class VideoVAE(nn.Module):
-    """Pixels <-> normalised latents."""
+    """Pixels <-> normalised latents.
+
+    Both parts run in the precision of their weights; what goes in may have another one. Between them, and in what comes
+    out, numbers are float32: `shift` and `scale` stay in it when the module is converted.
+    """
 
     config_class = VideoVAEConfig
 
@@ -338,6 +343,15 @@ class VideoVAE(nn.Module):
         self.register_buffer("scale", torch.tensor(config.scale).view(1, -1, 1, 1, 1))
         self.register_buffer("shift", torch.tensor(config.shift).view(1, -1, 1, 1, 1))
         self._init_weights()
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> VideoVAE:
+        before = {name: self._buffers[name] for name in ("scale", "shift")}
+        super()._apply(fn, recurse)
+        for name, value in before.items():
+            after = self._buffers[name]
+            if after.dtype != value.dtype and not value.is_meta:
+                self._buffers[name] = value.to(after.device)
+        return self
 
     def _init_weights(self) -> None:
         """Start every residual block as its skip: a fresh network is nearly linear, and learns faster."""
@@ -390,7 +404,7 @@ class VideoVAE(nn.Module):
             tile: Side of the tiles, pixels, a multiple of the space stride. None: whole frames.
 
         Returns:
-            Normalised latent (B, C, T, H, W).
+            Normalised latent (B, C, T, H, W), float32.
 
         Raises:
             ValueError: If `tile` is no possible side.
@@ -432,7 +446,7 @@ class VideoVAE(nn.Module):
             tile: Side of the tiles, pixels, a multiple of the space stride. None: whole frames.
 
         Returns:
-            Video (B, 3, num_frames, pH, pW), about [-1, 1].
+            Video (B, 3, num_frames, pH, pW), about [-1, 1], float32.
 
         Raises:
             ValueError: If `num_frames` video frames do not make T latent frames, or an option is out of range.
@@ -500,7 +514,7 @@ class VideoVAE(nn.Module):
         def pixels(part: Tensor) -> Tensor:
             return self._by_frame(lambda z: module.decoder(module.post_quant_conv(z)), part)
 
-        frames = frames / self.config.spatial.scaling_factor
+        frames = _full(frames) / self.config.spatial.scaling_factor
         return _by_tile(pixels, frames, self._tile_side(tile), unit_out=self.config.space_stride)
 
     def _tile_side(self, tile: int | None) -> int | None:
@@ -527,7 +541,7 @@ class VideoVAE(nn.Module):
                 count = min(count, num_frames - done)
             if count < 1:
                 raise ValueError(f"num_frames={num_frames} are decoded, but there are latent frames left")
-            z = latent * self.scale + self.shift
+            z = _full(latent) * self.scale + self.shift
             yield _by_tile(lambda part, count=count: self.temporal_vae.decode(part, count), z, side)
             done += count
         if num_frames is not None and done != num_frames:
@@ -567,15 +581,26 @@ class VideoVAE(nn.Module):
     def _by_frame(self, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """Apply `run` to (n, C, H, W) micro batches of the frames of (B, C, pT, H, W)."""
         batch, frames = x.shape[0], x.shape[2]
-        flat = x.transpose(1, 2).flatten(0, 1)
+        flat = _like_weights(x.transpose(1, 2).flatten(0, 1), self.spatial_vae)
         size = self.config.micro_batch_size or len(flat)
-        done = [run(part) for part in flat.split(size)]
+        done = [_full(run(part)) for part in flat.split(size)]
         flat = done[0] if len(done) == 1 else torch.cat(done)
         return flat.unflatten(0, (batch, frames)).transpose(1, 2)
 
     @staticmethod
     def _draw(posterior: Posterior, generator: torch.Generator | None) -> Tensor:
         return posterior.mean if generator is None else posterior.sample(generator)
+
+
+def _like_weights(x: Tensor, module: nn.Module) -> Tensor:
+    """`x` in the precision of the weights of a module."""
+    weight = next(module.parameters(), None)
+    return x if weight is None else x.to(weight.dtype)
+
+
+def _full(x: Tensor) -> Tensor:
+    """`x` in float32 where it is in half precision, otherwise as it is."""
+    return x.float() if x.element_size() < 4 else x
 
 
 def _regroup(parts: Iterable[Tensor], size: int | None) -> Iterator[Tensor]:

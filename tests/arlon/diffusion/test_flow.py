@@ -131,6 +131,23 @@ def test_shift_refuses_sizes_that_are_not_positive():
         flow.shift_times(torch.rand(2), height=64, width=64, num_frames=0)
 
 
+def test_shift_takes_a_plain_number():
+    size = {"height": 64, "width": 96, "num_frames": 51}
+    got = flow.shift_times(0.3, **size)
+    assert torch.equal(got, flow.shift_times(torch.tensor([0.3]), **size)[0])
+    assert flow.shift_times(1, **size) == 1
+
+
+def test_a_schedule_meets_samples_of_several_sizes_only_along_axes_of_its_own():
+    t, height = torch.linspace(1, 0, 5), torch.tensor([64.0, 512.0])
+    message = r"t \(5,\) and sizes .* height \(2,\), width \(\), num_frames \(2,\).*as \(B, 1\)"
+    with pytest.raises(ValueError, match=message):
+        flow.shift_times(t, height=height, width=512, num_frames=torch.tensor([51, 51]))
+    got = flow.shift_times(t, height=height[:, None], width=512, num_frames=51)
+    alone = [flow.shift_times(t, height=h, width=512, num_frames=51) for h in (64, 512)]
+    torch.testing.assert_close(got, torch.stack(alone))
+
+
 def test_logit_normal_times_equal_the_released_code():
     case = json.loads((DATA / "flow_logit_normal.json").read_text())
     times = flow.logit_normal_times(case["n"], generator=torch.Generator().manual_seed(case["seed"]))

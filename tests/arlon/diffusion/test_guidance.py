@@ -111,3 +111,28 @@ def test_a_text_is_prepared_once_and_only_without_gradients(guidance_scale: floa
 def test_texts_of_two_lengths_are_refused():
     with pytest.raises(ValueError, match="Pad both to one length"):
         guide(Recorder(), TEXT, NULL[:3], guidance_scale=2.0)
+
+
+@pytest.mark.parametrize("rows", [None, 1, 2])
+def test_one_negative_prompt_serves_a_batch_and_so_does_its_mask(rows: int | None):
+    negative, mask = torch.randn(4, 5), torch.tensor([True, True, True, False])
+    model, shape = Recorder(), (() if rows is None else (rows,))
+    given = {"null_text": negative.expand(*shape, 4, 5), "null_mask": mask.expand(*shape, 4)}
+    guide(model, TEXT, guidance_scale=2.0, text_mask=MASK, **given)(X, T)
+    assert torch.equal(model.calls[0]["text"][2:], torch.stack((negative, negative)))
+    assert torch.equal(model.calls[0]["text_mask"], torch.cat((MASK, mask.expand(2, 4))))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"null_mask": MASK[:, :3]}, r"null_mask must be .*: \(4,\), \(1, 4\) or \(2, 4\), got \(2, 3\)"),
+        ({"null_mask": MASK[[0, 1, 0]]}, r"null_mask must be .*, got \(3, 4\)"),
+        ({"text_mask": MASK[:1]}, r"text_mask must be \(B, L\) = \(2, 4\), got \(1, 4\)"),
+        ({"null_text": NULL.expand(3, 4, 5)}, r"null_text must be .* each of 2: .*, got \(3, 4, 5\)"),
+    ],
+)
+def test_masks_and_texts_of_another_batch_are_refused(change: dict[str, Tensor], message: str):
+    given = {"null_text": NULL, "text_mask": MASK, "null_mask": MASK} | change
+    with pytest.raises(ValueError, match=message):
+        guide(Recorder(), TEXT, guidance_scale=2.0, **given)

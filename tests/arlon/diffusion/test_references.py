@@ -33,6 +33,12 @@ def as_list(group: Placement) -> list[float]:
     ]
 
 
+@pytest.mark.parametrize("end", [";", "; ", ";;", " ;\n"])
+def test_a_separator_at_the_end_adds_no_group(end: str):
+    assert parse_mask_strategy(f"0;1,0,-1{end}") == parse_mask_strategy("0;1,0,-1")
+    assert parse_mask_strategy(end) == ()
+
+
 @pytest.mark.parametrize(("text", "groups"), GOLDEN["parse"].items())
 def test_grammar_equals_the_released_code(text: str, groups: list[list[float]]):
     assert [as_list(group) for group in parse_mask_strategy(text)] == groups

@@ -5,6 +5,7 @@ import math
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -84,6 +85,33 @@ def test_times_fall_from_one_to_zero():
     assert times[0] == 1
     assert times[-1] == 0
     assert (times.diff() < 0).all()
+
+
+@pytest.mark.parametrize("kind", [list, tuple, np.array, torch.tensor])
+def test_times_of_any_kind_are_taken(kind: type):
+    got = samplers.sample(lambda x, t: -x, torch.ones(1, 2), kind([1.0, 0.75, 0.0]))
+    torch.testing.assert_close(got, torch.full((1, 2), 1.25 * 1.75))
+    assert samplers.check_times([1, 0]).is_floating_point()
+
+
+def test_a_step_of_length_zero_does_nothing():
+    asked: list[float] = []
+    steps: list[int] = []
+
+    def velocity_fn(x: Tensor, t: Tensor) -> Tensor:
+        asked.append(float(t[0]))
+        return -x
+
+    got = samplers.sample(
+        velocity_fn, torch.ones(1, 2), [1.0, 0.5, 0.5, 0.0], callback=lambda done, total, x: steps.append(done)
+    )
+    assert torch.equal(got, samplers.sample(lambda x, t: -x, torch.ones(1, 2), [1.0, 0.5, 0.0]))
+    assert asked == [1.0, 0.5]
+    assert steps == [1, 2, 3]
+    with pytest.raises(ValueError, match="must fall"):
+        samplers.check_times([1.0, 0.5, 0.6, 0.0])
+    with pytest.raises(ValueError, match="must fall"):
+        samplers.check_times([1.0, float("nan"), 0.0])
 
 
 def test_bad_times_and_solvers_are_refused():

@@ -188,6 +188,19 @@ def test_frame_mask_of_noisy_frames_only_changes_nothing():
     )
 
 
+def test_frame_mask_is_one_of_patches_where_they_span_frames():
+    """A latent of 3 frames in patches of 2: the last patch is made of its third frame and padding."""
+    dit, inputs = make_dit(patch_size=(2, 2, 2)), make_inputs()
+    seen: list[Tensor] = []
+    dit.final_layer.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[3]))
+    mask = torch.tensor([[False, False, True], [True, True, False]])
+    masked = dit(**inputs | {"frame_mask": mask})
+    assert torch.equal(seen[0], torch.tensor([[False, True], [True, False]]))
+    assert relative_error(masked, dit(**inputs | {"frame_mask": ~mask})) > 1e-3
+    with pytest.raises(ValueError, match=r"every patch of 2 latent frames, but patch 0 of sample 1 has"):
+        dit(**inputs | {"frame_mask": torch.tensor([[False, False, True], [True, False, False]])})
+
+
 @pytest.mark.parametrize("temporal", [False, True])
 def test_self_attention_equals_a_naive_loop(temporal: bool):
     torch.manual_seed(0)
@@ -429,6 +442,7 @@ def test_saved_model_computes_the_same(tmp_path: Path):
         ({"text": torch.zeros(2, 5, 7)}, r"expected|text must be"),
         ({"text": torch.zeros(2, 6, 6), "text_mask": None}, "at most 5"),
         ({"text_mask": torch.ones(2, 5)}, "text_mask must be bool"),
+        ({"text_mask": torch.ones(2, 5, dtype=torch.long)}, r"text_mask must be bool .*int64.*; use mask.bool\(\)"),
         ({"frame_mask": torch.ones(2, 4, dtype=torch.bool)}, "frame_mask must be bool"),
         ({"fps": torch.zeros(3)}, "fps, height and width"),
     ],

@@ -355,6 +355,32 @@ def test_sampling_is_addressed_by_the_generator() -> None:
     assert first.std() == pytest.approx(2.718, rel=0.2)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_half_precision_weights_take_and_give_float32(dtype: torch.dtype, tmp_path: Path) -> None:
+    whole = lively_vae(shift=(0.1, 0.3, -0.2, 1.01), scale=(1.7, 2.3, 0.9, 3.1))
+    video, latent = torch.rand(1, 3, 18, 16, 24) * 2 - 1, torch.randn(1, 4, 6, 2, 3)
+    encoded, decoded = whole.encode(video), whole.decode(latent, num_frames=18, blend_frames=2)
+    assert torch.equal(whole.encode(video.to(dtype)), whole.encode(video.to(dtype).float()))
+    whole.save_pretrained(tmp_path / "vae")
+    loaded = VideoVAE.from_pretrained(tmp_path / "vae", dtype=dtype)
+    for half in (loaded, whole.to(dtype)):
+        assert {p.dtype for p in half.parameters()} == {dtype}
+        assert torch.equal(half.shift.flatten(), torch.tensor([0.1, 0.3, -0.2, 1.01]))
+        assert torch.equal(half.scale.flatten(), torch.tensor([1.7, 2.3, 0.9, 3.1]))
+        assert half.shift.dtype == half.scale.dtype == torch.float32
+        for given in (video, video.to(dtype)):
+            got = half.encode(given, tile=None)
+            assert got.dtype == torch.float32
+            assert relative_error(got, encoded) < 0.1
+            assert half.decode(got, num_frames=18).shape == video.shape
+        for given in (latent, latent.to(dtype)):
+            got = half.decode(given, num_frames=18, blend_frames=2)
+            assert got.dtype == torch.float32
+            assert relative_error(got, decoded) < 0.1
+        assert half.encode(video, torch.Generator().manual_seed(0), tile=32).dtype == torch.float32
+
+
 def test_wrong_frame_count_is_refused() -> None:
     with pytest.raises(ValueError, match="makes 10 latent frames, but the latent has 5"):
         tiny_vae().decode(torch.zeros(1, 4, 5, 2, 2), num_frames=34)
