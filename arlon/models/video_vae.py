@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,14 @@ TILE_OVERLAP = 0.25
 """Share of its side, at least, that a tile has in common with each neighbour."""
 MIN_TILE = 4
 """Shortest side of a tile, in latents."""
+
+
+RELEASED_KEYS = {
+    "vae_2d": frozenset({"type", "from_pretrained", "subfolder", "cache_dir", "local_files_only", "micro_batch_size"}),
+    "vae_temporal": frozenset({"type", "from_pretrained"}),
+}
+"""Parts of a released config.json, and what they say beside sizes."""
+RELEASED_PARTS = RELEASED_KEYS.keys()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -376,18 +384,28 @@ class VideoVAE(nn.Module):
 
     @staticmethod
     def translate_config(values: Mapping[str, Any]) -> dict[str, Any]:
-        """Config values of this class from a config.json in the released layout (`vae_2d`, `vae_temporal`)."""
-        if "vae_2d" not in values:
+        """Config values of this class from a config.json in the released layout (`vae_2d`, `vae_temporal`).
+
+        Sizes stated for a part are those of our config for it, other names are refused when that is built. What the
+        file leaves out is as the original reads it: one chunk, latents as they are.
+        """
+        if not RELEASED_PARTS & values.keys():
             return dict(values)
-        kept = {key: values[key] for key in ("micro_frame_size", "shift", "scale") if key in values}
-        for name, part, kind in (
-            ("spatial", values["vae_2d"], SpatialVAEConfig),
-            ("temporal", values.get("vae_temporal") or {}, TemporalVAEConfig),
-        ):  # released ones state no widths: they have one size
-            known = {field.name for field in fields(kind)}
-            if stated := {key: value for key, value in part.items() if key in known}:
-                kept[name] = stated
-        return kept | {"micro_batch_size": values["vae_2d"].get("micro_batch_size", 4)}
+        stated = {name: dict(values.get(name) or {}) for name in RELEASED_PARTS}
+        sizes = {
+            ours: {key: value for key, value in stated[theirs].items() if key not in RELEASED_KEYS[theirs]}
+            for theirs, ours in (("vae_2d", "spatial"), ("vae_temporal", "temporal"))
+        }
+        channels = sizes["temporal"].get("embed_dim", TemporalVAEConfig.embed_dim)
+        statistics = {
+            name: [value] * channels if isinstance(value, int | float) else value
+            for name, value in (("shift", values.get("shift", 0.0)), ("scale", values.get("scale", 1.0)))
+        }
+        chunks = {
+            "micro_frame_size": values.get("micro_frame_size"),
+            "micro_batch_size": stated["vae_2d"].get("micro_batch_size", 4),
+        }
+        return chunks | statistics | {name: part for name, part in sizes.items() if part}
 
     def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """(C, T, H, W) of a video of this size; height and width are rounded down to whole latents."""

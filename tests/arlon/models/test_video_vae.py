@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from arlon.config import config_from_dict
+from arlon.components import read_config
+from arlon.config import ConfigError, config_from_dict
 from arlon.models.video_vae import (
     Posterior,
     SpatialVAEConfig,
@@ -403,6 +404,44 @@ def test_full_size_has_the_released_number_of_parameters() -> None:
             "vae_2d": {"type": "VideoAutoencoderKL", "micro_batch_size": 4},
             "micro_frame_size": 17,
             "shift": [0, 0, 0, 0],
+            "scale": [2, 2, 2, 2],
         }
     )
-    assert released == {"micro_frame_size": 17, "shift": [0, 0, 0, 0], "micro_batch_size": 4}
+    expected = {"micro_frame_size": 17, "shift": [0, 0, 0, 0], "scale": [2, 2, 2, 2], "micro_batch_size": 4}
+    assert released == expected
+
+
+def read_released(folder: Path, **values) -> VideoVAEConfig:
+    (folder / "config.json").write_text(json.dumps(values))
+    return read_config(VideoVAE, folder)
+
+
+@pytest.mark.parametrize("parts", [{"vae_2d": None}, {"vae_temporal": None}, {"vae_2d": None, "vae_temporal": None}])
+def test_what_a_released_config_leaves_out_is_as_the_original_reads_it(tmp_path: Path, parts: dict) -> None:
+    config = read_released(tmp_path, cal_loss=False, **parts)
+    assert config == VideoVAEConfig(micro_frame_size=None, shift=(0.0,) * 4, scale=(1.0,) * 4)
+
+
+def test_sizes_and_single_statistics_of_a_released_config_count(tmp_path: Path) -> None:
+    config = read_released(
+        tmp_path,
+        vae_2d={"type": "VideoAutoencoderKL", "subfolder": "vae", "micro_batch_size": None, "norm_num_groups": 8},
+        vae_temporal={"type": "VAE_Temporal", "from_pretrained": None, "embed_dim": 3, "filters": 64},
+        micro_frame_size=9,
+        shift=1,
+        scale=[2.0, 3.0, 4.0],
+    )
+    assert config == VideoVAEConfig(
+        spatial=SpatialVAEConfig(norm_num_groups=8),
+        temporal=TemporalVAEConfig(embed_dim=3, filters=64),
+        micro_frame_size=9,
+        micro_batch_size=None,
+        shift=(1.0, 1.0, 1.0),
+        scale=(2.0, 3.0, 4.0),
+    )
+
+
+@pytest.mark.parametrize(("part", "ours"), [("vae_2d", "spatial"), ("vae_temporal", "temporal")])
+def test_unknown_sizes_of_a_released_config_are_named(tmp_path: Path, part: str, ours: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{ours}.*fliters"):
+        read_released(tmp_path, **{part: {"fliters": 16}})
