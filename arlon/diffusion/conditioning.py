@@ -8,7 +8,7 @@ Source: Open-Sora v1.2 (`MaskGenerator`, and the masked loop of its rectified-fl
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 
 import torch
@@ -148,7 +148,7 @@ def sample_with_edits(
     velocity_fn: MaskedVelocityFn,
     latent: Tensor,
     edit_ratio: Tensor,
-    times: Tensor,
+    times: Tensor | Sequence[float],
     draw: Callable[[int], Tensor],
     *,
     solver: str = "euler",

@@ -25,8 +25,9 @@ Dimension key
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,14 @@ TILE_OVERLAP = 0.25
 """Share of its side, at least, that a tile has in common with each neighbour."""
 MIN_TILE = 4
 """Shortest side of a tile, in latents."""
+
+
+RELEASED_KEYS = {
+    "vae_2d": frozenset({"type", "from_pretrained", "subfolder", "cache_dir", "local_files_only", "micro_batch_size"}),
+    "vae_temporal": frozenset({"type", "from_pretrained"}),
+}
+"""Parts of a released config.json, and what they say beside sizes."""
+RELEASED_PARTS = RELEASED_KEYS.keys()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -376,18 +385,28 @@ class VideoVAE(nn.Module):
 
     @staticmethod
     def translate_config(values: Mapping[str, Any]) -> dict[str, Any]:
-        """Config values of this class from a config.json in the released layout (`vae_2d`, `vae_temporal`)."""
-        if "vae_2d" not in values:
+        """Config values of this class from a config.json in the released layout (`vae_2d`, `vae_temporal`).
+
+        Sizes stated for a part are those of our config for it, other names are refused when that is built. What the
+        file leaves out is as the original reads it: one chunk, latents as they are.
+        """
+        if not RELEASED_PARTS & values.keys():
             return dict(values)
-        kept = {key: values[key] for key in ("micro_frame_size", "shift", "scale") if key in values}
-        for name, part, kind in (
-            ("spatial", values["vae_2d"], SpatialVAEConfig),
-            ("temporal", values.get("vae_temporal") or {}, TemporalVAEConfig),
-        ):  # released ones state no widths: they have one size
-            known = {field.name for field in fields(kind)}
-            if stated := {key: value for key, value in part.items() if key in known}:
-                kept[name] = stated
-        return kept | {"micro_batch_size": values["vae_2d"].get("micro_batch_size", 4)}
+        stated = {name: dict(values.get(name) or {}) for name in RELEASED_PARTS}
+        sizes = {
+            ours: {key: value for key, value in stated[theirs].items() if key not in RELEASED_KEYS[theirs]}
+            for theirs, ours in (("vae_2d", "spatial"), ("vae_temporal", "temporal"))
+        }
+        channels = sizes["temporal"].get("embed_dim", TemporalVAEConfig.embed_dim)
+        statistics = {
+            name: [value] * channels if isinstance(value, int | float) else value
+            for name, value in (("shift", values.get("shift", 0.0)), ("scale", values.get("scale", 1.0)))
+        }
+        chunks = {
+            "micro_frame_size": values.get("micro_frame_size"),
+            "micro_batch_size": stated["vae_2d"].get("micro_batch_size", 4),
+        }
+        return chunks | statistics | {name: part for name, part in sizes.items() if part}
 
     def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """(C, T, H, W) of a video of this size; height and width are rounded down to whole latents."""
@@ -399,7 +418,7 @@ class VideoVAE(nn.Module):
         """Encode a video.
 
         Args:
-            video: (B, 3, pT, pH, pW) in [-1, 1].
+            video: (B, 3, pT, pH, pW) in [-1, 1]; surplus rows and columns that fill no latent are dropped.
             generator: If given, both posteriors are sampled from it; otherwise their means are used.
             tile: Side of the tiles, pixels, a multiple of the space stride. None: whole frames.
 
@@ -407,8 +426,12 @@ class VideoVAE(nn.Module):
             Normalised latent (B, C, T, H, W), float32.
 
         Raises:
-            ValueError: If `tile` is no possible side.
+            ValueError: If the video has another shape, no frames, fewer rows or columns than one latent takes, or whole
+                numbers; or if `tile` is no possible side.
         """
+        self._check_video(video)
+        if not video.shape[2]:
+            raise ValueError(f"a video to encode needs at least one frame, got {tuple(video.shape)}")
         return torch.cat(list(self.encode_stream([video], generator, tile=tile)), dim=2)
 
     def encode_stream(
@@ -427,20 +450,23 @@ class VideoVAE(nn.Module):
             Consecutive pieces of the normalised latent, one a chunk; together exactly what `encode` makes of the whole.
 
         Raises:
-            ValueError: If `tile` is no possible side.
+            ValueError: If `tile` is no possible side; on the way, if a piece is none that `encode` takes, or has
+                another size than the first.
         """
         self._tile_side(tile)  # a wrong one is refused here, not when the first latent is asked for
         return (
             (self._encode_chunk(chunk, generator, tile) - self.shift) / self.scale
-            for chunk in _regroup(videos, self.config.micro_frame_size)
+            for chunk in _regroup(_checked(videos, self._check_video), self.config.micro_frame_size)
         )
 
-    def decode(self, latent: Tensor, num_frames: int, *, blend_frames: int = 0, tile: int | None = None) -> Tensor:
+    def decode(
+        self, latent: Tensor, num_frames: int | None = None, *, blend_frames: int = 0, tile: int | None = None
+    ) -> Tensor:
         """Decode a normalised latent.
 
         Args:
             latent: (B, C, T, H, W).
-            num_frames: Frames of the video it is of.
+            num_frames: Frames of the video it is of, a whole number of any type. None: as many as the latent holds.
             blend_frames: Frames on each side of a chunk border that are blended (see the module), at most
                 `config.max_blend_frames`; 2 is enough for the `shapes` VAE. 0: chunks stay as they are.
             tile: Side of the tiles, pixels, a multiple of the space stride. None: whole frames.
@@ -449,9 +475,16 @@ class VideoVAE(nn.Module):
             Video (B, 3, num_frames, pH, pW), about [-1, 1], float32.
 
         Raises:
-            ValueError: If `num_frames` video frames do not make T latent frames, or an option is out of range.
+            ValueError: If the latent has another shape or no frames, `num_frames` video frames do not make T latent
+                frames, or an option is out of range.
         """
-        expected = num_latent_frames(num_frames, self.config.micro_frame_size, self.config.temporal.time_stride)
+        self._check_latent(latent)
+        if not latent.shape[2]:
+            raise ValueError(f"a latent to decode needs at least one frame, got {tuple(latent.shape)}")
+        num_frames = _whole(num_frames)
+        expected = latent.shape[2]
+        if num_frames is not None:
+            expected = num_latent_frames(num_frames, self.config.micro_frame_size, self.config.temporal.time_stride)
         if expected != latent.shape[2]:
             raise ValueError(
                 f"num_frames={num_frames} makes {expected} latent frames, but the latent has {latent.shape[2]}"
@@ -481,15 +514,17 @@ class VideoVAE(nn.Module):
             Consecutive pieces of the video, one a chunk; together exactly what `decode` makes of the whole.
 
         Raises:
-            ValueError: If an option is out of range; on the way, if `num_frames` does not fit the latent.
+            ValueError: If an option is out of range; on the way, if a piece is none that `decode` takes, has another
+                size than the first, or `num_frames` does not fit the latent.
         """
+        num_frames = _whole(num_frames)
         limit = self.config.max_blend_frames
         if not 0 <= blend_frames <= limit:
             raise ValueError(
                 f"blend_frames ({blend_frames}) must be 0..{limit} with chunks of {self.config.micro_frame_size} frames"
             )
         side = self._tile_side(tile)
-        frames = self._decode_chunks(latents, num_frames, side)
+        frames = self._decode_chunks(_checked(latents, self._check_latent), num_frames, side)
         if blend_frames:
             frames = self._blend_borders(frames, blend_frames, side)
         return (self.decode_frames(chunk, tile=tile) for chunk in frames)
@@ -516,6 +551,23 @@ class VideoVAE(nn.Module):
 
         frames = _full(frames) / self.config.spatial.scaling_factor
         return _by_tile(pixels, frames, self._tile_side(tile), unit_out=self.config.space_stride)
+
+    def _check_video(self, video: Tensor) -> None:
+        side = self.config.space_stride
+        if video.ndim != 5 or video.shape[1] != 3 or min(video.shape[3:]) < side:
+            raise ValueError(
+                f"a video must be (B, 3, frames, height, width), at least {side} x {side} pixels, got "
+                f"{tuple(video.shape)}"
+            )
+        if not video.is_floating_point():
+            raise ValueError(f"a video must hold floating-point numbers in [-1, 1], got {video.dtype}")
+
+    def _check_latent(self, latent: Tensor) -> None:
+        channels = self.config.latent_channels
+        if latent.ndim != 5 or latent.shape[1] != channels or min(latent.shape[3:]) < 1:
+            raise ValueError(
+                f"a latent must be (B, {channels}, T, H, W), at least one row and column, got {tuple(latent.shape)}"
+            )
 
     def _tile_side(self, tile: int | None) -> int | None:
         """Side of the tiles in latents."""
@@ -601,6 +653,26 @@ def _like_weights(x: Tensor, module: nn.Module) -> Tensor:
 def _full(x: Tensor) -> Tensor:
     """`x` in float32 where it is in half precision, otherwise as it is."""
     return x.float() if x.element_size() < 4 else x
+
+
+def _checked(parts: Iterable[Tensor], check: Callable[[Tensor], None]) -> Iterator[Tensor]:
+    """The pieces (B, C, n, H, W) as they come, each checked, and held against the first but for n."""
+    first: tuple[int, ...] | None = None
+    for part in parts:
+        check(part)
+        size = (*part.shape[:2], *part.shape[3:])
+        first = first or size
+        if size != first:
+            raise ValueError(f"pieces must agree in (B, C, H, W): expected {first} as the first, got {size}")
+        yield part
+
+
+def _whole(num_frames: Any) -> int | None:
+    """A number of frames, such as an int, a NumPy integer or a tensor with one, as an int."""
+    try:
+        return None if num_frames is None else operator.index(num_frames)
+    except TypeError:
+        raise ValueError(f"num_frames must be a whole number, got {num_frames!r}") from None
 
 
 def _regroup(parts: Iterable[Tensor], size: int | None) -> Iterator[Tensor]:

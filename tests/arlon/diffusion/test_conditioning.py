@@ -145,6 +145,20 @@ def test_noise_is_asked_for_only_when_a_frame_joins():
     assert asked == [2]
 
 
+def test_edits_ask_for_no_velocity_in_a_step_of_length_zero():
+    latent, ratio = torch.randn(1, 2, 3, 2, 2), torch.tensor([[0.0, 0.5, 1.0]])
+    noise, asked = torch.randn_like(latent), []
+
+    def velocity_fn(x: Tensor, t: Tensor, mask: Tensor) -> Tensor:
+        asked.append(float(t[0]))
+        return -x
+
+    got = conditioning.sample_with_edits(velocity_fn, latent, ratio, [1.0, 0.5, 0.5, 0.0], lambda i: noise)
+    assert asked == [1.0, 0.5]
+    expected = conditioning.sample_with_edits(velocity_fn, latent, ratio, [1.0, 0.5, 0.0], lambda i: noise)
+    assert torch.equal(got, expected)
+
+
 def test_held_frames_stay_exactly_and_the_rest_moves():
     noise, clean = torch.randn(2, 2, 4, 3, 2, 5)
     mask = torch.tensor([[False, True, True], [True, True, False]])

@@ -1,15 +1,18 @@
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from arlon.config import config_from_dict
+from arlon.components import read_config
+from arlon.config import ConfigError, config_from_dict
 from arlon.models.video_vae import (
     Posterior,
     SpatialVAEConfig,
@@ -381,6 +384,62 @@ def test_half_precision_weights_take_and_give_float32(dtype: torch.dtype, tmp_pa
         assert half.encode(video, torch.Generator().manual_seed(0), tile=32).dtype == torch.float32
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((3, 6, 16, 16), r"\(B, 3, frames, height, width\), .* got \(3, 6, 16, 16\)"),
+        ((1, 1, 6, 16, 16), r"got \(1, 1, 6, 16, 16\)"),
+        ((1, 3, 6, 7, 16), r"at least 8 x 8 pixels, got \(1, 3, 6, 7, 16\)"),
+        ((1, 3, 6, 16, 7), r"got \(1, 3, 6, 16, 7\)"),
+    ],
+)
+def test_videos_of_other_shapes_are_refused(shape: tuple[int, ...], message: str, stream: bool) -> None:
+    vae = tiny_vae()
+    with pytest.raises(ValueError, match=message):
+        list(vae.encode_stream([torch.zeros(shape)])) if stream else vae.encode(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("shape", [(4, 5, 2, 2), (1, 3, 5, 2, 2), (1, 8, 5, 2, 2), (1, 4, 5, 0, 2), (1, 4, 5, 2, 0)])
+def test_latents_of_other_shapes_are_refused(shape: tuple[int, ...], stream: bool) -> None:
+    vae = tiny_vae()
+    with pytest.raises(ValueError, match=rf"a latent must be \(B, 4, T, H, W\), .* got {re.escape(str(shape))}"):
+        list(vae.decode_stream([torch.zeros(shape)])) if stream else vae.decode(torch.zeros(shape), num_frames=17)
+
+
+def test_nothing_and_whole_numbers_are_no_film() -> None:
+    vae = tiny_vae()
+    with pytest.raises(ValueError, match=r"at least one frame, got \(1, 3, 0, 16, 16\)"):
+        vae.encode(torch.zeros(1, 3, 0, 16, 16))
+    with pytest.raises(ValueError, match=r"at least one frame, got \(1, 4, 0, 2, 2\)"):
+        vae.decode(torch.zeros(1, 4, 0, 2, 2))
+    with pytest.raises(ValueError, match=r"in \[-1, 1\], got torch.uint8"):
+        vae.encode(torch.zeros(1, 3, 1, 16, 16, dtype=torch.uint8))
+    with pytest.raises(ValueError, match=r"num_frames must be a whole number, got 2\.5"):
+        vae.decode(torch.zeros(1, 4, 1, 2, 2), num_frames=2.5)
+    with pytest.raises(ValueError, match=r"expected \(1, 4, 2, 2\) as the first, got \(1, 4, 2, 3\)"):
+        list(vae.decode_stream([torch.zeros(1, 4, 1, 2, 2), torch.zeros(1, 4, 1, 2, 3)]))
+
+
+@pytest.mark.parametrize(("height", "width"), [(8, 8), (9, 34), (15, 23)])
+@torch.no_grad()
+def test_rows_and_columns_that_fill_no_latent_are_dropped(height: int, width: int) -> None:
+    vae = tiny_vae()
+    latent = vae.encode(torch.zeros(1, 3, 2, height, width))
+    assert tuple(latent.shape[1:]) == vae.latent_shape(2, height, width) == (4, 1, height // 8, width // 8)
+
+
+@torch.no_grad()
+def test_a_latent_is_decoded_whole_unless_told_otherwise() -> None:
+    vae, latent = lively_vae(), torch.randn(1, 4, 6, 2, 2)
+    whole = vae.decode(latent)
+    assert whole.shape == (1, 3, 21, 16, 16)
+    assert torch.equal(whole, vae.decode(latent, num_frames=21))
+    for count in (torch.tensor(18), np.int64(18)):
+        assert torch.equal(vae.decode(latent, count), vae.decode(latent, 18))
+
+
 def test_wrong_frame_count_is_refused() -> None:
     with pytest.raises(ValueError, match="makes 10 latent frames, but the latent has 5"):
         tiny_vae().decode(torch.zeros(1, 4, 5, 2, 2), num_frames=34)
@@ -403,6 +462,44 @@ def test_full_size_has_the_released_number_of_parameters() -> None:
             "vae_2d": {"type": "VideoAutoencoderKL", "micro_batch_size": 4},
             "micro_frame_size": 17,
             "shift": [0, 0, 0, 0],
+            "scale": [2, 2, 2, 2],
         }
     )
-    assert released == {"micro_frame_size": 17, "shift": [0, 0, 0, 0], "micro_batch_size": 4}
+    expected = {"micro_frame_size": 17, "shift": [0, 0, 0, 0], "scale": [2, 2, 2, 2], "micro_batch_size": 4}
+    assert released == expected
+
+
+def read_released(folder: Path, **values) -> VideoVAEConfig:
+    (folder / "config.json").write_text(json.dumps(values))
+    return read_config(VideoVAE, folder)
+
+
+@pytest.mark.parametrize("parts", [{"vae_2d": None}, {"vae_temporal": None}, {"vae_2d": None, "vae_temporal": None}])
+def test_what_a_released_config_leaves_out_is_as_the_original_reads_it(tmp_path: Path, parts: dict) -> None:
+    config = read_released(tmp_path, cal_loss=False, **parts)
+    assert config == VideoVAEConfig(micro_frame_size=None, shift=(0.0,) * 4, scale=(1.0,) * 4)
+
+
+def test_sizes_and_single_statistics_of_a_released_config_count(tmp_path: Path) -> None:
+    config = read_released(
+        tmp_path,
+        vae_2d={"type": "VideoAutoencoderKL", "subfolder": "vae", "micro_batch_size": None, "norm_num_groups": 8},
+        vae_temporal={"type": "VAE_Temporal", "from_pretrained": None, "embed_dim": 3, "filters": 64},
+        micro_frame_size=9,
+        shift=1,
+        scale=[2.0, 3.0, 4.0],
+    )
+    assert config == VideoVAEConfig(
+        spatial=SpatialVAEConfig(norm_num_groups=8),
+        temporal=TemporalVAEConfig(embed_dim=3, filters=64),
+        micro_frame_size=9,
+        micro_batch_size=None,
+        shift=(1.0, 1.0, 1.0),
+        scale=(2.0, 3.0, 4.0),
+    )
+
+
+@pytest.mark.parametrize(("part", "ours"), [("vae_2d", "spatial"), ("vae_temporal", "temporal")])
+def test_unknown_sizes_of_a_released_config_are_named(tmp_path: Path, part: str, ours: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{ours}.*fliters"):
+        read_released(tmp_path, **{part: {"fliters": 16}})
