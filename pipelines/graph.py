@@ -159,8 +159,8 @@ def run_graph(
         job: The film; its run folder is ready. On a cluster, the model must lie under the same path on every node;
             the run folder is only used on the node of the caller.
         committed: What the run folder holds already.
-        address: Ray cluster to join; None: that of RAY_ADDRESS, or a Ray for this film on this machine, reachable from
-            it alone.
+        address: Ray cluster to join; None: that of RAY_ADDRESS, or a Ray for this film on this machine, whose
+            ports are open on all its addresses (Ray knows no other way).
         config: Actors of each role.
 
     Raises:
@@ -361,7 +361,7 @@ class _Film:
 
 @contextmanager
 def ray_session(address: str | None) -> Iterator[Any]:
-    """Ray, ready to use: the one that runs in this process, that of `address` or RAY_ADDRESS, or a new one on loopback.
+    """Ray, ready to use: the one that runs in this process, that of `address` or RAY_ADDRESS, or a new one.
 
     Raises:
         ImportError: If Ray is not installed.
