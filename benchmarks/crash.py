@@ -7,7 +7,7 @@ Half of the kills are SIGKILL at named write points (`pipelines.durable`), sprea
 the others come at random times. After each that ended the command, `arlon resume` goes on, with the local executor.
 Without `--model`, the random model of the tests makes a film of three shots; the kill is what is tested, not the film.
 
-With `--executor ray`, one Ray on loopback is started for all commands, which join it by its address, so that actors
+With `--executor ray`, one Ray of this machine is started for all commands, which join it by its address, so that actors
 may outlive the command that started them. The kills take turns: the driver at a time, a single actor at a time (both
 counted from when the first actor is there), the driver at a write point, and the writer at a write point, where it dies
 in every life that gets there.
