@@ -142,7 +142,10 @@ class ModelFolder:
             raise CheckpointError(f"{str(path / INDEX_NAME)!r} has no sha256 for {', '.join(bad)}")
         names = set(hashes) | set(required)
         if missing := sorted(n for n in names if n not in hashes or not (path / n / CONFIG_NAME).is_file()):
-            raise FileNotFoundError(f"model {str(path)!r} lacks the components {', '.join(missing)}")
+            hint = ". Copy the text_encoder of the model beside its other parts; --model shapes needs none"
+            raise FileNotFoundError(
+                f"model {str(path)!r} lacks the components {', '.join(missing)}{hint * ('text_encoder' in missing)}"
+            )
         defaults = dict(index.get("defaults") or {})
         check_consistency(path, hashes, defaults)
         if verify:
