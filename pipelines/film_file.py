@@ -110,8 +110,10 @@ def finalise(partial: Path, film: Path, *, num_frames: int) -> str:
             os.fsync(target.fileno())
         film_hash = hash_file(temporary)
         publish(temporary, film)
-    except OSError as error:  # a full disk names no file
-        raise OSError(error.errno, error.strerror, str(film)) from error
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(film)) from error  # a full disk names no file
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)

@@ -13,6 +13,6 @@ def test_every_file_of_a_film_has_its_write_points() -> None:
 
 @pytest.mark.slow
 def test_two_kills_change_nothing() -> None:
-    outcomes = crash.run(2, None, 0, "local")
+    outcomes = crash.run(2, None, 0, "local", lambda outcome: None)
     assert [outcome.identical for outcome in outcomes] == [True, True]
     assert [outcome.twice for outcome in outcomes] == [0, 0]
