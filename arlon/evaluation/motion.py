@@ -12,7 +12,7 @@ import numpy as np
 from scipy import ndimage
 
 from arlon.data import shapes_world as world
-from arlon.evaluation import tracking
+from arlon.evaluation.likeness import FOLD
 from arlon.evaluation.tracking import Track
 
 STATIONARY_EXTENT = 0.06
@@ -76,9 +76,9 @@ def _path_speed(time_s: np.ndarray, path: np.ndarray) -> float:
 
 def _spin_rate(track: Track, good: np.ndarray, shape: str | None, fps: float) -> float:
     """Angular speed in radians a second, from the phase of the shape's own moment; 0 for a disc."""
-    if shape not in tracking.MOMENT_ORDER:
+    if shape not in FOLD:
         return 0.0
-    order = tracking.MOMENT_ORDER[shape]
+    order = FOLD[shape]
     return abs(float(np.angle(track.moment_product(order, good)))) / order * fps
 
 

@@ -1,8 +1,8 @@
 """The oracle of the shapes world: reads what is in a clip from its frames alone, and scores it against truth.
 
 No learned weights. Background: nearest known picture. Objects: blobs of palette colours followed through time
-(`arlon.evaluation.tracking`). Colour: vote over frames. Shape: which harmonic moment is there (three-, four-
-or fivefold; none for a disc), blind to blur, place, scale and angle. Motion: path, then radius, then angle.
+(`arlon.evaluation.tracking`). Colour: vote over frames. Shape: the one it looks most like, blurred as needed, at
+whatever place, size and angle (`arlon.evaluation.likeness`). Motion: path, then radius, then angle.
 How often it is right on rendered truth is measured by `benchmarks/oracle_validation.py`.
 
 A reading describes one shot: give it the frames of one prompt. Lengths are in heights, times in seconds.
@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 import torch
@@ -23,14 +22,15 @@ from torch import Tensor
 from arlon.data import shapes_world as world
 from arlon.evaluation import motion, tracking
 from arlon.evaluation.asked import AskedObject, AskedShot
+from arlon.evaluation.likeness import area_factor
 from arlon.evaluation.tracking import Track
 
 ATTRIBUTES = ("colour", "shape", "size", "motion", "speed")
 
-SHAPE_THRESHOLD = 0.5
-"""Share of a shape's own moment from which a blob is that shape and no disc."""
 MAX_ELONGATION = 0.4
 """Every shape of the world has 0; a longer blob is none of them."""
+SHAPE_FRAMES = 12
+"""In how many frames at most the shape is looked at."""
 SIZE_THRESHOLD = math.sqrt(world.SIZES["small"] * world.SIZES["large"])
 
 SAME_RADIUS = 1.25
@@ -41,8 +41,8 @@ SAME_PLACE = 0.12
 class ObjectReading:
     """What one object is and does; None where that could not be read, and for the speed of a still object.
 
-    colour_confidence: share of the frames that voted for the colour. shape_confidence: distance from the
-    decision threshold, [0, 1]. presence: share of the frames in which it was seen. x, y (unwrapped), radius:
+    colour_confidence: share of the frames that voted for the colour. shape_confidence: how much better it fits
+    than the second best, [0, 1]. presence: share of the frames in which it was seen. x, y (unwrapped), radius:
     (F,), NaN where not seen.
     """
 
@@ -166,7 +166,7 @@ def _read_object(track: Track, fps: float) -> ObjectReading:
     votes = np.bincount(track.colour[track.seen])
     good = _trusted(track)
     shape, shape_confidence = _read_shape(track, good)
-    radius = np.sqrt(track.area / (math.pi * _area_factor(shape or "circle")))
+    radius = np.sqrt(track.area / (math.pi * area_factor(shape or "circle")))
     does, speed = motion.read_motion(track, radius, good, shape, fps)
     start = radius[good][:5] if does in ("grow", "shrink") else radius[good]
     return ObjectReading(
@@ -191,41 +191,18 @@ def _trusted(track: Track) -> np.ndarray:
     return alone if alone.sum() >= max(4, 0.2 * measured.sum()) else measured
 
 
-@lru_cache(maxsize=1)
-def _ideal_shapes() -> Mapping[str, tuple[float, float]]:
-    """Area over that of a disc of the same radius, and size of its own harmonic moment (0 for the disc)."""
-    grid = (np.arange(801) + 0.5) / 801 * 4 - 2  # in radii; no shape reaches further than 1.5
-    x, y = np.meshgrid(grid, grid)
-    ideal = {}
-    for shape in world.SHAPES:
-        cover = (world.signed_distance(shape, x, y, np.float64(1.0)) < 0).astype(float).ravel()
-        z = (x + 1j * y).ravel() / (grid[1] - grid[0])
-        moments = np.abs(tracking.harmonic_moments(cover, z, np.zeros(cover.size, int), 1)[0])
-        own = moments[tracking.MOMENT_ORDER[shape] - 3] if shape in tracking.MOMENT_ORDER else 0.0
-        ideal[shape] = (cover.sum() * (grid[1] - grid[0]) ** 2 / math.pi, float(own))
-    return ideal
-
-
-def _area_factor(shape: str) -> float:
-    return _ideal_shapes()[shape][0]
-
-
 def _read_shape(track: Track, good: np.ndarray) -> tuple[str | None, float]:
-    """Shape and confidence: the strongest moment relative to the shape that should have it.
+    """Shape and confidence: what the object looks most like in the mean of some frames, the larger the more.
 
-    The strength comes from products of consecutive frames: they cancel noise, but not a steady rotation.
+    None if it is too long for any shape.
     """
     if np.median(track.elongation[good]) > MAX_ELONGATION:
         return None, 0.0
-    strength = {}
-    for shape, order in tracking.MOMENT_ORDER.items():
-        moments = track.moments[:, order - 3]
-        product = abs(track.moment_product(order, good))
-        size = math.sqrt(product) if product else float(np.median(np.abs(moments[good])))
-        strength[shape] = size / _ideal_shapes()[shape][1]
-    best = max(strength, key=strength.__getitem__)
-    margin = strength[best] / SHAPE_THRESHOLD - 1
-    return (best if margin > 0 else "circle"), min(1.0, abs(margin))
+    frames = np.flatnonzero(good)
+    frames = frames[:: -(-len(frames) // SHAPE_FRAMES)]
+    likeness = np.average(track.likeness(frames), axis=0, weights=track.area[frames])
+    second, best = np.argsort(likeness)[-2:]
+    return world.SHAPES[best], float(1 - (1 - likeness[best]) / max(1 - likeness[second], 1e-9))
 
 
 # --- scoring ------------------------------------------------------------------------------------------------

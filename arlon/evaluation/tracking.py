@@ -21,12 +21,11 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from arlon.data import shapes_world as world
+from arlon.evaluation.likeness import shape_likeness
 
 PALETTE = np.array(list(world.COLOURS.values()), np.float32)
 COLOUR_NAMES = tuple(world.COLOURS)
 
-MOMENT_ORDER = {"triangle": 3, "square": 4, "star": 5}
-"""Fold of the symmetry of each shape, the order of the lowest harmonic moment it has."""
 FOREGROUND_LEVELS = 24.0
 """Least RGB distance from the background, 0..255, at which a pixel is looked at."""
 SOLID_COVER = 0.5
@@ -45,13 +44,23 @@ BACKGROUND_CAP = 60.0
 
 
 @dataclass(frozen=True)
+class Pixels:
+    """Pixels of an object in all frames, (pixels,) each: frame, cover, complex offset from its centre in pixels."""
+
+    frame: np.ndarray
+    cover: np.ndarray
+    offset: np.ndarray
+
+
+@dataclass(frozen=True)
 class Track:
     """One object through time. Arrays have one entry per frame of the clip; NaN where it was not seen.
 
     x, y: centre in heights, unwrapped (may leave the frame). area: squared heights. moments: complex (F, 3),
     the harmonic moments of order 3, 4, 5, free of position and scale (see `harmonic_moments`). elongation: 0
     for the vocabulary's shapes, 1 for a line. colour: index into the palette, -1 where not seen. touched:
-    another object is so near that area and moments are not to be trusted.
+    another object is so near that area, moments and pixels are not to be trusted. pixels: its own pixels, see
+    `Pixels`.
     """
 
     x: np.ndarray
@@ -61,11 +70,20 @@ class Track:
     elongation: np.ndarray
     colour: np.ndarray
     touched: np.ndarray
+    pixels: Pixels
 
     @property
     def seen(self) -> np.ndarray:
         """Frames in which the object was found, (F,) bool."""
         return self.colour >= 0
+
+    def likeness(self, frames: np.ndarray) -> np.ndarray:
+        """To each of `shapes_world.SHAPES` in each of `frames` (increasing), (frames, shapes) in [0, 1]."""
+        row = np.full(len(self.x), -1)
+        row[frames] = np.arange(len(frames))
+        group = row[self.pixels.frame]
+        own = group >= 0
+        return shape_likeness(self.pixels.cover[own], self.pixels.offset[own], group[own], len(frames))
 
     def moment_product(self, order: int, good: np.ndarray) -> complex:
         """Mean of m[k + 1] conj(m[k]) of one order over consecutive good frames; 0 if there are none.
@@ -323,6 +341,7 @@ def _measure(
         elongation=np.abs(skew) / np.where(seen & (spread > 0), spread, np.nan),
         colour=colour,
         touched=touched,
+        pixels=Pixels(frame, cover, z * height),
     )
 
 
