@@ -15,16 +15,47 @@ from arlon.data.shapes_world import ObjectLook, Shot, Split
 Phrases = Mapping[str, Sequence[str]]
 
 MOTION_PHRASES: Phrases = {
-    "left": ("moves left", "drifts to the left", "slides left", "travels to the left side"),
-    "right": ("moves right", "drifts to the right", "slides right", "travels to the right side"),
-    "up": ("moves up", "rises", "floats upward", "travels to the top"),
-    "down": ("moves down", "falls", "sinks downward", "travels to the bottom"),
-    "bounce": ("bounces", "bounces up and down", "hops up and down", "jumps again and again"),
-    "circle": ("moves in a circle", "circles around", "goes round in circles", "orbits in a ring"),
-    "still": ("stays still", "does not move", "rests in place", "stands motionless"),
-    "grow": ("grows", "gets bigger", "becomes larger and larger", "expands"),
-    "shrink": ("shrinks", "gets smaller", "becomes smaller and smaller", "contracts"),
-    "spin": ("spins", "rotates in place", "turns around itself", "spins around its centre"),
+    "left": (
+        *("moves left", "drifts to the left", "slides left", "travels to the left side", "goes left", "floats left"),
+        *("shifts leftward", "flies to the left", "moves from right to left", "wanders off to the left"),
+    ),
+    "right": (
+        *("moves right", "drifts to the right", "slides right", "travels to the right side", "goes right"),
+        *("floats right", "shifts rightward", "flies to the right", "moves from left to right"),
+        "wanders off to the right",
+    ),
+    "up": (
+        *("moves up", "rises", "floats upward", "travels to the top", "goes up", "ascends", "flies up into the air"),
+        *("soars", "moves from bottom to top", "lifts off"),
+    ),
+    "down": (
+        *("moves down", "falls", "sinks downward", "travels to the bottom", "goes down", "descends", "comes down"),
+        *("plunges", "moves from top to bottom", "sinks"),
+    ),
+    "bounce": (
+        *("bounces", "bounces up and down", "hops up and down", "jumps again and again", "is bouncing"),
+        *("jumps up and down", "leaps up and down", "hops on the spot", "springs up and down"),
+    ),
+    "circle": (
+        *("moves in a circle", "circles around", "goes round in circles", "orbits in a ring", "is circling"),
+        *("runs in circles", "revolves around a point", "follows a round path", "flies in a loop"),
+    ),
+    "still": (
+        *("stays still", "does not move", "rests in place", "stands motionless", "is not moving", "holds still"),
+        *("sits still", "stays where it is", "is at rest"),
+    ),
+    "grow": (
+        *("grows", "gets bigger", "becomes larger and larger", "expands", "is growing", "gets larger and larger"),
+        *("swells", "increases in size", "becomes bigger and bigger"),
+    ),
+    "shrink": (
+        *("shrinks", "gets smaller", "becomes smaller and smaller", "contracts", "is shrinking", "shrinks down"),
+        *("gets smaller and smaller", "decreases in size", "dwindles"),
+    ),
+    "spin": (
+        *("spins", "rotates in place", "turns around itself", "spins around its centre", "is spinning", "rotates"),
+        *("turns on the spot", "whirls in place", "revolves on its own axis", "twirls"),
+    ),
 }
 HELD_OUT_MOTION_PHRASES: Phrases = {
     "left": ("heads left", "glides toward the left"),
@@ -38,16 +69,19 @@ HELD_OUT_MOTION_PHRASES: Phrases = {
     "shrink": ("keeps shrinking smaller",),
     "spin": ("keeps spinning around",),
 }
-SPEED_PHRASES: Phrases = {"slow": ("slowly", "at a slow pace"), "fast": ("quickly", "fast", "at high speed")}
+SPEED_PHRASES: Phrases = {
+    "slow": ("slowly", "at a slow pace", "at low speed", "very slowly", "without hurry"),
+    "fast": ("quickly", "fast", "at high speed", "at a fast pace", "very fast", "swiftly"),
+}
 HELD_OUT_SPEED_PHRASES: Phrases = {"slow": ("in slow motion",), "fast": ("rapidly",)}
 SIZE_PHRASES: Phrases = {"small": ("small", "little", "tiny"), "large": ("large", "big", "huge")}
 BACKGROUND_PHRASES: Phrases = {
-    "black": ("on a black background", "in front of black"),
-    "grey": ("on a grey background", "in front of a grey wall"),
-    "navy": ("on a navy background", "in front of dark blue"),
-    "grass": ("on green grass", "over a grass field"),
-    "sand": ("on sand", "over a sandy beach"),
-    "sky": ("in the sky", "in front of a blue sky"),
+    "black": ("on a black background", "in front of black", "on black", "with a black background"),
+    "grey": ("on a grey background", "in front of a grey wall", "on grey", "with a grey background"),
+    "navy": ("on a navy background", "in front of dark blue", "on navy", "with a navy background"),
+    "grass": ("on green grass", "over a grass field", "on grass", "with grass behind"),
+    "sand": ("on sand", "over a sandy beach", "on a sandy ground", "with sand behind"),
+    "sky": ("in the sky", "in front of a blue sky", "high in the sky", "with the sky behind"),
 }
 HELD_OUT_BACKGROUND_PHRASES: Phrases = {
     "black": ("against a black background",),
@@ -62,6 +96,9 @@ TEMPLATES = (
     "{background}, {objects}",
     "{objects}",
     "a video of {objects} {background}",
+    "a clip of {objects} {background}",
+    "this video shows {objects} {background}",
+    "{objects}, {background}",
 )
 HELD_OUT_TEMPLATES = ("{objects}, seen {background}", "we see {objects} {background}")
 STATED_PROB = 0.75

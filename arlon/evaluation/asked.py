@@ -14,8 +14,9 @@ from functools import lru_cache
 from arlon.data import captions
 from arlon.data import shapes_world as world
 
-_FILLERS = ("a video of", "we see", "seen", "and")
-"""What the templates of captions hold besides objects and background."""
+_TEMPLATES = (*captions.TEMPLATES, *captions.HELD_OUT_TEMPLATES, "and")
+_FILLERS = {part.strip() for template in _TEMPLATES for part in re.split(r"\{\w+\}|,", template)} - {""}
+"""What captions hold besides objects and background."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ import numpy as np
 from arlon.data import captions
 from arlon.data import shapes_world as world
 from arlon.evaluation import oracle
-from arlon.evaluation.asked import AskedShot
+from arlon.evaluation.asked import AskedShot, read_prompt
 from arlon.evaluation.oracle import Reading
 
 PROMPT_ATTRIBUTES = ("colour", "shape", "size", "motion", "direction", "speed", "background", "count")
@@ -110,20 +110,15 @@ def _full_caption(shot: world.Shot, rng: np.random.Generator, split: world.Split
     """A caption that leaves nothing out. Held-out captions never do; others are drawn until one does not."""
     while True:
         text = captions.caption(shot, rng, split)
-        if split == "held_out" or _states_all(text, shot):
+        if split == "held_out" or _states_all(text):
             return text
 
 
-def _states_all(text: str, shot: world.Shot) -> bool:
+def _states_all(text: str) -> bool:
     """Whether a training caption states the background, and size and speed of every object."""
-    sizes = {word for words in captions.SIZE_PHRASES.values() for word in words}
-    speeds = [phrase for phrases in captions.SPEED_PHRASES.values() for phrase in phrases]
-    num_moving = sum(look.motion != "still" for look in shot.objects)
-    return (
-        sum(word in sizes for word in text.split()) == len(shot.objects)
-        and sum(text.count(phrase) for phrase in speeds) == num_moving
-        and any(phrase in text for phrase in captions.BACKGROUND_PHRASES[shot.background])
-    )
+    asked = read_prompt(text)
+    assert asked is not None
+    return asked.background is not None and all(o.size and (o.speed or o.motion == "still") for o in asked.objects)
 
 
 def render_case(case: Case, *, height: int, width: int, fps: float) -> list[np.ndarray]:
