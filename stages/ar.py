@@ -40,9 +40,16 @@ class ARStageConfig:
     """Component folder of the fine VQ-VAE."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """How the codes of the sample pictures are drawn."""
+    code_noise: float = 0.0
+    """Share of the codes before the one to learn that are replaced by any code, [0, 1): a model that has only seen true
+    codes goes astray behind its own mistakes, and learns few films by heart."""
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.code_noise < 1:
+            raise ValueError(f"code_noise must be in [0, 1), got {self.code_noise}")
 
 
 @dataclass(frozen=True)
@@ -84,8 +91,9 @@ class ARStage(Stage):
 
     def training_step(self, batch: Sample, batch_idx: int) -> Tensor:
         """Cross-entropy of the next code, in nats."""
-        batch = trim_text(batch)
-        logits = self.model(batch["codes"], batch["text"], batch["text_mask"], generator=self.step_generator())
+        batch, generator = trim_text(batch), self.step_generator()
+        shown = replace_codes(batch["codes"], self.config.code_noise, self.config.ar.codebook_size, generator)
+        logits = self.model(shown, batch["text"], batch["text_mask"], generator=generator)
         loss = code_loss(logits, batch["codes"], batch["is_end"], batch["loss_mask"])
         self.log_figures(loss=loss)
         return loss
@@ -134,6 +142,15 @@ class ARStage(Stage):
         _, frames, height, width = self._latent_shape
         with torch.no_grad():
             return self.frozen["vqvae"].decode(codes.to(self.device), num_latent_frames=frames, grid=(height, width))
+
+
+def replace_codes(codes: Tensor, share: float, codebook_size: int, generator: torch.Generator) -> Tensor:
+    """Codes (any shape, int64) of which each is replaced by a uniform one with probability `share`."""
+    if not share:
+        return codes
+    chosen = torch.rand(codes.shape, generator=generator) < share
+    others = torch.randint(codebook_size, codes.shape, generator=generator)
+    return torch.where(chosen.to(codes.device), others.to(codes.device), codes)
 
 
 def unigram_entropy(codes: Tensor) -> float:
