@@ -23,6 +23,7 @@ from pipelines.commands.common import (
     GraphOption,
     GuidanceOption,
     HeightOption,
+    HlsOption,
     ImageOption,
     JoinOption,
     JsonOption,
@@ -95,9 +96,7 @@ def generate(
         bool,
         typer.Option("--metadata/--no-metadata", help="Store in the film and beside it what it was made from."),
     ] = True,
-    hls: Annotated[
-        bool, typer.Option("--hls", help="Make an HLS stream beside the film, to watch it while it grows.")
-    ] = False,
+    hls: HlsOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
