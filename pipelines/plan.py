@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -99,6 +100,17 @@ class Plan:
         """Frames a second."""
         assert self.storyboard.fps is not None
         return self.storyboard.fps
+
+    @cached_property
+    def places(self) -> dict[int, tuple[int, int]]:
+        """Of every shot that owns code frames: its place among the spans of its take, and its first code frame."""
+        return {
+            shot: (place, stop - count)
+            for take in self.takes
+            for (place, (shot, count)), stop in zip(
+                enumerate(take.spans), accumulate(count for _, count in take.spans), strict=True
+            )
+        }
 
     def to_plain(self) -> dict[str, Any]:
         """Plain values for JSON."""
