@@ -96,6 +96,8 @@ class BatchOptions:
     """Name or path of the model; None: the storyboard's, or `shapes`."""
     num_retries: int = 2
     """Further attempts at a film after a failure that may pass."""
+    hls: bool = False
+    """Make an HLS stream beside every film that is begun; see `pipelines.hls`."""
 
     def __post_init__(self) -> None:
         if "://" in self.output_dir:
@@ -251,7 +253,7 @@ def _prepare_film(task: FilmTask, options: BatchOptions) -> tuple[Prepared, Begi
     output = Path(options.output_dir) / task.name
     run_dir = output_paths(output, task.storyboard).run_dir
     if not RunFolder(run_dir).has_run():
-        prepared = prepare(task.storyboard, model=options.model, output=output, settings=task.settings)
+        prepared = prepare(task.storyboard, model=options.model, output=output, settings=task.settings, hls=options.hls)
         return prepared, start_run
     run = open_run(run_dir)
     if difference := _difference(run, task, options):

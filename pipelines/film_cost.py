@@ -8,7 +8,8 @@ Figures are those of one process; see `arlon.cost` for what they leave out.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from arlon.diffusion import samplers
 from arlon.grids import ceil_div
 from pipelines.model import ModelConfigs, read_configs
 from pipelines.plan import Plan, Segment
-from pipelines.requests import text_request
+from pipelines.requests import code_schedule, segment_blend, text_request
 
 if TYPE_CHECKING:
     from arlon.checkpoint import ModelFolder
@@ -118,9 +119,12 @@ class _Estimate:
         return cost.text_cost(self.configs.text_encoder), len(text_request(self.plan).prompts)
 
     def dit(self) -> tuple[Cost, float]:
-        """Guided passes count one, the others half."""
+        """Guided passes count one, the others half; a segment between two prompts takes those of both."""
         film = self.plan.storyboard
-        scales = Counter(self._guidance_scale(segment) for segment in self.plan.segments)
+        scales = Counter[float]()
+        for segment in self.plan.segments:
+            is_blended = segment_blend(self.plan, segment, self.plan.takes[segment.take]) is not None
+            scales[self._guidance_scale(segment)] += 2 if is_blended else 1
         is_guided = set(scales) != {1}
         passes = sum(count * (1.0 if scale != 1 or not is_guided else 0.5) for scale, count in scales.items())
         evaluations = film.num_inference_steps * solver_evaluations(film.solver)
@@ -150,7 +154,10 @@ class _Estimate:
         return cost.injection_cost(self.configs.injection, self._segment_size), len(self.plan.segments)
 
     def ar(self) -> tuple[Cost, float]:
-        """Every frame as at the end of a full window; the window is read at every switch and every slide."""
+        """Every frame as at the end of a full window; the window is read at every switch and every slide.
+
+        While a switch is blended, the model also writes under the prompt before, in a cache of one row.
+        """
         config = self.configs.ar
         batch = 1 if self.plan.geometry.defaults.ar_guidance_scale == 1 else 2
         sizes = {"text_length": self.configs.text_encoder.max_length, "batch": batch}
@@ -158,8 +165,20 @@ class _Estimate:
         takes = self.plan.takes
         slides = sum(ceil_div(max(0, take.num_code_frames - config.max_code_frames), config.hop) for take in takes)
         reads = slides + sum(len(take.spans) for take in takes)
-        frames = sum(take.num_code_frames for take in takes)
-        return frame, frames + reads * read.flops / frame.flops
+        flops = sum(take.num_code_frames for take in takes) * frame.flops + reads * read.flops
+        if blends := list(self._blended_code_frames()):
+            sizes["batch"] = 1
+            old_frame, old_read = cost.ar_frame_cost(config, **sizes), cost.ar_read_cost(config, **sizes)
+            flops += sum(blends) * old_frame.flops + len(blends) * old_read.flops
+            frame = replace(frame, working_bytes=frame.working_bytes + old_frame.working_bytes)
+        return frame, flops / frame.flops
+
+    def _blended_code_frames(self) -> Iterator[int]:
+        """Of every switch that is blended."""
+        for take in self.plan.takes:
+            for _, _, blend, count in code_schedule(self.plan, take):
+                if blend:
+                    yield min(blend, count)
 
     @cached_property
     def _segment_size(self) -> tuple[int, int, int]:

@@ -405,7 +405,7 @@ class _Tally:
         self.left_frames -= segment.num_frames
         if self.num_made == 1:
             self.first_segment_s = elapsed_s
-            pace_s = sum(v for k, v in result.elapsed_s.items() if k != "code") / segment.num_frames
+            pace_s = sum(result.elapsed_s.values()) / segment.num_frames
         else:
             self._frames_since_first += segment.num_frames
             pace_s = (elapsed_s - self.first_segment_s) / self._frames_since_first

@@ -1,7 +1,8 @@
 """Make a film in one process: the reference that the graph is tested against.
 
-The codes of the whole film are written first, so that its plan is on disk before any expensive step. They are small
-and stay in memory; of text features, latents and frames, only what one segment needs is.
+Segment after segment, each from its codes to its fragment of the film, so the first can be watched after the same time
+however long the film is. Codes are written as far as the segment at hand needs them; they are small and stay in memory.
+Of text features, latents and frames, only what one segment needs is.
 """
 
 from __future__ import annotations
@@ -9,11 +10,15 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from typing import Any
 
+from torch import Tensor
+
 from pipelines.requests import (
+    CodeRequest,
     CodeResult,
     Committed,
     Job,
     RefineResult,
+    SegmentRequests,
     TextRequest,
     WriteResult,
     carried_on,
@@ -65,67 +70,59 @@ def run_local(
     """
     committed = committed or Committed()
     with torch_threads(job.settings.num_threads), WriteWorker(job, committed) as write_worker:
-        text_worker = worker(TextWorker, job)
-        codes = _write_codes(job, committed, worker, text_worker, write_worker)
-        yield from _render(job, committed, codes, worker, text_worker, write_worker)
+        if len(committed.segments) < len(job.plan.segments):
+            yield from _make(job, committed, worker, write_worker)
 
 
-class _FilmCodes:
-    """The codes of a film, and what each segment's share cost."""
-
-    def __init__(self, committed: Committed) -> None:
-        self.takes = {take: CodeResult(codes=codes, elapsed_s=0.0) for take, codes in committed.codes.items()}
-        self.costs: dict[int, tuple[float, int, float]] = {}
-
-    def of_segment(self, index: int, take: int, stop: int) -> CodeResult:
-        """The first `stop` code frames of a take, with the seconds and memory of a segment."""
-        elapsed_s, memory_bytes, ended_s = self.costs.get(index, (0.0, 0, 0.0))
-        codes = self.takes[take].codes[:, :stop]
-        return CodeResult(codes=codes, elapsed_s=elapsed_s, memory_bytes=memory_bytes, ended_s=ended_s)
-
-
-def _write_codes(
-    job: Job, committed: Committed, worker: WorkerSource, text_worker: TextWorker, write_worker: WriteWorker
-) -> _FilmCodes:
-    film = _FilmCodes(committed)
-    code_worker: CodeWorker | None = None
-    for request in film_requests(job):
-        code = request.code
-        before = film.takes.get(code.take)
-        if before is not None and before.codes.shape[1] >= code.stop:
-            continue
-        code_worker = code_worker or worker(CodeWorker, job)
-        text = text_worker.run(TextRequest(prompts=code.prompts))
-        result = code_worker.run(fill(code, text=text, before=before))
-        write_worker.keep_codes(code.take, result)
-        film.takes[code.take] = result
-        film.costs[request.segment.index] = result.elapsed_s, result.memory_bytes, result.ended_s
-    return film
-
-
-def _render(
-    job: Job,
-    committed: Committed,
-    codes: _FilmCodes,
-    worker: WorkerSource,
-    text_worker: TextWorker,
-    write_worker: WriteWorker,
+def _make(
+    job: Job, committed: Committed, worker: WorkerSource, write_worker: WriteWorker
 ) -> Generator[WriteResult, None, None]:
-    if len(committed.segments) == len(job.plan.segments):
-        return
-    refine_worker, decode_worker = worker(RefineWorker, job), worker(DecodeWorker, job)
+    kinds = TextWorker, RefineWorker, DecodeWorker
+    text_worker, refine_worker, decode_worker = (worker(kind, job) for kind in kinds)
+    film_codes = _FilmCodes(job, committed, worker, text_worker, write_worker)
     folder = RunFolder(job.run_dir)
     refined: RefineResult | None = None
     for request in film_requests(job):
-        index = request.segment.index
+        codes, index = film_codes.of_segment(request), request.segment.index
         if index in committed.segments:
             refined = None
             continue
-        if not request.is_take_start and refined is None:
+        if request.is_take_start:
+            refined = None
+        elif refined is None:
             refined = carried_on(folder.read_latent(index - 1))
-        code = codes.of_segment(index, request.code.take, request.code.stop)
         text = text_worker.run(TextRequest(prompts=request.refine.prompts))
-        before = None if request.is_take_start else refined
-        refined = refine_worker.run(fill(request.refine, text=text, codes=code, before=before))
+        refined = refine_worker.run(fill(request.refine, text=text, codes=codes, before=refined))
         decoded = decode_worker.run(fill(request.decode, refined=refined))
-        yield write_worker.run(fill(request.write, codes=code, refined=refined, decoded=decoded))
+        yield write_worker.run(fill(request.write, codes=codes, refined=refined, decoded=decoded))
+
+
+class _FilmCodes:
+    """The codes of a film, written and stored as far as the segment at hand needs them; asked for in order."""
+
+    def __init__(
+        self, job: Job, committed: Committed, worker: WorkerSource, text_worker: TextWorker, write_worker: WriteWorker
+    ) -> None:
+        self.job, self.committed, self.worker = job, committed, worker
+        self.text_worker, self.write_worker = text_worker, write_worker
+        self._code_worker: CodeWorker | None = None
+        self._of_take: Tensor | None = None
+        """(1, n, cH, cW), those of the take so far."""
+
+    def of_segment(self, request: SegmentRequests) -> CodeResult:
+        """The codes that a segment needs; they cost nothing where they were there."""
+        code = request.code
+        if request.is_take_start:
+            self._of_take = self.committed.codes.get(code.take)
+        if self._of_take is None or self._of_take.shape[1] < code.stop:
+            return self._write(code)
+        return CodeResult(codes=self._of_take[:, : code.stop], elapsed_s=0.0)
+
+    def _write(self, code: CodeRequest) -> CodeResult:
+        self._code_worker = self._code_worker or self.worker(CodeWorker, self.job)
+        text = self.text_worker.run(TextRequest(prompts=code.prompts))
+        before = None if self._of_take is None else CodeResult(codes=self._of_take, elapsed_s=0.0)
+        result = self._code_worker.run(fill(code, text=text, before=before))
+        self.write_worker.keep_codes(code.take, result)
+        self._of_take = result.codes
+        return result

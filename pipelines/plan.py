@@ -9,8 +9,9 @@ that owns the first of them.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -99,6 +100,17 @@ class Plan:
         """Frames a second."""
         assert self.storyboard.fps is not None
         return self.storyboard.fps
+
+    @cached_property
+    def places(self) -> dict[int, tuple[int, int]]:
+        """Of every shot that owns code frames: its place among the spans of its take, and its first code frame."""
+        return {
+            shot: (place, stop - count)
+            for take in self.takes
+            for (place, (shot, count)), stop in zip(
+                enumerate(take.spans), accumulate(count for _, count in take.spans), strict=True
+            )
+        }
 
     def to_plain(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -306,10 +318,10 @@ def _check_length(storyboard: Storyboard, geometry: ModelGeometry) -> None:
         raise StoryboardError([f"the film has {total} segments, at most {MAX_SEGMENTS} are possible"])
 
 
-def timeline_rows(plan: Plan) -> list[dict[str, str]]:
-    """The rows of the printed timeline, one a shot, ready to show."""
+def timeline_rows(plan: Plan, shots: Iterable[ShotSpan] | None = None) -> list[dict[str, str]]:
+    """The rows of the printed timeline, one a shot, ready to show; `shots`: of these only."""
     rows = []
-    for span in plan.shots:
+    for span in plan.shots if shots is None else shots:
         shot = plan.storyboard.shots[span.shot]
         change = span.num_frames - span.asked_frames
         rows.append(

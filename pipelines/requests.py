@@ -363,17 +363,16 @@ def segment_blend(plan: Plan, segment: Segment, take: Take) -> Blend | None:
     The weights are those of the code frames that cover the latent frames; a latent frame of the shot in a code frame
     of the shot before has that of the first.
     """
-    owners = [shot for shot, _ in take.spans]
-    place = owners.index(segment.shot) if segment.shot in owners else 0
-    blend = plan.storyboard.shots[segment.shot].blend or 0
+    blend = plan.storyboard.shots[segment.shot].blend
+    place, switch = plan.places.get(segment.shot, (0, 0))
     if not place or not blend:
         return None
-    switch, ratio = sum(count for _, count in take.spans[:place]), plan.geometry.code_ratio[0]
+    ratio = plan.geometry.code_ratio[0]
     latents = range(segment.start_latent, segment.start_latent + segment.num_latents)
     weights = tuple(blend_weight(max(0, latent // ratio - switch), blend) for latent in latents)
     if min(weights[segment.overlap :]) == 1:
         return None
-    return Blend(prompt=plan.storyboard.shots[owners[place - 1]].prompt, weights=weights)
+    return Blend(prompt=plan.storyboard.shots[take.spans[place - 1][0]].prompt, weights=weights)
 
 
 def _seed_of(plan: Plan, shot: int) -> int:

@@ -51,9 +51,9 @@ def read_status(run_dir: str | Path) -> RunStatus:
     record = folder.read_run()
     plan, committed = record["plan"], set(folder.committed_indices())
     try:
-        num_codes = sum(codes.shape[1] for codes in folder.read_codes().values())
+        num_codes = {take: codes.shape[1] for take, codes in folder.read_codes().items()}
     except FileNotFoundError:
-        num_codes = 0
+        num_codes = {}
     num_code_frames = sum(take["num_code_frames"] for take in plan["takes"])
     events = list(_since_start(folder.events()))
     holder = holder_of(folder.path)
@@ -67,8 +67,8 @@ def read_status(run_dir: str | Path) -> RunStatus:
         num_segments=len(plan["segments"]),
         num_committed=len(committed),
         num_code_frames=num_code_frames,
-        num_codes_written=num_codes,
-        now=_now(segments, num_codes < num_code_frames) if holder else None,
+        num_codes_written=sum(num_codes.values()),
+        now=_now(segments, num_codes) if holder else None,
         left_s=_left_s(events, len(segments)) if holder else None,
         drift=next((event["drift"] for event in reversed(events) if event["event"] == "commit"), None),
         film=str(paths.film if is_published else paths.partial),
@@ -83,12 +83,14 @@ def _since_start(events: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]
     return last
 
 
-def _now(segments: list[dict[str, Any]], lacks_codes: bool) -> str:
-    if lacks_codes:
-        return "writing the codes"
+def _now(segments: list[dict[str, Any]], num_codes: Mapping[int, int]) -> str:
+    """What is made, given the segments that are not committed and the code frames there are, by take."""
     if not segments:
         return "putting the film together"
-    return f"making segment {segments[0]['index']}, of shot {segments[0]['shot'] + 1}"
+    first = segments[0]
+    lacks_codes = num_codes.get(first["take"], 0) < first["num_code_frames"]
+    what = "writing the codes of" if lacks_codes else "making"
+    return f"{what} segment {first['index']}, of shot {first['shot'] + 1}"
 
 
 def _left_s(events: list[Mapping[str, Any]], num_left: int) -> float | None:

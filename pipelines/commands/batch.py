@@ -12,6 +12,7 @@ from pipelines.commands.common import (
     FAILED,
     DtypeOption,
     Executor,
+    HlsOption,
     JsonOption,
     ModelOption,
     SetOption,
@@ -51,6 +52,7 @@ def batch(
         int | None, typer.Option("--threads", min=1, help="Processor threads of a pipeline. [default: all cores]")
     ] = None,
     assignments: SetOption = None,
+    hls: HlsOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Make many films; what is finished is skipped, and one that fails does not stop the rest."""
@@ -73,7 +75,9 @@ def batch(
         )
         film_values, settings = sorted_values(everywhere)
         _check_values(film_values, settings, model)
-        options = BatchOptions(output_dir=str(output_dir.expanduser().resolve()), model=model, num_retries=retries)
+        options = BatchOptions(
+            output_dir=str(output_dir.expanduser().resolve()), model=model, num_retries=retries, hls=hls
+        )
         read = read_batch(films, film_values=film_values, settings=settings)
         tasks = [film for film in read if isinstance(film, FilmTask)]
         outcomes = [film for film in read if not isinstance(film, FilmTask)]

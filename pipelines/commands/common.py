@@ -86,6 +86,7 @@ GraphOption = Annotated[
     Path | None,
     typer.Option("--graph", metavar="FILE.yaml", help="Ray actors of each role; docs/cluster.md."),
 ]
+HlsOption = Annotated[bool, typer.Option("--hls", help="Make an HLS stream beside a film, to watch it while it grows.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing of how it goes, only what came of it.")]
 

@@ -7,7 +7,7 @@ import shlex
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -23,6 +23,7 @@ from pipelines.commands.common import (
     GraphOption,
     GuidanceOption,
     HeightOption,
+    HlsOption,
     ImageOption,
     JoinOption,
     JsonOption,
@@ -48,11 +49,20 @@ from pipelines.commands.common import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from pipelines.film_cost import FilmCost
     from pipelines.generate import Begin, FilmResult, Prepared, Progress
     from pipelines.graph import GraphConfig
     from pipelines.picture import PreparedPicture
     from pipelines.plan import Plan
+
+
+T = TypeVar("T")
+MAX_ROWS, TAIL_ROWS = 30, 10
+"""Shots that `arlon plan` prints of a film that has more, and how many of them are the last."""
+FILE_COLUMNS = 120
+"""Of a timeline that is not printed on a terminal."""
 
 
 def generate(
@@ -95,9 +105,7 @@ def generate(
         bool,
         typer.Option("--metadata/--no-metadata", help="Store in the film and beside it what it was made from."),
     ] = True,
-    hls: Annotated[
-        bool, typer.Option("--hls", help="Make an HLS stream beside the film, to watch it while it grows.")
-    ] = False,
+    hls: HlsOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -171,6 +179,7 @@ def plan(
     negative_prompt: NegativeOption = None,
     solver: SolverOption = None,
     assignments: SetOption = None,
+    is_whole: Annotated[bool, typer.Option("--all", help="Print every shot of a long film.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Print the frame-exact timeline of a film without making it."""
@@ -211,8 +220,13 @@ def plan(
             plain |= {"cost": _cost(film_plan, folder, dtype).to_plain()}
             typer.echo(json.dumps(plain, indent=2, ensure_ascii=False))
         else:
-            print_timeline(film_plan)
-            for given in references:
+            print_timeline(film_plan, is_whole=is_whole)
+            head, tail = _head_and_tail(references, is_whole=is_whole)
+            for given in head:
+                typer.echo(given.describe())
+            if tail:
+                typer.echo(f"... {count(len(references) - len(head) - len(tail), 'more file')}, shown with --all")
+            for given in tail:
                 typer.echo(given.describe())
             _print_cost(_cost(film_plan, folder, dtype))
 
@@ -355,13 +369,15 @@ def print_film(result: FilmResult, sheet_path: Path | None = None, *, as_json: b
         typer.echo(str(sheet_path))
 
 
-def print_timeline(film: Plan) -> None:
+def print_timeline(film: Plan, *, is_whole: bool = False) -> None:
+    """Print the shots of a film and their sums; of a long one the first and the last, unless `is_whole`."""
     from rich.console import Console
     from rich.table import Table
 
     from pipelines.plan import timeline_rows
 
-    rows = timeline_rows(film)
+    head, tail = _head_and_tail(film.shots, is_whole=is_whole)
+    rows = timeline_rows(film, (*head, *tail))
     table = Table(box=None, pad_edge=False)
     for column in rows[0]:
         is_text = column in ("join", "prompt")
@@ -371,12 +387,31 @@ def print_timeline(film: Plan) -> None:
             no_wrap=column != "prompt",
             min_width=16 if column == "prompt" else None,
         )
-    for row in rows:
+    for number, row in enumerate(rows):
+        if tail and number == len(head):
+            left_out = f"{count(len(film.shots) - len(rows), 'more shot')}, shown with --all"
+            table.add_row(*("..." if column == "shot" else "" for column in row if column != "prompt"), left_out)
         table.add_row(*row.values())
     console = Console(markup=False, highlight=False)
+    if not console.is_terminal:
+        console.width = max(console.width, FILE_COLUMNS)
     console.print(table)
+    console.print(_sums(film), soft_wrap=True)
+
+
+def _head_and_tail(items: Sequence[T], *, is_whole: bool) -> tuple[Sequence[T], Sequence[T]]:
+    """The first and the last of many things; all are the first if they are few, or `is_whole`."""
+    if is_whole or len(items) <= MAX_ROWS:
+        return items, ()
+    return items[: MAX_ROWS - TAIL_ROWS], items[-TAIL_ROWS:]
+
+
+def _sums(film: Plan) -> str:
     board = film.storyboard
-    console.print(
-        f"{film.num_frames} frames, {film.duration_s:.2f} s at {film.fps:g} fps, {board.width} x {board.height} "
-        f"pixels, {count(len(film.takes), 'take')}, {count(len(film.segments), 'segment')}, seed {board.seed}"
+    change = film.num_frames - sum(shot.asked_frames for shot in film.shots)
+    rounded = f" ({change / film.fps:+.2f} s by rounding)" if change else ""
+    return (
+        f"{count(len(film.shots), 'shot')}, {film.num_frames} frames, {film.duration_s:.2f} s at {film.fps:g} fps"
+        f"{rounded}, {board.width} x {board.height} pixels, {count(len(film.takes), 'take')}, "
+        f"{count(len(film.segments), 'segment')}, seed {board.seed}"
     )

@@ -236,6 +236,31 @@ def test_the_command_ends_well_if_all_is_well(tiny_model: Path, tmp_path: Path) 
     assert json.loads((tmp_path / "out" / "x" / "run.json").read_text())["settings"]["crf"] == 20
 
 
+def test_films_have_streams_if_asked_for(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also a film that fails half way and is tried again; one that was begun without a stream goes on without."""
+    decode, calls = workers.DecodeWorker.run, []
+
+    def failing(self: workers.DecodeWorker, request: Any) -> Any:
+        calls.append(request)
+        if len(calls) == 2:
+            raise RuntimeError("out of memory")
+        return decode(self, request)
+
+    monkeypatch.setattr(workers.DecodeWorker, "run", failing)
+    path = batch_file(tmp_path, {"name": "begun", **TWO_SEGMENTS})
+    command = ("batch", path, "--output-dir", tmp_path / "out", "--model", tiny_model)
+    assert arlon(*command, "--retries", 0).exit_code == 1
+    calls.clear()
+    batch_file(tmp_path, {"name": "x", **TWO_SEGMENTS}, {"name": "begun", **TWO_SEGMENTS})
+    result = arlon(*command, "--hls")
+    assert result.exit_code == 0, result.stderr
+    lines = (tmp_path / "out" / "x" / "film.hls" / "film.m3u8").read_text().splitlines()
+    assert (sum(line.startswith("#EXTINF") for line in lines), lines[-1]) == (2, "#EXT-X-ENDLIST")
+    assert not (tmp_path / "out" / "begun" / "film.hls").exists()
+    films = [tmp_path / "out" / name / "film.mp4" for name in ("x", "begun")]
+    assert films[0].read_bytes() == films[1].read_bytes()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -75,6 +75,35 @@ def test_plan_prints_the_timeline(tiny_model: Path) -> None:
     assert [segment["overlap"] for segment in plan["segments"]] == [0, 5]
 
 
+def test_plan_of_a_long_film_is_shortened(tiny_model: Path, tmp_path: Path) -> None:
+    board = tmp_path / "long.json"
+    board.write_text(json.dumps({"seed": 5, "shots": [{"prompt": f"scene {i}", "duration": 5} for i in range(1, 46)]}))
+    command = ("plan", "--model", tiny_model, "--storyboard", board)
+
+    def shown(*options: str) -> list[str]:
+        result = arlon(*command, *options)
+        assert result.exit_code == 0, result.stderr
+        return result.stdout.splitlines()
+
+    def scenes(lines: list[str]) -> list[str]:
+        return [line.split()[-1] for line in lines if " scene " in line]
+
+    short, whole = shown(), shown("--all")
+    assert scenes(short) == [*map(str, range(1, 21)), *map(str, range(36, 46))]
+    assert short[21].split() == ["...", "15", "more", "shots,", "shown", "with", "--all"]
+    assert scenes(whole) == [*map(str, range(1, 46))]
+    sums = "45 shots, 1547 frames, 193.38 s at 8 fps (-31.62 s by rounding)"  # 51 frames and 44 x 34, for 45 x 40
+    assert all(sums in " ".join(lines) for lines in (short, whole))
+    assert len(json.loads("\n".join(shown("--json")))["shots"]) == 45
+
+
+def test_plan_prints_a_film_that_is_just_not_long(tiny_model: Path, tmp_path: Path) -> None:
+    prompts = [part for i in range(30) for part in ("--prompt", f"scene {i}")]
+    lines = arlon("plan", "--model", tiny_model, *prompts).stdout.splitlines()
+    assert sum(" scene " in line for line in lines) == 30
+    assert not any("--all" in line for line in lines)
+
+
 def test_sheet_is_written_beside_the_film(tiny_model: Path, tmp_path: Path) -> None:
     arlon("generate", "--model", tiny_model, "--prompt", "a", "--threads", 1, "--output", tmp_path)
     for source in (tmp_path, tmp_path / "film.mp4"):

@@ -79,6 +79,27 @@ def test_without_guidance_the_dit_works_half_as_much(tiny_model: Path) -> None:
     assert dit_flops(1, 3) * 2 == pytest.approx(dit_flops(1, 1) + dit_flops(3, 3))
 
 
+def test_a_blend_costs_what_is_done_under_both_prompts(tiny_model: Path) -> None:
+    model = open_model(str(tiny_model))[0]
+
+    def parts(blend: int) -> dict[str, PartCost]:
+        second = {"prompt": "b", "duration": "68f", "blend": blend}
+        plan = plan_of(tiny_model, {"prompt": "a", "duration": "51f"}, second)
+        assert len(plan.segments) == 3
+        return {part.part: part for part in plan_cost(plan, model).parts}
+
+    plain, blended, longer = parts(0), parts(2), parts(8)
+    assert blended["dit"].flops * 3 == plain["dit"].flops * 4  # one of three segments twice
+    assert longer["dit"].flops * 3 == plain["dit"].flops * 5
+    sizes = {"text_length": tiny.TEXT_LENGTH, "batch": 1}
+    config = read_configs(model).ar
+    frame, read = cost.ar_frame_cost(config, **sizes), cost.ar_read_cost(config, **sizes)
+    assert blended["ar"].flops - plain["ar"].flops == pytest.approx(2 * frame.flops + read.flops)
+    assert blended["ar"].working_bytes - plain["ar"].working_bytes == frame.working_bytes
+    unchanged = ("text_encoder", "vae", "vqvae", "injection")
+    assert all(blended[name] == plain[name] for name in unchanged)
+
+
 def test_parts_work_in_turn_but_cache_and_features_stay() -> None:
     sizes = {"text_encoder": 50, "dit": 20, "vae": 45, "ar": 7, "vqvae": 3, "injection": 30}
     parts = tuple(PartCost(part=p, weight_bytes=100, working_bytes=n, flops=1) for p, n in sizes.items())

@@ -4,16 +4,18 @@ import json
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from torch import Tensor
 
 from arlon.data.video_io import probe, read_video
 from pipelines import generate as module
 from pipelines.film_file import read_film_record
 from pipelines.generate import FilmResult, Progress, generate, prepare
 from pipelines.output import output_paths, slug
-from pipelines.run_folder import RunFolder, hash_bytes
+from pipelines.run_folder import CODES_NAME, RunFolder, hash_bytes
 from pipelines.storyboard import UsageError, parse_storyboard, storyboard_from_prompts
 from tests.pipelines.films import SHOTS, assert_same_film, prepared_film
 
@@ -100,6 +102,33 @@ def test_a_seed_is_drawn_and_stored_where_none_is_given(tiny_model: Path, tmp_pa
     assert first.record["storyboard"]["seed"] == first.plan.storyboard.seed
 
 
+def test_codes_are_written_as_far_as_the_next_segment_needs(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So the time to the first segment does not depend on the length of the film."""
+    stored: list[tuple[Any, ...]] = []
+    append, commit = RunFolder.append_codes, RunFolder.commit_segment
+
+    def append_codes(self: RunFolder, take: int, start: int, codes: Tensor) -> None:
+        stored.append(("codes", take, start + codes.shape[1]))
+        append(self, take, start, codes)
+
+    def commit_segment(self: RunFolder, index: int, **values: Any) -> Any:
+        stored.append(("segment", index))
+        return commit(self, index, **values)
+
+    monkeypatch.setattr(RunFolder, "append_codes", append_codes)
+    monkeypatch.setattr(RunFolder, "commit_segment", commit_segment)
+    made = generate(prepared_film(tiny_model, tmp_path / "a.mp4"))
+    assert stored == [
+        *(("codes", 0, 10), ("segment", 0)),
+        *(("codes", 0, 13), ("segment", 1)),
+        *(("codes", 1, 8), ("segment", 2)),
+    ]
+    assert (made.run_dir / CODES_NAME).exists()
+    assert not RunFolder(made.run_dir).has_logged_codes()
+
+
 def test_progress_is_told_after_every_segment(tiny_model: Path, tmp_path: Path) -> None:
     told: list[Progress] = []
     prepared = prepared_film(tiny_model, tmp_path / "a.mp4")
@@ -149,7 +178,8 @@ def test_codes_stay_when_the_first_segment_fails(
     with pytest.raises(RuntimeError, match="broken"):
         generate(prepared_film(tiny_model, tmp_path / "a.mp4"))
     assert [path.name for path in tmp_path.iterdir()] == ["a.run"]
-    assert list(RunFolder(tmp_path / "a.run").read_codes()) == [0, 1]
+    codes = RunFolder(tmp_path / "a.run").read_codes()
+    assert {take: stored.shape[1] for take, stored in codes.items()} == {0: 10}
 
 
 def test_without_metadata_nothing_is_said(film: FilmResult, tiny_model: Path, tmp_path: Path) -> None:

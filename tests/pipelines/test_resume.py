@@ -76,7 +76,7 @@ def test_an_interrupted_film_goes_on_to_the_same_bytes(
 
 
 def test_codes_that_were_all_logged_are_gathered_by_the_next_writer(tiny_model: Path, tmp_path: Path) -> None:
-    run_dir = stopped_after(2, tiny_model, tmp_path / "film.mp4")
+    run_dir = stopped_after(3, tiny_model, tmp_path / "film.mp4")
     folder = RunFolder(run_dir)
     codes = folder.read_codes()
     (run_dir / CODES_NAME).unlink()

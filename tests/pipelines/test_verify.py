@@ -127,7 +127,8 @@ def test_a_run_tells_its_timings(film: FilmResult) -> None:
 
 def test_events_tell_seconds_memory_and_drift(film: FilmResult) -> None:
     events = list(RunFolder(film.run_dir).events())
-    assert [event["event"] for event in events] == ["start", "codes", *(["step"] * 4 + ["commit"]) * 3, "film"]
+    made = ["step"] * 4 + ["commit"]
+    assert [event["event"] for event in events] == ["start", *made * 2, "codes", *made, "film"]
     steps = [event for event in events if event["event"] == "step"]
     assert [(e["segment"], e["role"]) for e in steps[:4]] == [(0, r) for r in ("code", "refine", "decode", "write")]
     assert all(event["seconds"] > 0 and event["memory_mb"] > 10 for event in steps)
@@ -150,7 +151,7 @@ def test_status_of_a_run_in_all_its_states(film: FilmResult, copied: Path) -> No
         assert running.now == "making segment 2, of shot 3"
         assert running.left_s is not None
         (copied / "codes.safetensors").unlink()
-        assert read_status(copied).now == "writing the codes"
+        assert read_status(copied).now == "writing the codes of segment 2, of shot 3"
     text = arlon("status", film.run_dir).stdout
     assert text.startswith("complete\n")
     assert "3 of 3 committed" in text
