@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -47,6 +47,11 @@ HUGGING_FACE_KEYS = frozenset(
     }
 )
 """Keys of released config.json files that are not fields of the model; keys with a leading `_` neither."""
+
+
+READ_PRECISIONS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
+"""Types that floating-point tensors may be stored in: as safetensors names them, and as PyTorch does. Others, such as
+float8, need scales that no component here has."""
 
 
 FULL_PRECISION = frozenset({"rope.freqs"})
@@ -108,7 +113,7 @@ def load_component(
     """Build a model from a component folder and load its weights; the model is returned in eval mode.
 
     The model is constructed as usual, so that buffers which are not stored are right, and the global random
-    state is put back afterwards. Stored floating-point weights of any precision are accepted.
+    state is put back afterwards. Floating-point weights may be stored as any of `READ_PRECISIONS`.
 
     Args:
         model_class: The class, with its config dataclass in the class attribute `config_class`.
@@ -208,6 +213,29 @@ def stored_dtypes(folder: str | Path) -> dict[str, torch.dtype]:
     return found
 
 
+def check_precisions(files: Iterable[Path], what: str, names: Container[str] | None = None) -> None:
+    """Refuse weights that are stored as numbers that are not read; only headers are looked at.
+
+    Args:
+        files: The safetensors files of a component.
+        what: Whose weights they are, for the message.
+        names: Tensors that must be floating-point numbers; None: all.
+
+    Raises:
+        CheckpointError: If one is not, or is damaged.
+    """
+    files, stored = list(files), {}
+    for file in files:
+        stored |= _open(file, lambda f: {name: f.get_slice(name).get_dtype() for name in f.keys()})  # noqa: SIM118
+    wanted = {name: kind for name, kind in stored.items() if names is None or name in names}
+    if odd := [f"{name} ({kind})" for name, kind in wanted.items() if kind not in READ_PRECISIONS]:
+        raise CheckpointError(
+            f"{str(files[0].parent)!r} holds {what} tensors stored as numbers that are not read, {len(odd)}: "
+            f"{_some(odd)}; expected {', '.join(READ_PRECISIONS.values())}: get the weights that are not quantised, or "
+            "store them as one of these"
+        )
+
+
 def hash_component(folder: str | Path) -> str:
     """SHA-256 over the names and contents of the files of a component (config, weights, tokenizer)."""
     digest = hashlib.sha256()
@@ -237,6 +265,8 @@ def _load_weights(model: nn.Module, files: Iterable[Path], *, strict: bool) -> N
     expected = model.state_dict()
     stored = {name: file for file in files for name in _open(file, lambda f: list(f.keys()))}
     where = repr(str(files[0].parent))
+    floats = {name for name, tensor in expected.items() if tensor.is_floating_point()}
+    check_precisions(files, type(model).__name__, floats)
     if strict:
         _refuse(where, "lacks", [name for name in expected if name not in stored], len(expected))
         _refuse(where, "has unexpected", [name for name in stored if name not in expected], len(stored))
@@ -259,7 +289,7 @@ def _misfits(file: Any, expected: Mapping[str, Tensor]) -> list[str]:
         stored, wanted = file.get_slice(name), expected[name]
         if tuple(stored.get_shape()) != tuple(wanted.shape):
             problems.append(f"{name} is {tuple(stored.get_shape())}, expected {tuple(wanted.shape)}")
-        elif stored.get_dtype().startswith(("F", "BF")) != wanted.is_floating_point():
+        elif stored.get_dtype().startswith(("F", "BF")) and not wanted.is_floating_point():
             problems.append(f"{name} is stored as {stored.get_dtype()}, expected {wanted.dtype}")
     return problems
 

@@ -115,7 +115,7 @@ def load_model(
         name=identity["name"],
         model_hash=identity["hash"],
         geometry=geometry,
-        settings=make_settings(geometry.defaults, settings or {}),
+        settings=make_settings(geometry, settings or {}),
         num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale,
     )

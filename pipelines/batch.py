@@ -272,7 +272,7 @@ def _difference(run: Run, task: FilmTask, options: BatchOptions) -> str | None:
     boards = (replace(board, model=None).to_plain() for board in (found, plan.storyboard))
     if len({hash_plain(board) for board in boards}) > 1:
         return "another storyboard"
-    asked = make_settings(plan.geometry.defaults, task.settings)
+    asked = make_settings(plan.geometry, task.settings)
     used = run.prepared.job.settings
     different = [name for name in task.settings if getattr(asked, name) != getattr(used, name)]
     return f"another {' and '.join(different)}" if different else None

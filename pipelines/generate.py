@@ -20,7 +20,7 @@ from pipelines.durable import make_folder, sweep, write_json
 from pipelines.film_file import RECORD_FORMAT, film_tags, finalise
 from pipelines.hls import remove_stream
 from pipelines.lock import RunLock
-from pipelines.model import GenerationDefaults, ModelGeometry, open_model, read_geometry
+from pipelines.model import ModelGeometry, open_model, read_geometry
 from pipelines.output import OutputPaths, check_output, output_paths
 from pipelines.plan import Plan, make_plan, resolve_storyboard, with_frame_size
 from pipelines.references import Reference, check_references, encode_references
@@ -158,7 +158,7 @@ def prepare(
         ValueError: If the model is damaged.
     """
     plan, identity, folder = open_for_film(storyboard, model)
-    checked = make_settings(plan.geometry.defaults, settings or {})
+    checked = make_settings(plan.geometry, settings or {})
     paths = output_paths(output, plan.storyboard)
     check_output(paths, overwrite=overwrite)
     references = check_references(plan)
@@ -219,7 +219,7 @@ def _model_source(storyboard: Storyboard, model: str | None) -> str:
     return str(path.resolve()) if source and path.is_dir() else source
 
 
-def make_settings(defaults: GenerationDefaults, values: Mapping[str, Any]) -> Settings:
+def make_settings(geometry: ModelGeometry, values: Mapping[str, Any]) -> Settings:
     """Settings from the model's defaults and given values; None in `values` means: not given.
 
     Raises:
@@ -227,8 +227,8 @@ def make_settings(defaults: GenerationDefaults, values: Mapping[str, Any]) -> Se
     """
     from arlon.config import config_from_dict
 
-    names = ("ar_temperature", "ar_top_p", "ar_guidance_scale")
-    base: dict[str, Any] = {name: getattr(defaults, name) for name in names}
+    names = ("ar_temperature", "ar_top_p", "ar_guidance_scale", "vae_blend_frames")
+    base: dict[str, Any] = {name: getattr(geometry.defaults, name) for name in names}
     base |= {"num_threads": available_cores()}
     base |= {name: value for name, value in values.items() if value is not None}
     try:
@@ -236,6 +236,11 @@ def make_settings(defaults: GenerationDefaults, values: Mapping[str, Any]) -> Se
         check_device(settings.device)
     except ValueError as error:
         raise UsageError(str(error)) from error
+    if settings.vae_blend_frames > geometry.max_blend_frames:
+        raise UsageError(
+            f"vae_blend_frames must be between 0 and {geometry.max_blend_frames} with the chunks of this model's VAE, "
+            f"got {settings.vae_blend_frames}"
+        )
     return settings
 
 
@@ -268,7 +273,7 @@ def film_record(plan: Plan, identity: Mapping[str, str], settings: Settings) -> 
         "arlon": version(),
         "storyboard": plan.storyboard.to_plain(),
         "model": dict(identity),
-        "settings": asdict(settings),
+        "settings": settings.to_plain(),
         "timeline": timeline,
     }
 

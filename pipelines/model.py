@@ -58,6 +58,8 @@ class GenerationDefaults:
     ar_top_p: float = 0.95
     ar_guidance_scale: float = 3.0
     """Text guidance of the code model; 1 turns it off."""
+    vae_blend_frames: int = 0
+    """Frames blended on each side of the VAE's chunk borders; see `pipelines.requests.Settings`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +80,8 @@ class ModelGeometry:
     """Rows and columns of codes the AR model writes; None: any."""
     has_codes: bool = True
     """Whether the model plans with codes; a base alone does not, and its `code_ratio` is 1."""
+    max_blend_frames: int = 0
+    """Most frames on each side of a chunk border that the VAE can blend."""
 
     @property
     def size_multiple(self) -> int:
@@ -237,6 +241,7 @@ def make_geometry(configs: ModelConfigs, defaults: GenerationDefaults) -> ModelG
         patch_size=configs.dit.patch_size,
         code_ratio=(1, 1, 1),
         has_codes=False,
+        max_blend_frames=configs.vae.max_blend_frames,
     )
     if configs.vqvae is None or configs.ar is None:
         return geometry

@@ -87,7 +87,7 @@ def prepare_picture(
         raise UsageError(f"a picture is made from its prompt alone: leave out {', '.join(kinds)}")
     plan, identity, folder = open_for_film(storyboard, model)
     plan = picture_plan(plan)
-    checked = make_settings(plan.geometry.defaults, settings or {})
+    checked = make_settings(plan.geometry, settings or {})
     film = plan.storyboard
     path = Path("outputs") / f"{slug(film.shots[0].prompt)}-{film.seed}{SUFFIX}" if output is None else Path(output)
     path = path.expanduser() if path.suffix else path.expanduser() / f"picture{SUFFIX}"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate, zip_longest
 from pathlib import Path
@@ -54,18 +54,30 @@ class Settings:
     """Constant rate factor of the film, 0 (best) to 51."""
     preset: str = "medium"
     """x264 preset of the film."""
+    vae_blend_frames: int = 0
+    """Frames on each side of a border between two chunks of the VAE that are blended; 0: none, as in Open-Sora.
+
+    Borders inside a segment only: those between segments stay as they are, since the frames before them are committed.
+    """
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_threads <= MAX_THREADS:
             raise ValueError(f"num_threads must be between 1 and {MAX_THREADS}, got {self.num_threads}")
         if not 0 <= self.crf <= 51:
             raise ValueError(f"crf must be between 0 and 51, got {self.crf}")
+        if self.vae_blend_frames < 0:
+            raise ValueError(f"vae_blend_frames must be 0 or more, got {self.vae_blend_frames}")
         if self.preset not in X264_PRESETS:
             raise ValueError(f"preset must be one of {', '.join(X264_PRESETS)}, got {self.preset!r}")
         for name in ("ar_temperature", "ar_top_p", "ar_guidance_scale"):
             if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"{name} must be a finite number, got {getattr(self, name)}")
         SamplingConfig(temperature=self.ar_temperature, top_p=self.ar_top_p, guidance_scale=self.ar_guidance_scale)
+
+    def to_plain(self) -> dict[str, Any]:
+        """Plain values for JSON; what is newer than the first films is told where it is not at its default."""
+        plain = asdict(self)
+        return plain if self.vae_blend_frames else {k: v for k, v in plain.items() if k != "vae_blend_frames"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -423,6 +435,7 @@ def _inputs(job: Job, refine: RefineRequest) -> dict[str, Any]:
     blend = refine.blend
     return {
         **({} if blend is None else {"blend": {"prompt": blend.prompt, "weights": list(blend.weights)}}),
+        **({"vae_blend_frames": settings.vae_blend_frames} if settings.vae_blend_frames else {}),
         "model": job.model_hash,
         **{name: getattr(segment, name) for name in of_segment},
         **{name: getattr(refine, name) for name in names},

@@ -308,7 +308,11 @@ def _blended(old: samplers.VelocityFn, new: samplers.VelocityFn, weights: Tensor
 
 
 class DecodeWorker:
-    """Decodes latents with the video VAE; segments start at chunk borders, so each decodes by itself."""
+    """Decodes latents with the video VAE; segments start at chunk borders, so each decodes by itself.
+
+    Borders between chunks are blended inside a segment only: those of two segments would change frames that are
+    committed.
+    """
 
     def __init__(self, job: Job) -> None:
         self.settings = job.settings
@@ -320,7 +324,11 @@ class DecodeWorker:
         assert request.refined is not None
         started_s = time.perf_counter()
         with _precision(self.settings):
-            video = self.vae.decode(request.refined.latent.to(self.settings.device), request.num_frames)
+            video = self.vae.decode(
+                request.refined.latent.to(self.settings.device),
+                request.num_frames,
+                blend_frames=self.settings.vae_blend_frames,
+            )
         return DecodeResult(
             frames=video_to_frames(video[0]),
             elapsed_s=time.perf_counter() - started_s,

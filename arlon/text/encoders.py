@@ -26,7 +26,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from arlon.components import CONFIG_NAME, FORMAT, component_config, find_weights, read_json
+from arlon.components import CONFIG_NAME, FORMAT, check_precisions, component_config, find_weights, read_json
 from arlon.config import config_from_dict, config_to_dict, write_text
 from arlon.hub import fetch, is_hub_id
 from arlon.text.cleaning import clean_caption
@@ -219,6 +219,7 @@ class T5Encoder(_TransformerEncoder):
             ValueError: If they are damaged or not those of a T5.
         """
         folder = find_t5(source)
+        check_precisions(find_weights(folder), "T5")
         from transformers import AutoTokenizer, T5EncoderModel
 
         tokenizer = _from_pretrained(AutoTokenizer, _tokenizer_folder(folder))

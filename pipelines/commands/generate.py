@@ -214,7 +214,7 @@ def plan(
         film, settings = read_film_options(options)
         film_plan, _, folder = open_for_film(film, model)
         references = check_references(film_plan)
-        dtype = make_settings(film_plan.geometry.defaults, settings).dtype
+        dtype = make_settings(film_plan.geometry, settings).dtype
         if as_json:
             plain = film_plan.to_plain() | {"references": [given.describe() for given in references]}
             plain |= {"cost": _cost(film_plan, folder, dtype).to_plain()}

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,14 @@ import numpy as np
 import pytest
 from torch import Tensor
 
+from arlon.checkpoint import ModelFolder
 from arlon.data.video_io import probe, read_video
 from pipelines import generate as module
 from pipelines.film_file import read_film_record
 from pipelines.generate import FilmResult, Progress, generate, prepare
+from pipelines.model import read_geometry
 from pipelines.output import output_paths, slug
+from pipelines.requests import film_requests
 from pipelines.run_folder import CODES_NAME, RunFolder, hash_bytes
 from pipelines.storyboard import UsageError, parse_storyboard, storyboard_from_prompts
 from tests.pipelines.films import SHOTS, assert_same_film, prepared_film
@@ -248,6 +252,11 @@ def test_preparing_creates_nothing(tiny_model: Path, tmp_path: Path) -> None:
         ({"device": "toaster"}, "cannot compute on device 'toaster', try 'cpu'"),
         ({"dtype": "float8"}, "dtype"),
         ({"crff": 3}, "crff"),
+        (
+            {"vae_blend_frames": 8},
+            "vae_blend_frames must be between 0 and 7 with the chunks of this model's VAE, got 8",
+        ),
+        ({"vae_blend_frames": -1}, "vae_blend_frames must be 0 or more, got -1"),
     ],
 )
 def test_wrong_settings_are_refused(
@@ -255,6 +264,23 @@ def test_wrong_settings_are_refused(
 ) -> None:
     with pytest.raises(UsageError, match=message):
         prepared_film(tiny_model, tmp_path / "a.mp4", settings=settings)
+
+
+def test_blended_frames_are_told_where_there_are_any(tiny_model: Path, tmp_path: Path) -> None:
+    plain, blended = (prepared_film(tiny_model, tmp_path / "a.mp4", settings={"vae_blend_frames": n}) for n in (0, 2))
+    assert "vae_blend_frames" not in plain.record["settings"]  # films of before it have the same bytes
+    assert blended.record["settings"]["vae_blend_frames"] == 2
+    inputs = [next(film_requests(film.job)).write.inputs for film in (plain, blended)]
+    assert [values.get("vae_blend_frames") for values in inputs] == [None, 2]
+
+
+def test_a_model_says_how_many_frames_are_blended(tiny_model: Path) -> None:
+    geometry = read_geometry(ModelFolder.open(tiny_model))
+    of_model = replace(geometry, defaults=replace(geometry.defaults, vae_blend_frames=3))
+    assert module.make_settings(of_model, {}).vae_blend_frames == 3
+    assert module.make_settings(of_model, {"vae_blend_frames": 0}).vae_blend_frames == 0
+    with pytest.raises(UsageError, match="vae_blend_frames must be between 0 and 2"):
+        module.make_settings(replace(of_model, max_blend_frames=2), {})
 
 
 def test_unknown_model_solver_and_executor_are_refused(tiny_model: Path, tmp_path: Path) -> None:

@@ -317,7 +317,9 @@ def test_blended_film_is_the_same_with_two_actors_a_role(ray_session: Any, tiny_
         {"prompt": "a green circle", "duration": "51f", "transition": "cut"},
         {"prompt": "a red square", "duration": "34f", "blend": 1},
     )
-    local = generate(prepared_film(tiny_model, tmp_path / "local.mp4", *shots))
+    settings = {"vae_blend_frames": 2}
+    local = generate(prepared_film(tiny_model, tmp_path / "local.mp4", *shots, settings=settings))
     config = GraphConfig(code=Role(replicas=2), refine=Role(replicas=2))
-    ray_made = generate(prepared_film(tiny_model, tmp_path / "ray.mp4", *shots), executor="ray", graph=config)
+    prepared = prepared_film(tiny_model, tmp_path / "ray.mp4", *shots, settings=settings)
+    ray_made = generate(prepared, executor="ray", graph=config)
     assert ray_made.film.read_bytes() == local.film.read_bytes()

@@ -212,6 +212,25 @@ def test_segments_decode_like_the_whole_take(chain: Chain, refine_worker: Refine
     assert difference.abs().max() <= 1  # a value may round to the other side
 
 
+@torch.no_grad()
+def test_blending_changes_frames_at_chunk_borders_inside_a_segment_alone(
+    chain: Chain, refine_worker: RefineWorker
+) -> None:
+    vae = VideoVAE.from_pretrained(Path(chain.job.model_path) / "vae")
+    plain = DecodeWorker(chain.job)
+    blending = DecodeWorker(replace(chain.job, settings=replace(chain.job.settings, vae_blend_frames=2)))
+    borders = {51: {15, 16, 17, 18, 32, 33, 34, 35}, 34: {15, 16, 17, 18}}
+    for number, refined in zip((51, 34, 51), chain.refine_all(refine_worker), strict=True):
+        request = DecodeRequest(num_frames=number, refined=refined)
+        before, after = plain.run(request).frames, blending.run(request).frames
+        assert torch.from_numpy(after).equal(
+            torch.from_numpy(video_to_frames(vae.decode(refined.latent, number, blend_frames=2)[0]))
+        )
+        changed = {frame for frame in range(number) if (before[frame] != after[frame]).any()}
+        assert changed <= borders[number]
+        assert changed, "blending has no effect"
+
+
 def test_frames_are_the_nearest_levels() -> None:
     video = torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0, 0.5]).view(1, 1, 2, 3).expand(3, 1, 2, 3)
     frames = video_to_frames(video)

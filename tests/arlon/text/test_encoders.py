@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from arlon.text import encoders
 from arlon.text.encoders import (
@@ -248,7 +249,16 @@ def test_damaged_t5_is_named(t5_folder: Path, tmp_path: Path) -> None:
     for file in t5_folder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "model.safetensors").write_bytes((t5_folder / "model.safetensors").read_bytes()[:100])
-    with pytest.raises(ValueError, match="cannot load the T5 text encoder"):
+    with pytest.raises(ValueError, match=r"model\.safetensors' is damaged or cut off \(100 bytes\)"):
+        T5Encoder(tmp_path)
+
+
+def test_t5_in_float8_is_refused(t5_folder: Path, tmp_path: Path) -> None:
+    for file in t5_folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    weights = tmp_path / "model.safetensors"
+    save_file({name: tensor.to(torch.float8_e4m3fn) for name, tensor in load_file(weights).items()}, weights)
+    with pytest.raises(ValueError, match=r"holds T5 tensors stored as .*\(F8_E4M3\).* expected float32, float16"):
         T5Encoder(tmp_path)
 
 
