@@ -26,17 +26,16 @@ MIDDLE = 78
 """Row and column of the centre of a picture: it reaches 2.6 radii far, where nothing is left of any shape."""
 
 
-def shape_likeness(cover: np.ndarray, z: np.ndarray, group: np.ndarray, num_groups: int) -> np.ndarray:
-    """Likeness of each group of pixels to each of `shapes_world.SHAPES`, (num_groups, shapes) in [0, 1].
+def shape_likeness(cover: np.ndarray, z: np.ndarray, group: np.ndarray, radius: np.ndarray) -> np.ndarray:
+    """Likeness of each group of pixels to each of `shapes_world.SHAPES`, (groups, shapes) in [0, 1].
 
     Args:
         cover: (pixels,) cover of each pixel.
-        z: (pixels,) complex offset of each pixel from the centre of its group, in pixels.
+        z: (pixels,) complex offset of each pixel from the centre of its group.
         group: (pixels,) index of the group of each pixel.
-        num_groups: Number of groups; one without pixels gets 0.
+        radius: (groups,) that of the disc of the same area, in the unit of z. A group without pixels gets 0.
     """
-    area = np.bincount(group, cover, num_groups)
-    radius = np.sqrt(np.where(area > 0, area, np.inf) / math.pi)
+    num_groups = len(radius)
     offset = (z * (PIXELS_PER_RADIUS / radius[group])).astype(np.complex64)
     energy = np.bincount(group, cover * cover, num_groups)
     likeness = np.zeros((num_groups, len(world.SHAPES)))

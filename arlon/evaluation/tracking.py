@@ -41,11 +41,13 @@ COLOUR_CHANGE_COST = 0.12
 MIN_PRESENCE = 0.3
 """Share of the frames in which an object must be seen."""
 BACKGROUND_CAP = 60.0
+MAX_PIXELS = 8000
+"""How many pixels at most are compared with pictures of shapes; of more, every second, third ..."""
 
 
 @dataclass(frozen=True)
 class Pixels:
-    """Pixels of an object in all frames, (pixels,) each: frame, cover, complex offset from its centre in pixels."""
+    """Pixels of an object in all frames, (pixels,) each: frame, cover, complex offset from its centre in heights."""
 
     frame: np.ndarray
     cover: np.ndarray
@@ -81,9 +83,10 @@ class Track:
         """To each of `shapes_world.SHAPES` in each of `frames` (increasing), (frames, shapes) in [0, 1]."""
         row = np.full(len(self.x), -1)
         row[frames] = np.arange(len(frames))
-        group = row[self.pixels.frame]
-        own = group >= 0
-        return shape_likeness(self.pixels.cover[own], self.pixels.offset[own], group[own], len(frames))
+        own = np.flatnonzero(row[self.pixels.frame] >= 0)
+        own = own[:: -(-len(own) // MAX_PIXELS)]
+        radius = np.sqrt(self.area[frames] / np.pi)
+        return shape_likeness(self.pixels.cover[own], self.pixels.offset[own], row[self.pixels.frame[own]], radius)
 
     def moment_product(self, order: int, good: np.ndarray) -> complex:
         """Mean of m[k + 1] conj(m[k]) of one order over consecutive good frames; 0 if there are none.
@@ -341,7 +344,7 @@ def _measure(
         elongation=np.abs(skew) / np.where(seen & (spread > 0), spread, np.nan),
         colour=colour,
         touched=touched,
-        pixels=Pixels(frame, cover, z * height),
+        pixels=Pixels(frame, cover, z),
     )
 
 

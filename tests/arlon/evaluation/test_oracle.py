@@ -99,7 +99,8 @@ def test_likeness_finds_a_shape_at_any_angle_scale_and_blur(shape, sigma):
         turned = np.cos(angle) * x + np.sin(angle) * y, np.cos(angle) * y - np.sin(angle) * x
         cover = np.clip(0.5 - 60 * world.signed_distance(shape, *turned, np.float64(radius)), 0, 1)
         cover = validation.ndimage.gaussian_filter(cover, sigma)
-        likeness = shape_likeness(cover.ravel(), z, np.zeros(z.size, int), 2)
+        same_disc = np.full(2, np.sqrt(cover.sum() / np.pi))
+        likeness = shape_likeness(cover.ravel(), z, np.zeros(z.size, int), same_disc)
         assert world.SHAPES[likeness[0].argmax()] == shape
         assert likeness[0].max() > 0.95
         assert not likeness[1].any()  # a group without pixels
