@@ -375,8 +375,9 @@ def print_timeline(film: Plan) -> None:
         table.add_row(*row.values())
     console = Console(markup=False, highlight=False)
     console.print(table)
-    board = film.storyboard
+    board, fit = film.storyboard, film.frame_fit
+    size = f"{board.width} x {board.height} pixels" if fit.is_exact else fit.describe()
     console.print(
-        f"{film.num_frames} frames, {film.duration_s:.2f} s at {film.fps:g} fps, {board.width} x {board.height} "
-        f"pixels, {count(len(film.takes), 'take')}, {count(len(film.segments), 'segment')}, seed {board.seed}"
+        f"{film.num_frames} frames, {film.duration_s:.2f} s at {film.fps:g} fps, {size}, "
+        f"{count(len(film.takes), 'take')}, {count(len(film.segments), 'segment')}, seed {board.seed}"
     )
