@@ -20,6 +20,13 @@ def is_hub_id(name: str) -> bool:
     return _HUB_ID.fullmatch(name) is not None
 
 
+def is_offline() -> bool:
+    """Whether the environment forbids downloads."""
+    from huggingface_hub import constants
+
+    return constants.HF_HUB_OFFLINE
+
+
 def fetch(name: str, *, beside: Sequence[str] = (), download: bool = True) -> Path:
     """Local folder of a hub id, from the cache where it is there, else downloaded.
 

@@ -17,10 +17,18 @@ import numpy as np
 import torch
 
 from arlon.data.video_io import VideoWriter, probe
-from arlon.text.encoders import MINILM_HUB_ID, TextEncoderConfig, is_at_hand
+from arlon.text.encoders import TextEncoderConfig, describe_whence, is_at_hand
 from pipelines.film_cost import FilmCost, cost_lines, gigabytes, operations, plan_cost
 from pipelines.generate import available_cores, check_device
-from pipelines.model import GenerationDefaults, ModelConfigs, make_geometry, open_model, read_configs, read_size
+from pipelines.model import (
+    GenerationDefaults,
+    ModelConfigs,
+    ModelGeometry,
+    make_geometry,
+    open_model,
+    read_configs,
+    read_size,
+)
 from pipelines.plan import Plan, make_plan, resolve_storyboard
 from pipelines.storyboard import (
     Storyboard,
@@ -39,6 +47,15 @@ OPTIONAL = {
     "lightning": "training: pip install 'arlon[train]'",
     "sentencepiece": "tokenizer of a released T5: pip install sentencepiece",
 }
+MODES = {
+    "text": "a film from prompts",
+    "image": "one that begins with a picture (image:)",
+    "end_image": "one that ends on a picture (end_image:)",
+    "video": "one that goes on from a video (video:)",
+    "picture": "one frame as a PNG (--num-frames 1)",
+}
+"""What every model makes, as storyboards and options ask for it: given frames are held, no part is needed for that."""
+ENCODER_NAMES = {"minilm": "all-MiniLM-L6-v2", "t5": "its T5"}
 SMALLER = (0.75, 0.5, 0.375, 0.25)
 """Factors of the frame size that are tried where a film does not fit."""
 MATMUL_SIZE = 1024
@@ -78,6 +95,8 @@ class Machine:
     """What is wrong with writing H.264; None: nothing."""
     has_minilm: bool
     """Whether the text encoder of the small model is here."""
+    minilm: str
+    """Where that comes from, in words."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +111,8 @@ class Fit:
     device: Device
     dtype: str
     has_text_encoder: bool
+    text_encoder: str
+    """Where the text encoder comes from, in words that go on from its name."""
     advice: tuple[str, ...]
     """What to change; empty if it fits."""
 
@@ -116,6 +137,7 @@ def examine() -> Machine:
         devices=(_cpu(), *_accelerators()),
         video=video_problem(),
         has_minilm=is_at_hand(TextEncoderConfig()),
+        minilm=describe_whence(TextEncoderConfig()),
     )
 
 
@@ -161,6 +183,7 @@ def check_fit(
         device=found or Device(name=device, kind=device, memory_bytes=None, free_bytes=None, flops_per_s={}),
         dtype=dtype,
         has_text_encoder=is_at_hand(configs.text_encoder),
+        text_encoder=f"{ENCODER_NAMES[configs.text_encoder.kind]} {describe_whence(configs.text_encoder)}",
         advice=(),
     )
     return fit if fit.fits is not False else replace(fit, advice=tuple(_advice(fit, configs, defaults, dtype)))
@@ -234,8 +257,7 @@ def machine_lines(machine: Machine) -> list[tuple[str, str]]:
     if len(machine.devices) == 1:
         lines.append(("", "no GPU that PyTorch can use: the small model runs well without, the full size does not"))
     lines.append(("video", machine.video or "H.264 is encoded and decoded"))
-    at_hand = "is here" if machine.has_minilm else f"is not here: it is downloaded from {MINILM_HUB_ID} when needed"
-    lines.append(("text", f"the small model's encoder all-MiniLM-L6-v2 {at_hand}"))
+    lines.append(("text", f"the small model's encoder all-MiniLM-L6-v2 {machine.minilm}"))
     lines += [(name, machine.packages[name] or f"not installed; {what}") for name, what in OPTIONAL.items()]
     return lines
 
@@ -248,6 +270,8 @@ def fit_lines(fit: Fit, rates: dict[str, float]) -> list[tuple[str, str]]:
             "model",
             f"{fit.model}; {'plans with codes' if fit.plan.geometry.has_codes else 'a base alone, without codes'}",
         ),
+        ("makes", ", ".join(MODES.values())),
+        ("", mode_line(fit.plan.geometry)),
         (
             "film",
             f"{fit.plan.num_frames} frames, {fit.plan.duration_s:.2f} s, {film.width} x {film.height} pixels, "
@@ -257,8 +281,7 @@ def fit_lines(fit: Fit, rates: dict[str, float]) -> list[tuple[str, str]]:
     ]
     if rate := rates.get(fit.dtype):
         lines.append(("time", f"at least {_span(fit.cost.flops / rate)} at {operations(rate)}/s in {fit.dtype}"))
-    if not fit.has_text_encoder:
-        lines.append(("text", "the model's text encoder is not on this machine; it is downloaded when first used"))
+    lines.append(("text", fit.text_encoder))
     needed, free = gigabytes(fit.needed_bytes), gigabytes(fit.device.free_bytes or 0)
     verdict = {
         None: f"{fit.device.name} does not tell its memory; {needed} are needed",
@@ -266,6 +289,16 @@ def fit_lines(fit: Fit, rates: dict[str, float]) -> list[tuple[str, str]]:
         False: f"NO: {needed} with the program, {free} free on {fit.device.name}",
     }
     return [*lines, ("fits", verdict[fit.fits]), *(("try", line) for line in fit.advice)]
+
+
+def mode_line(geometry: ModelGeometry) -> str:
+    """With or without codes, and at which sizes, in words."""
+    any_size = f"at any size in multiples of {geometry.size_multiple} pixels"
+    if not geometry.has_codes:
+        return f"without codes, {any_size}"
+    defaults = geometry.defaults
+    size = any_size if geometry.code_grid is None else f"at {defaults.width} x {defaults.height} pixels"
+    return f"with codes, {size}; with the base alone (--base-only), {any_size}"
 
 
 def to_plain(machine: Machine, fit: Fit | None) -> dict[str, Any]:
@@ -284,6 +317,9 @@ def to_plain(machine: Machine, fit: Fit | None) -> dict[str, Any]:
             "free_bytes": fit.device.free_bytes,
             "fits": fit.fits,
             "has_text_encoder": fit.has_text_encoder,
+            "text_encoder": fit.text_encoder,
+            "modes": list(MODES),
+            "has_codes": fit.plan.geometry.has_codes,
             "advice": list(fit.advice),
         }
     return plain

@@ -182,8 +182,8 @@ class _Estimate:
 
     @cached_property
     def _segment_size(self) -> tuple[int, int, int]:
-        film, geometry = self.plan.storyboard, self.plan.geometry
-        return geometry.grid.segment, *geometry.latent_size(film.height, film.width)
+        fit, geometry = self.plan.frame_fit, self.plan.geometry
+        return geometry.grid.segment, *geometry.latent_size(fit.made_height, fit.made_width)
 
     def _guidance_scale(self, segment: Segment) -> float:
         own = self.plan.storyboard.shots[segment.shot].guidance_scale

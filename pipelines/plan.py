@@ -79,7 +79,7 @@ class Plan:
 
     storyboard: Storyboard
     """Resolved: of the film-level values, only the model's name, `use_codes` where the model decides, and names of a
-    size may be None."""
+    size may be None. `height` and `width` are those of the film; it is computed at the size of `frame_fit`."""
     geometry: ModelGeometry
     shots: tuple[ShotSpan, ...]
     takes: tuple[Take, ...]
@@ -112,15 +112,21 @@ class Plan:
             )
         }
 
+    @property
+    def frame_fit(self) -> aspects.FrameFit:
+        """The size of a frame of the film, and that at which it is computed."""
+        return _frame_fit(self.storyboard, self.geometry)
+
     def to_plain(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        film = self.storyboard
+        film, fit = self.storyboard, self.frame_fit
         return {
             "num_frames": self.num_frames,
             "duration_s": self.duration_s,
             "fps": self.fps,
             "height": film.height,
             "width": film.width,
+            **({} if fit.is_exact else {"computed_at": [fit.made_height, fit.made_width]}),
             "seed": film.seed,
             "shots": [
                 asdict(span) | {"prompt": film.shots[span.shot].prompt, "transition": film.shots[span.shot].transition}
@@ -139,26 +145,33 @@ def resolve_storyboard(storyboard: Storyboard, defaults: GenerationDefaults, see
 
 
 def with_frame_size(storyboard: Storyboard, geometry: ModelGeometry) -> Storyboard:
-    """The storyboard with the frame size that its aspect and resolution name, in multiples that the model can make.
+    """The storyboard with the frame size that its aspect and resolution name.
+
+    A resolution names an exact size, less a row or column where that is odd, which H.264 does not take. Where the model
+    does not make it, the names stay beside the size: the film is computed at the next size up, and its centre is cut
+    out. An aspect alone gives a size that the model makes, of about as many pixels as its own.
 
     Raises:
-        StoryboardError: If it has both a name and a size, or the resolution has no such aspect.
+        StoryboardError: If it has both a name and another size, or the resolution has no such aspect.
     """
     if storyboard.aspect is None and storyboard.resolution is None:
         return storyboard
-    if storyboard.height is not None or storyboard.width is not None:
-        raise StoryboardError(["give either height and width, or aspect and resolution"])
-    aspect, multiple, defaults = storyboard.aspect or "square", geometry.size_multiple, geometry.defaults
+    multiple, defaults = geometry.size_multiple, geometry.defaults
     try:
         if storyboard.resolution is not None:
-            wanted = aspects.frame_size(storyboard.resolution, aspect)
+            size = aspects.frame_size(storyboard.resolution, storyboard.aspect or "square")
+            height, width = (side // 2 * 2 for side in size)
         else:
-            ratio, area = aspects.aspect_ratio(aspect), defaults.height * defaults.width
+            ratio, area = aspects.aspect_ratio(storyboard.aspect or "square"), defaults.height * defaults.width
             wanted = (math.sqrt(area * ratio), math.sqrt(area / ratio))
+            height, width = (max(multiple, round(side / multiple) * multiple) for side in wanted)
     except ValueError as error:
         raise StoryboardError([str(error)]) from error
-    height, width = (max(multiple, round(side / multiple) * multiple) for side in wanted)
-    return replace(storyboard, height=height, width=width, aspect=None, resolution=None)
+    if (storyboard.height, storyboard.width) not in ((None, None), (height, width)):
+        raise StoryboardError(["give either height and width, or aspect and resolution"])
+    if aspects.fit_frame(height, width, multiple).is_exact:
+        return replace(storyboard, height=height, width=width, aspect=None, resolution=None)
+    return replace(storyboard, height=height, width=width)
 
 
 def make_plan(storyboard: Storyboard, geometry: ModelGeometry) -> Plan:
@@ -283,10 +296,18 @@ def _take_groups(shots: tuple[Shot, ...]) -> Iterator[list[tuple[int, Shot]]]:
     yield group
 
 
+def _frame_fit(storyboard: Storyboard, geometry: ModelGeometry) -> aspects.FrameFit:
+    """Sizes of a film; those of names are computed at the next multiple of what the model needs."""
+    return aspects.fit_frame(storyboard.height or 0, storyboard.width or 0, geometry.size_multiple)
+
+
 def _check_size(storyboard: Storyboard, geometry: ModelGeometry) -> None:
     multiple, problems = geometry.size_multiple, []
     sizes = {"height": storyboard.height or 0, "width": storyboard.width or 0}
+    is_named = storyboard.resolution is not None  # see `with_frame_size`
     for name, size in sizes.items():
+        if is_named and size > 0 and size % 2 == 0:
+            continue
         if size % multiple or not size:
             near = sorted({max(multiple, size // multiple * multiple), ceil_div(size, multiple) * multiple})
             patch = max(geometry.patch_size[1:])
@@ -294,9 +315,12 @@ def _check_size(storyboard: Storyboard, geometry: ModelGeometry) -> None:
                 f"{name} ({size}) must be a multiple of {multiple} (VAE {geometry.space_stride} x patch {patch}); "
                 f"nearest {'is' if len(near) == 1 else 'are'} {' and '.join(map(str, near))}"
             )
-    latent = geometry.latent_size(sizes["height"], sizes["width"])
+    if problems:
+        raise StoryboardError(problems)
+    fit = _frame_fit(storyboard, geometry)
+    latent = geometry.latent_size(fit.made_height, fit.made_width)
     codes = code_grid((1, *latent), geometry.code_ratio)[1:]
-    if not problems and geometry.code_grid not in (None, codes):
+    if geometry.code_grid not in (None, codes):
         defaults = geometry.defaults
         problems.append(
             f"this model makes films of {defaults.width} x {defaults.height} (width x height), "

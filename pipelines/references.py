@@ -114,8 +114,7 @@ def _check(plan: Plan, shot: int, kind: Kind, path: Path) -> Reference:
     from arlon.data.video_io import probe
     from arlon.diffusion.references import given_span
 
-    film = plan.storyboard
-    target = (film.height or 0, film.width or 0)
+    target = (plan.frame_fit.made_height, plan.frame_fit.made_width)
     if not path.is_file():
         raise FileNotFoundError("there is no such file" if not path.exists() else "this is no file")
     if kind != "video":
@@ -190,13 +189,12 @@ def encode_references(job: Job, references: Sequence[Reference]) -> dict[str, Te
 
 
 def _pixels(given: Reference, plan: Plan) -> Tensor:
-    """Video (3, pT, pH, pW) in [-1, 1] of the size of the film."""
+    """Video (3, pT, pH, pW) in [-1, 1] of the size at which the film is computed."""
     from arlon.data.transforms import resize_and_crop
     from arlon.data.video_io import read_video
     from arlon.diffusion.references import given_span
 
-    film = plan.storyboard
-    size = {"height": film.height or 0, "width": film.width or 0}
+    size = {"height": plan.frame_fit.made_height, "width": plan.frame_fit.made_width}
     if given.kind != "video":
         return resize_and_crop(read_picture(given.path), **size, filter="bicubic")
     needed = given_span(given.num_frames, plan.geometry.grid).frames

@@ -215,6 +215,7 @@ class RefineRequest:
     solver: str
     fps: float
     height: int
+    """Of a frame as it is computed, pixels."""
     width: int
     blend: Blend | None = None
     """None: the segment has one prompt."""
@@ -260,6 +261,8 @@ class DecodeRequest:
     """Turn the new latent frames of a segment into video frames."""
 
     num_frames: int
+    size: tuple[int, int] | None = None
+    """Height and width of the frames, which are cut out of the centre; None: as they are decoded."""
     refined: RefineResult | None = None
 
 
@@ -327,7 +330,7 @@ def film_requests(job: Job) -> Iterator[SegmentRequests]:
     """Requests of all segments of a film, in order, one at a time: a long film has many."""
     from pipelines.references import NOTHING, read_given
 
-    plan, given = job.plan, read_given(job)
+    plan, given, fit = job.plan, read_given(job), job.plan.frame_fit
     before: Segment | None = None
     for segment, after in zip_longest(plan.segments, plan.segments[1:]):
         is_take_start = before is None or before.take != segment.take
@@ -352,7 +355,7 @@ def film_requests(job: Job) -> Iterator[SegmentRequests]:
                 given=begins_with.codes,
             ),
             refine=refine,
-            decode=DecodeRequest(num_frames=segment.num_frames),
+            decode=DecodeRequest(num_frames=segment.num_frames, size=None if fit.is_exact else (fit.height, fit.width)),
             write=WriteRequest(segment=segment, inputs=_inputs(job, refine)),
             is_take_start=is_take_start,
             is_take_end=after is None or after.take != segment.take,
@@ -399,7 +402,8 @@ def _refine_request(plan: Plan, segment: Segment, take: Take) -> RefineRequest:
     resolved = (film.guidance_scale, film.num_inference_steps, film.solver, film.fps, film.height, film.width)
     if None in resolved:
         raise ValueError("the storyboard of a plan must be resolved: call plan.resolve_storyboard first")
-    scale, num_steps, solver, fps, height, width = resolved
+    scale, num_steps, solver, fps, *_ = resolved
+    fit = plan.frame_fit
     return RefineRequest(
         segment=segment,
         take=take,
@@ -410,8 +414,8 @@ def _refine_request(plan: Plan, segment: Segment, take: Take) -> RefineRequest:
         num_inference_steps=num_steps,
         solver=solver,
         fps=fps,
-        height=height,
-        width=width,
+        height=fit.made_height,
+        width=fit.made_width,
         blend=segment_blend(plan, segment, take),
     )
 
@@ -432,10 +436,11 @@ def _inputs(job: Job, refine: RefineRequest) -> dict[str, Any]:
     segment, settings = refine.segment, job.settings
     given = {"head": refine.head, "tail": refine.tail}
     of_segment = ("take", "index_in_take", "start_latent", "num_latents", "num_frames")
-    blend = refine.blend
+    blend, fit = refine.blend, job.plan.frame_fit
     return {
         **({} if blend is None else {"blend": {"prompt": blend.prompt, "weights": list(blend.weights)}}),
         **({"vae_blend_frames": settings.vae_blend_frames} if settings.vae_blend_frames else {}),
+        **({} if fit.is_exact else {"cut_to": [fit.height, fit.width]}),
         "model": job.model_hash,
         **{name: getattr(segment, name) for name in of_segment},
         **{name: getattr(refine, name) for name in names},

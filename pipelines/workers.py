@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from arlon.data.transforms import crop_centre
 from arlon.data.video_io import Fragment, VideoWriter, encode_fragment
 from arlon.diffusion import conditioning, flow, guidance, samplers
 from arlon.diffusion.references import condition_segment
@@ -329,6 +330,8 @@ class DecodeWorker:
                 request.num_frames,
                 blend_frames=self.settings.vae_blend_frames,
             )
+        if request.size is not None:
+            video = crop_centre(video, height=request.size[0], width=request.size[1])
         return DecodeResult(
             frames=video_to_frames(video[0]),
             elapsed_s=time.perf_counter() - started_s,

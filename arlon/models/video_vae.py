@@ -24,7 +24,6 @@ Dimension key
 
 from __future__ import annotations
 
-import itertools
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,16 +31,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from arlon.grids import ceil_div, num_latent_frames
+from arlon.models.spatial_vae import SpatialVAE, SpatialVAEConfig
+from arlon.models.temporal_vae import (
+    Posterior,
+    ResBlock,
+    TemporalVAE,
+    TemporalVAEConfig,
+    full_precision,
+    like_weights,
+)
+from arlon.models.video_pieces import MIN_TILE, border_window, by_tile, checked_pieces, ramp, regroup
 
-TILE_OVERLAP = 0.25
-"""Share of its side, at least, that a tile has in common with each neighbour."""
-MIN_TILE = 4
-"""Shortest side of a tile, in latents."""
-
+__all__ = [
+    "Posterior",
+    "SpatialVAEConfig",
+    "TemporalVAE",
+    "TemporalVAEConfig",
+    "VideoVAE",
+    "VideoVAEConfig",
+    "latent_statistics",
+]
 
 RELEASED_KEYS = {
     "vae_2d": frozenset({"type", "from_pretrained", "subfolder", "cache_dir", "local_files_only", "micro_batch_size"}),
@@ -49,45 +61,6 @@ RELEASED_KEYS = {
 }
 """Parts of a released config.json, and what they say beside sizes."""
 RELEASED_PARTS = RELEASED_KEYS.keys()
-
-
-@dataclass(frozen=True, kw_only=True)
-class SpatialVAEConfig:
-    """Per-frame autoencoder (diffusers AutoencoderKL). Defaults: the SDXL one of Open-Sora v1.2."""
-
-    latent_channels: int = 4
-    layers_per_block: int = 2
-    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
-    norm_num_groups: int = 32
-    mid_block_add_attention: bool = True
-    scaling_factor: float = 0.18215
-    """Multiplies its latents; 0.18215 is what the released video VAE was trained with, not SDXL's own 0.13025."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TemporalVAEConfig:
-    """Causal 3D autoencoder over per-frame latents. Defaults: the released `VAE_Temporal_SD`."""
-
-    in_out_channels: int = 4
-    latent_embed_dim: int = 4
-    embed_dim: int = 4
-    filters: int = 128
-    num_res_blocks: int = 4
-    channel_multipliers: tuple[int, ...] = (1, 2, 2, 4)
-    temporal_downsample: tuple[bool, ...] = (False, True, True)
-    num_groups: int = 32
-
-    def __post_init__(self) -> None:
-        if len(self.temporal_downsample) != len(self.channel_multipliers) - 1:
-            raise ValueError(
-                "temporal.temporal_downsample needs one entry fewer than temporal.channel_multipliers: expected "
-                f"{len(self.channel_multipliers) - 1}, got {len(self.temporal_downsample)}"
-            )
-
-    @property
-    def time_stride(self) -> int:
-        """Video frames per latent frame (4)."""
-        return 2 ** sum(self.temporal_downsample)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,205 +107,7 @@ class VideoVAEConfig:
     def max_blend_frames(self) -> int:
         """Most frames on each side of a chunk border that blending can change (7); 0: blending is not possible."""
         chunk, stride = self.micro_frame_size, self.temporal.time_stride
-        return 0 if chunk is None or chunk <= stride else min(_border_window(chunk, stride, chunk)[0], chunk // 2)
-
-
-@dataclass(frozen=True)
-class Posterior:
-    """Diagonal Gaussian over latents; `mean` and `logvar` (B, C, T, H, W), logvar clamped to [-30, 20]."""
-
-    mean: Tensor
-    logvar: Tensor
-
-    @classmethod
-    def from_moments(cls, moments: Tensor) -> Posterior:
-        """Split (B, 2C, ...) into mean and log-variance."""
-        mean, logvar = moments.chunk(2, dim=1)
-        return cls(mean, logvar.clamp(-30.0, 20.0))
-
-    def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        """Draw `mean + std * noise`; the noise comes from `generator`, on its device."""
-        device = generator.device if generator is not None else self.mean.device
-        noise = torch.randn(self.mean.shape, generator=generator, device=device, dtype=torch.float32)
-        return self.mean + torch.exp(0.5 * self.logvar) * noise.to(self.mean)
-
-    def kl(self) -> Tensor:
-        """KL divergence from a unit Gaussian, (B,) in nats, summed over all but the batch."""
-        terms = self.mean.square() + self.logvar.exp() - 1.0 - self.logvar
-        return 0.5 * terms.flatten(1).sum(1)
-
-
-# --- temporal part ---------------------------------------------------------------------------------------------------
-
-
-class CausalConv3d(nn.Module):
-    """3D convolution that sees no later frame: all padding in time stands in front, zeros on all sides in space."""
-
-    def __init__(
-        self, in_channels: int, out_channels: int, kernel: int, *, time_stride: int = 1, bias: bool = True
-    ) -> None:
-        super().__init__()
-        side = kernel // 2
-        self.padding = (side, side, side, side, (kernel - 1) + (1 - time_stride), 0)
-        self.conv = nn.Conv3d(in_channels, out_channels, kernel, stride=(time_stride, 1, 1), bias=bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, T, H, W) -> (B, C', ceil(T / time_stride), H, W)."""
-        return self.conv(F.pad(x, self.padding))
-
-
-class ResBlock(nn.Module):
-    """Two normalised, SiLU-activated 3x3x3 convolutions beside a skip."""
-
-    def __init__(self, in_channels: int, out_channels: int, num_groups: int) -> None:
-        super().__init__()
-        self.norm1 = nn.GroupNorm(num_groups, in_channels)
-        self.conv1 = CausalConv3d(in_channels, out_channels, 3, bias=False)
-        self.norm2 = nn.GroupNorm(num_groups, out_channels)
-        self.conv2 = CausalConv3d(out_channels, out_channels, 3, bias=False)
-        if in_channels != out_channels:
-            self.conv3 = CausalConv3d(in_channels, out_channels, 1, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, T, H, W) -> (B, C', T, H, W)."""
-        y = self.conv1(F.silu(self.norm1(x)))
-        y = self.conv2(F.silu(self.norm2(y)))
-        return y + (self.conv3(x) if hasattr(self, "conv3") else x)
-
-
-def _res_blocks(in_channels: int, out_channels: int, config: TemporalVAEConfig) -> nn.ModuleList:
-    widths = [in_channels] + [out_channels] * config.num_res_blocks
-    return nn.ModuleList(ResBlock(a, b, config.num_groups) for a, b in itertools.pairwise(widths))
-
-
-class TemporalEncoder(nn.Module):
-    """Per-frame latents (B, F, pT, H, W), pT a multiple of the time stride -> features (B, 2C, T, H, W)."""
-
-    def __init__(self, config: TemporalVAEConfig) -> None:
-        super().__init__()
-        widths = [config.filters * m for m in config.channel_multipliers]
-        self.conv_in = CausalConv3d(config.in_out_channels, config.filters, 3, bias=False)
-        self.block_res_blocks = nn.ModuleList()
-        self.conv_blocks = nn.ModuleList()
-        previous = config.filters
-        for level, width in enumerate(widths):
-            self.block_res_blocks.append(_res_blocks(previous, width, config))
-            if level < len(config.temporal_downsample):
-                halves = config.temporal_downsample[level]
-                self.conv_blocks.append(CausalConv3d(width, width, 3, time_stride=2) if halves else nn.Identity())
-            previous = width
-        self.res_blocks = _res_blocks(previous, previous, config)
-        self.norm1 = nn.GroupNorm(config.num_groups, previous)
-        self.conv2 = CausalConv3d(previous, 2 * config.latent_embed_dim, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Encode; see the class."""
-        x = self.conv_in(x)
-        for level, blocks in enumerate(self.block_res_blocks):
-            for block in blocks:
-                x = block(x)
-            if level < len(self.conv_blocks):
-                x = self.conv_blocks[level](x)
-        for block in self.res_blocks:
-            x = block(x)
-        return self.conv2(F.silu(self.norm1(x)))
-
-
-class TemporalDecoder(nn.Module):
-    """Latents (B, C, T, H, W) -> per-frame latents (B, F, T * time stride, H, W)."""
-
-    def __init__(self, config: TemporalVAEConfig) -> None:
-        super().__init__()
-        widths = [config.filters * m for m in config.channel_multipliers]
-        top = widths[-1]
-        self.conv1 = CausalConv3d(config.latent_embed_dim, top, 3)
-        self.res_blocks = _res_blocks(top, top, config)
-        blocks: list[nn.ModuleList] = []
-        doubling: list[nn.Module] = []
-        previous = top
-        for level in reversed(range(len(widths))):
-            blocks.insert(0, _res_blocks(previous, widths[level], config))
-            previous = widths[level]
-            if level > 0:
-                doubles = config.temporal_downsample[level - 1]
-                doubling.insert(0, CausalConv3d(previous, 2 * previous, 3) if doubles else nn.Identity())
-        self.block_res_blocks = nn.ModuleList(blocks)
-        self.conv_blocks = nn.ModuleList(doubling)
-        self.norm1 = nn.GroupNorm(config.num_groups, previous)
-        self.conv_out = CausalConv3d(previous, config.in_out_channels, 3)
-
-    def forward(self, z: Tensor) -> Tensor:
-        """Decode; see the class."""
-        x = self.conv1(z)
-        for block in self.res_blocks:
-            x = block(x)
-        for level in reversed(range(len(self.block_res_blocks))):
-            for block in self.block_res_blocks[level]:
-                x = block(x)
-            if level > 0 and isinstance(self.conv_blocks[level - 1], CausalConv3d):
-                x = _phase_to_time(self.conv_blocks[level - 1](x))
-        return self.conv_out(F.silu(self.norm1(x)))
-
-
-def _phase_to_time(x: Tensor) -> Tensor:
-    """(B, 2C, T, H, W) -> (B, C, 2T, H, W): channel c * 2 + phase becomes frame t * 2 + phase."""
-    b, c, t, h, w = x.shape
-    return x.view(b, c // 2, 2, t, h, w).transpose(2, 3).reshape(b, c // 2, 2 * t, h, w)
-
-
-class TemporalVAE(nn.Module):
-    """Causal 3D VAE of one chunk of per-frame latents; x4 in time, no change in space."""
-
-    def __init__(self, config: TemporalVAEConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.encoder = TemporalEncoder(config)
-        self.quant_conv = CausalConv3d(2 * config.latent_embed_dim, 2 * config.embed_dim, 1)
-        self.post_quant_conv = CausalConv3d(config.embed_dim, config.latent_embed_dim, 1)
-        self.decoder = TemporalDecoder(config)
-
-    def moments(self, x: Tensor) -> Tensor:
-        """Per-frame latents (B, F, pT, H, W) -> mean and log-variance (B, 2C, ceil(pT / 4), H, W)."""
-        front = -x.shape[2] % self.config.time_stride
-        x = _like_weights(x, self)
-        return _full(self.quant_conv(self.encoder(F.pad(x, (0, 0, 0, 0, front, 0)))))
-
-    def encode(self, x: Tensor) -> Posterior:
-        """Per-frame latents (B, F, pT, H, W) -> posterior over (B, C, ceil(pT / 4), H, W); zeros go in front."""
-        return Posterior.from_moments(self.moments(x))
-
-    def decode(self, z: Tensor, num_frames: int) -> Tensor:
-        """(B, C, T, H, W) -> per-frame latents (B, F, num_frames, H, W); the frames that padding added are dropped."""
-        x = _full(self.decoder(self.post_quant_conv(_like_weights(z, self))))
-        surplus = x.shape[2] - num_frames
-        if not 0 <= surplus < self.config.time_stride:
-            raise ValueError(
-                f"num_frames ({num_frames}) does not fit {z.shape[2]} latent frames: expected "
-                f"{x.shape[2] - self.config.time_stride + 1} to {x.shape[2]}"
-            )
-        return x[:, :, surplus:]
-
-
-# --- both parts ------------------------------------------------------------------------------------------------------
-
-
-class _SpatialVAE(nn.Module):
-    """Holds diffusers' AutoencoderKL under the released key prefix `spatial_vae.module`."""
-
-    def __init__(self, config: SpatialVAEConfig) -> None:
-        from diffusers import AutoencoderKL
-
-        super().__init__()
-        levels = len(config.block_out_channels)
-        self.module = AutoencoderKL(
-            latent_channels=config.latent_channels,
-            layers_per_block=config.layers_per_block,
-            block_out_channels=config.block_out_channels,
-            norm_num_groups=config.norm_num_groups,
-            mid_block_add_attention=config.mid_block_add_attention,
-            down_block_types=("DownEncoderBlock2D",) * levels,
-            up_block_types=("UpDecoderBlock2D",) * levels,
-        )
+        return 0 if chunk is None or chunk <= stride else min(border_window(chunk, stride, chunk)[0], chunk // 2)
 
 
 class VideoVAE(nn.Module):
@@ -347,7 +122,7 @@ class VideoVAE(nn.Module):
     def __init__(self, config: VideoVAEConfig) -> None:
         super().__init__()
         self.config = config
-        self.spatial_vae = _SpatialVAE(config.spatial)
+        self.spatial_vae = SpatialVAE(config.spatial)
         self.temporal_vae = TemporalVAE(config.temporal)
         self.register_buffer("scale", torch.tensor(config.scale).view(1, -1, 1, 1, 1))
         self.register_buffer("shift", torch.tensor(config.shift).view(1, -1, 1, 1, 1))
@@ -456,7 +231,7 @@ class VideoVAE(nn.Module):
         self._tile_side(tile)  # a wrong one is refused here, not when the first latent is asked for
         return (
             (self._encode_chunk(chunk, generator, tile) - self.shift) / self.scale
-            for chunk in _regroup(_checked(videos, self._check_video), self.config.micro_frame_size)
+            for chunk in regroup(checked_pieces(videos, self._check_video), self.config.micro_frame_size)
         )
 
     def decode(
@@ -524,7 +299,7 @@ class VideoVAE(nn.Module):
                 f"blend_frames ({blend_frames}) must be 0..{limit} with chunks of {self.config.micro_frame_size} frames"
             )
         side = self._tile_side(tile)
-        frames = self._decode_chunks(_checked(latents, self._check_latent), num_frames, side)
+        frames = self._decode_chunks(checked_pieces(latents, self._check_latent), num_frames, side)
         if blend_frames:
             frames = self._blend_borders(frames, blend_frames, side)
         return (self.decode_frames(chunk, tile=tile) for chunk in frames)
@@ -539,7 +314,7 @@ class VideoVAE(nn.Module):
             return self._by_frame(lambda frames: module.quant_conv(module.encoder(frames)), part)
 
         # Tiles are joined before anything is drawn: noise of two tiles, averaged where they meet, would be too weak.
-        joined = _by_tile(moments, video, self._tile_side(tile), unit_in=self.config.space_stride)
+        joined = by_tile(moments, video, self._tile_side(tile), unit_in=self.config.space_stride)
         return self._draw(Posterior.from_moments(joined), generator) * self.config.spatial.scaling_factor
 
     def decode_frames(self, frames: Tensor, *, tile: int | None = None) -> Tensor:
@@ -549,8 +324,8 @@ class VideoVAE(nn.Module):
         def pixels(part: Tensor) -> Tensor:
             return self._by_frame(lambda z: module.decoder(module.post_quant_conv(z)), part)
 
-        frames = _full(frames) / self.config.spatial.scaling_factor
-        return _by_tile(pixels, frames, self._tile_side(tile), unit_out=self.config.space_stride)
+        frames = full_precision(frames) / self.config.spatial.scaling_factor
+        return by_tile(pixels, frames, self._tile_side(tile), unit_out=self.config.space_stride)
 
     def _check_video(self, video: Tensor) -> None:
         side = self.config.space_stride
@@ -579,13 +354,13 @@ class VideoVAE(nn.Module):
     def _encode_chunk(self, video: Tensor, generator: torch.Generator | None, tile: int | None) -> Tensor:
         """(B, 3, n, pH, pW), one temporal chunk -> latents that are not normalised yet."""
         frames = self.encode_frames(video, generator, tile=tile)
-        moments = _by_tile(self.temporal_vae.moments, frames, self._tile_side(tile))
+        moments = by_tile(self.temporal_vae.moments, frames, self._tile_side(tile))
         return self._draw(Posterior.from_moments(moments), generator)
 
     def _decode_chunks(self, latents: Iterable[Tensor], num_frames: int | None, side: int | None) -> Iterator[Tensor]:
         """Per-frame latents (B, F, n, H, W) of each temporal chunk of a normalised latent."""
         config, done = self.config, 0
-        for latent in _regroup(latents, config.chunk_latents):
+        for latent in regroup(latents, config.chunk_latents):
             count = latent.shape[2] * config.temporal.time_stride
             if config.micro_frame_size is not None:
                 count = min(count, config.micro_frame_size)
@@ -593,8 +368,8 @@ class VideoVAE(nn.Module):
                 count = min(count, num_frames - done)
             if count < 1:
                 raise ValueError(f"num_frames={num_frames} are decoded, but there are latent frames left")
-            z = _full(latent) * self.scale + self.shift
-            yield _by_tile(lambda part, count=count: self.temporal_vae.decode(part, count), z, side)
+            z = full_precision(latent) * self.scale + self.shift
+            yield by_tile(lambda part, count=count: self.temporal_vae.decode(part, count), z, side)
             done += count
         if num_frames is not None and done != num_frames:
             raise ValueError(f"num_frames={num_frames} were asked for, but the latents hold {done}")
@@ -615,27 +390,27 @@ class VideoVAE(nn.Module):
         self, left: Tensor, right: Tensor, left_blended: Tensor, blend_frames: int, side: int | None
     ) -> tuple[Tensor, Tensor]:
         """Both sides of a border, blended; `left_blended` is `left` with its other border done already."""
-        before, after = _border_window(left.shape[2], self.config.temporal.time_stride, right.shape[2])
+        before, after = border_window(left.shape[2], self.config.temporal.time_stride, right.shape[2])
         around = torch.cat([left[:, :, left.shape[2] - before :], right[:, :, :after]], dim=2)
 
         def again(part: Tensor) -> Tensor:
             return self.temporal_vae.decode(self.temporal_vae.encode(part).mean, before + after)
 
-        bridge = _by_tile(again, around, side)
+        bridge = by_tile(again, around, side)
         rising = min(blend_frames, before)
         falling = min(blend_frames, after)
         head, tail = left_blended.split([left.shape[2] - rising, rising], dim=2)
-        tail = torch.lerp(tail, bridge[:, :, before - rising : before], _ramp(rising, tail))
+        tail = torch.lerp(tail, bridge[:, :, before - rising : before], ramp(rising, tail))
         start, rest = right.split([falling, right.shape[2] - falling], dim=2)
-        start = torch.lerp(start, bridge[:, :, before : before + falling], _ramp(falling, start).flip(0))
+        start = torch.lerp(start, bridge[:, :, before : before + falling], ramp(falling, start).flip(0))
         return torch.cat([head, tail], dim=2), torch.cat([start, rest], dim=2)
 
     def _by_frame(self, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """Apply `run` to (n, C, H, W) micro batches of the frames of (B, C, pT, H, W)."""
         batch, frames = x.shape[0], x.shape[2]
-        flat = _like_weights(x.transpose(1, 2).flatten(0, 1), self.spatial_vae)
+        flat = like_weights(x.transpose(1, 2).flatten(0, 1), self.spatial_vae)
         size = self.config.micro_batch_size or len(flat)
-        done = [_full(run(part)) for part in flat.split(size)]
+        done = [full_precision(run(part)) for part in flat.split(size)]
         flat = done[0] if len(done) == 1 else torch.cat(done)
         return flat.unflatten(0, (batch, frames)).transpose(1, 2)
 
@@ -644,127 +419,12 @@ class VideoVAE(nn.Module):
         return posterior.mean if generator is None else posterior.sample(generator)
 
 
-def _like_weights(x: Tensor, module: nn.Module) -> Tensor:
-    """`x` in the precision of the weights of a module."""
-    weight = next(module.parameters(), None)
-    return x if weight is None else x.to(weight.dtype)
-
-
-def _full(x: Tensor) -> Tensor:
-    """`x` in float32 where it is in half precision, otherwise as it is."""
-    return x.float() if x.element_size() < 4 else x
-
-
-def _checked(parts: Iterable[Tensor], check: Callable[[Tensor], None]) -> Iterator[Tensor]:
-    """The pieces (B, C, n, H, W) as they come, each checked, and held against the first but for n."""
-    first: tuple[int, ...] | None = None
-    for part in parts:
-        check(part)
-        size = (*part.shape[:2], *part.shape[3:])
-        first = first or size
-        if size != first:
-            raise ValueError(f"pieces must agree in (B, C, H, W): expected {first} as the first, got {size}")
-        yield part
-
-
 def _whole(num_frames: Any) -> int | None:
     """A number of frames, such as an int, a NumPy integer or a tensor with one, as an int."""
     try:
         return None if num_frames is None else operator.index(num_frames)
     except TypeError:
         raise ValueError(f"num_frames must be a whole number, got {num_frames!r}") from None
-
-
-def _regroup(parts: Iterable[Tensor], size: int | None) -> Iterator[Tensor]:
-    """Cut consecutive pieces (B, C, n, H, W) anew, into `size` frames each, the last with what is left; None: all."""
-    held: list[Tensor] = []
-    missing = size
-    for part in parts:
-        while part.shape[2]:
-            head = part if missing is None else part[:, :, :missing]
-            part = part[:, :, head.shape[2] :]
-            held.append(head)
-            if missing is not None:
-                missing -= head.shape[2]
-            if missing == 0:
-                yield _joined(held)
-                held, missing = [], size
-    if held:
-        yield _joined(held)
-
-
-def _border_window(chunk: int, stride: int, available: int) -> tuple[int, int]:
-    """Frames before and after the border of a chunk that are coded together, `available` of them being there after it.
-
-    One frame and then groups of `stride` frames, like a chunk and no longer, with the border in the middle of a group.
-    """
-    groups = (chunk - 1) // stride
-    before = 1 + stride * ((groups - 1) // 2) + stride // 2
-    after = min(available, chunk - before)
-    surplus = (before + after - 1) % stride
-    # A single frame after the border ends a group instead: it cannot be half of one.
-    return (before, after - surplus) if after > surplus else (stride, after)
-
-
-def _joined(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
-
-
-def _ramp(length: int, like: Tensor) -> Tensor:
-    """Weights (length, 1, 1) rising evenly between 0 and 1, both left out."""
-    steps = torch.arange(length, device=like.device, dtype=torch.float32)
-    return ((steps + 0.5) / length).to(like.dtype).view(-1, 1, 1)
-
-
-# --- tiles -----------------------------------------------------------------------------------------------------------
-
-
-def _by_tile(
-    run: Callable[[Tensor], Tensor], x: Tensor, side: int | None, *, unit_in: int = 1, unit_out: int = 1
-) -> Tensor:
-    """Apply `run` to overlapping squares of x (..., H * unit_in, W * unit_in) and feather the results together.
-
-    Args:
-        run: Maps (..., h * unit_in, w * unit_in) to (..., h * unit_out, w * unit_out) for any h, w.
-        x: What to cut. Surplus rows and columns, fewer than `unit_in`, go with the last tile.
-        side: Of a tile, in units. None, or a frame that is no larger: `run(x)`.
-        unit_in: Values of x in a unit of length.
-        unit_out: Values of the result in a unit of length.
-    """
-    height, width = x.shape[-2] // unit_in, x.shape[-1] // unit_in
-    if side is None or max(height, width) <= side:
-        return run(x)
-    joined: Tensor | None = None
-    for top, bottom, row_weights in _tiles(height, side, unit_out):
-        for left, right, column_weights in _tiles(width, side, unit_out):
-            rows = slice(top * unit_in, None if bottom == height else bottom * unit_in)
-            columns = slice(left * unit_in, None if right == width else right * unit_in)
-            part = run(x[..., rows, columns])
-            if joined is None:
-                joined = part.new_zeros(*part.shape[:-2], height * unit_out, width * unit_out)
-            weights = row_weights[:, None] * column_weights
-            place = (..., slice(top * unit_out, bottom * unit_out), slice(left * unit_out, right * unit_out))
-            joined[place] += part * weights.to(part)
-    assert joined is not None
-    return joined
-
-
-def _tiles(length: int, side: int, unit: int) -> list[tuple[int, int, Tensor]]:
-    """Tiles of an axis: start and stop in units, and weights (n,) of its `n = (stop - start) * unit` values.
-
-    All tiles are equally long, since norms are taken over a tile. Weights of all tiles sum to 1 everywhere.
-    """
-    if length <= side:
-        return [(0, length, torch.ones(length * unit))]
-    overlap = max(1, int(side * TILE_OVERLAP))
-    count = ceil_div(length - overlap, side - overlap)
-    starts = [round(i * (length - side) / (count - 1)) for i in range(count)]
-    steps = (torch.arange(side * unit) + 0.5) / (overlap * unit)
-    feather = torch.minimum(steps, steps.flip(0)).clamp(max=1)
-    total = torch.zeros(length * unit)
-    for start in starts:
-        total[start * unit : (start + side) * unit] += feather
-    return [(start, start + side, feather / total[start * unit : (start + side) * unit]) for start in starts]
 
 
 def latent_statistics(latents: Sequence[Tensor]) -> tuple[tuple[float, ...], tuple[float, ...]]:

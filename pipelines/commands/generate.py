@@ -407,11 +407,12 @@ def _head_and_tail(items: Sequence[T], *, is_whole: bool) -> tuple[Sequence[T], 
 
 
 def _sums(film: Plan) -> str:
-    board = film.storyboard
+    board, fit = film.storyboard, film.frame_fit
+    size = f"{board.width} x {board.height} pixels" if fit.is_exact else fit.describe()
     change = film.num_frames - sum(shot.asked_frames for shot in film.shots)
     rounded = f" ({change / film.fps:+.2f} s by rounding)" if change else ""
     return (
         f"{count(len(film.shots), 'shot')}, {film.num_frames} frames, {film.duration_s:.2f} s at {film.fps:g} fps"
-        f"{rounded}, {board.width} x {board.height} pixels, {count(len(film.takes), 'take')}, "
+        f"{rounded}, {size}, {count(len(film.takes), 'take')}, "
         f"{count(len(film.segments), 'segment')}, seed {board.seed}"
     )

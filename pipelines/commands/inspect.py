@@ -61,9 +61,11 @@ def _print_record(record: dict[str, Any]) -> None:
 
 def _lines(record: dict[str, Any]) -> list[str]:
     board, timeline = record["storyboard"], record["timeline"]
+    rows, columns = timeline.get("computed_at", (None, None))
+    computed = "" if rows is None else f", computed at {columns} x {rows}"
     lines = [
         f"{timeline['num_frames']} frames, {timeline['duration_s']:.2f} s at {timeline['fps']:g} fps, "
-        f"{board['width']} x {board['height']} pixels, seed {board['seed']}",
+        f"{board['width']} x {board['height']} pixels{computed}, seed {board['seed']}",
         f"model {record['model']['name']} {record['model']['hash'][:12]}, arlon {record['arlon']}",
         "settings " + ", ".join(f"{name} {value}" for name, value in record["settings"].items()),
     ]

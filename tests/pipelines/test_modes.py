@@ -18,14 +18,16 @@ from arlon.data.video_io import read_video
 from arlon.models.video_vae import VideoVAE
 from pipelines.cli import app
 from pipelines.film_file import read_film_record
-from pipelines.generate import generate, prepare
+from pipelines.generate import Progress, generate, prepare
 from pipelines.local import KeptWorkers
 from pipelines.picture import is_picture, make_picture, picture_plan, prepare_picture
 from pipelines.plan import with_frame_size
-from pipelines.requests import film_requests
+from pipelines.requests import carried_on, fill, film_requests
+from pipelines.resume import continue_run, open_run
 from pipelines.run_folder import RunFolder
 from pipelines.storyboard import Storyboard, StoryboardError, UsageError, parse_storyboard
-from pipelines.workers import RefineWorker
+from pipelines.verify import verify_run
+from pipelines.workers import DecodeWorker, RefineWorker
 from tests.pipelines.tiny_model import HEIGHT, WIDTH
 
 
@@ -96,9 +98,11 @@ def test_other_sizes_with_codes_name_the_way_out(tiny_model: Path, tmp_path: Pat
 
 @pytest.mark.ray
 def test_ray_makes_the_same_film_with_a_base(base_model: Path, tmp_path: Path, ray_session: Any) -> None:
-    local = make(base_model, tmp_path / "local.mp4", board())
-    ray = make(base_model, tmp_path / "ray.mp4", board(), executor="ray")
+    film = board(aspect="9:21", resolution="144p")  # frames are cut
+    local = make(base_model, tmp_path / "local.mp4", film)
+    ray = make(base_model, tmp_path / "ray.mp4", film, executor="ray")
     assert all(torch.equal(a, b) for a, b in zip(local, ray, strict=True))
+    assert (tmp_path / "ray.mp4").read_bytes() == (tmp_path / "local.mp4").read_bytes()
 
 
 # --- frame sizes by name -------------------------------------------------------------------------------------
@@ -107,8 +111,9 @@ def test_ray_makes_the_same_film_with_a_base(base_model: Path, tmp_path: Path, r
 @pytest.mark.parametrize(
     ("values", "size"),
     [
-        ({"aspect": "9:16", "resolution": "240p"}, (240, 432)),  # 240 x 426 by name
-        ({"aspect": "portrait", "resolution": "240p"}, (432, 240)),
+        ({"aspect": "9:16", "resolution": "240p"}, (240, 426)),
+        ({"aspect": "portrait", "resolution": "240p"}, (426, 240)),
+        ({"aspect": "9:21", "resolution": "144p"}, (124, 290)),  # 125 x 291 by name, but H.264 needs even ones
         ({"resolution": "144p"}, (192, 192)),
         ({"resolution": 256, "aspect": "1:4"}, (128, 512)),
         ({"aspect": "landscape"}, (32, 48)),  # as many pixels as the model's own, 1536
@@ -116,15 +121,64 @@ def test_ray_makes_the_same_film_with_a_base(base_model: Path, tmp_path: Path, r
         ({}, (None, None)),
     ],
 )
-def test_sizes_by_name_are_rounded_to_what_the_model_makes(
-    tiny_model: Path, values: dict[str, Any], size: tuple[int, int]
-) -> None:
+def test_sizes_by_name_are_those_of_the_table(tiny_model: Path, values: dict[str, Any], size: tuple[int, int]) -> None:
     from pipelines.model import open_model, read_geometry
 
     geometry = read_geometry(open_model(str(tiny_model))[0])
     found = with_frame_size(board(**values), geometry)
     assert (found.height, found.width) == size
-    assert (found.aspect, found.resolution) == (None, None)
+    is_made = size == (None, None) or not any(side % 16 for side in size)
+    assert (found.aspect, found.resolution) == ((None, None) if is_made else (values["aspect"], values["resolution"]))
+    assert with_frame_size(found, geometry) == found
+
+
+NAMED = {"aspect": "9:21", "resolution": "144p"}  # 124 x 290, made at 128 x 304
+
+
+def test_a_named_size_is_the_centre_of_a_film_of_the_next_size(base_model: Path, tmp_path: Path) -> None:
+    named = prepare(board(**NAMED), model=str(base_model), output=tmp_path / "a.mp4", settings={"num_threads": 1})
+    generate(named)
+    larger = make(base_model, tmp_path / "b.mp4", board(height=128, width=304))
+    assert read_video(tmp_path / "a.mp4").shape[1:3] == (124, 290)
+    folder = RunFolder(named.paths.run_dir)
+    worker, latents = DecodeWorker(named.job), [folder.read_latent(index) for index in range(2)]
+    for request, latent, expected in zip(film_requests(named.job), latents, larger, strict=True):
+        assert latent.equal(expected)
+        decode = fill(request.decode, refined=carried_on(latent))
+        whole = worker.run(replace(decode, size=None)).frames
+        assert whole.shape[1:3] == (128, 304)
+        assert np.array_equal(worker.run(decode).frames, whole[:, 2:126, 7:297])
+
+
+def test_a_film_of_a_named_size_is_what_it_says(base_model: Path, tmp_path: Path) -> None:
+    whole = prepare(board(**NAMED), model=str(base_model), output=tmp_path / "a.mp4", settings={"num_threads": 1})
+    made = generate(whole)
+    assert not list(verify_run(open_run(made.run_dir)))
+    film = parse_storyboard(read_film_record(made.film)["storyboard"])
+    assert (film.height, film.width, film.resolution) == (124, 290, "144p")
+    again = prepare(film, model=str(base_model), output=tmp_path / "b.mp4", settings={"num_threads": 1})
+
+    def stop(progress: Progress) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        generate(again, on_progress=stop)
+    run = open_run(again.paths.run_dir)
+    assert generate(run.prepared, begin=lambda *_: continue_run(run)).film_hash == made.film_hash
+
+
+def test_plan_and_inspect_state_both_sizes(base_model: Path, tmp_path: Path) -> None:
+    common = ["--model", str(base_model), "--prompt", "a", "--aspect", "9:21", "--resolution", "144p"]
+    planned = CliRunner().invoke(app, ["plan", *common])
+    assert "made at 304 x 128, cut to 290 x 124 (width x height)" in " ".join(planned.output.split())
+    one = prepare_picture(picture_board(**NAMED), model=str(base_model), output=tmp_path / "a.png")
+    make_picture(one)
+    assert Image.open(tmp_path / "a.png").size == (290, 124)
+    told = CliRunner().invoke(app, ["inspect", str(tmp_path / "a.png")])
+    assert "290 x 124 pixels, computed at 304 x 128" in " ".join(told.output.split())
+    odd = replace(board(**NAMED), height=128)
+    with pytest.raises(StoryboardError, match="either height and width, or aspect and resolution"):
+        prepare(odd, model=str(base_model), output=tmp_path / "c.mp4")
 
 
 def test_a_size_and_a_name_are_refused(tiny_model: Path, tmp_path: Path) -> None:

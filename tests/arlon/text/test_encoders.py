@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 from arlon.text import encoders
@@ -13,6 +14,7 @@ from arlon.text.encoders import (
     T5Encoder,
     TextEncoderConfig,
     TextFeatures,
+    describe_whence,
     find_minilm,
     is_at_hand,
     load_text_encoder,
@@ -260,6 +262,33 @@ def test_t5_in_float8_is_refused(t5_folder: Path, tmp_path: Path) -> None:
     save_file({name: tensor.to(torch.float8_e4m3fn) for name, tensor in load_file(weights).items()}, weights)
     with pytest.raises(ValueError, match=r"holds T5 tensors stored as .*\(F8_E4M3\).* expected float32, float16"):
         T5Encoder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("source", "dim", "is_offline", "text"),
+    [
+        (None, 4096, False, "is not on this machine: 19 GB are downloaded from 'PixArt-alpha/"),
+        ("owner/t5-small", 512, False, "is not on this machine: its weights are downloaded from 'owner/t5-small'"),
+        ("owner/t5-small", 512, True, "HF_HUB_OFFLINE=1 forbids to download 'owner/t5-small'. Get T5 v1.1-XXL"),
+        ("/no/such/folder", 4096, False, "is not in '/no/such/folder', where its model says it is. Get T5"),
+    ],
+)
+def test_where_a_missing_t5_comes_from(
+    monkeypatch: pytest.MonkeyPatch, source: str | None, dim: int, is_offline: bool, text: str
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", is_offline)
+    monkeypatch.setattr(encoders, "is_at_hand", lambda config: False)
+    found = describe_whence(TextEncoderConfig(kind="t5", source=source, dim=dim))
+    assert text in found
+    assert found.endswith("--model shapes needs none")
+
+
+def test_where_an_encoder_that_is_named_comes_from(
+    t5_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert describe_whence(TextEncoderConfig(kind="t5", source=str(t5_folder))) == "is on this machine"
+    monkeypatch.setenv(encoders.SOURCE_VARIABLE, str(tmp_path))
+    assert "where it should be: copy config.json, model.safetensors" in describe_whence(TextEncoderConfig())
 
 
 def test_whether_an_encoder_is_at_hand(t5_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
