@@ -118,6 +118,24 @@ def test_a_redo_that_is_interrupted_goes_on(run: Run, tiny_model: Path, tmp_path
     assert made.film.read_bytes() == made_whole(tiny_model, tmp_path / "whole.mp4", *shots).film.read_bytes()
 
 
+@pytest.mark.parametrize(("shot", "num_made"), [(1, 5), (2, 5), (3, 4)])
+def test_a_film_that_was_interrupted_is_changed(tiny_model: Path, tmp_path: Path, shot: int, num_made: int) -> None:
+    """One segment is committed, and the codes it needs are there: the first of the second shot are among them."""
+
+    def stop(progress: Progress) -> None:
+        raise KeyboardInterrupt
+
+    prepared = prepared_film(tiny_model, tmp_path / "film.mp4", *FOUR)
+    with pytest.raises(KeyboardInterrupt):
+        generate(prepared, on_progress=stop)
+    halfway = open_run(prepared.paths.run_dir)
+    assert {take: codes.shape[1] for take, codes in halfway.folder.read_codes().items()} == {0: 10}
+    made = change(halfway, with_shot_changed(halfway, shot, prompt="a blue circle"))
+    assert made.num_made == num_made
+    shots = [*FOUR[: shot - 1], {**FOUR[shot - 1], "prompt": "a blue circle"}, *FOUR[shot:]]
+    assert made.film.read_bytes() == made_whole(tiny_model, tmp_path / "whole.mp4", *shots).film.read_bytes()
+
+
 @pytest.mark.parametrize(("transition", "num_made"), [("cut", 1), ("continue", 2)])
 def test_an_extended_film_is_the_longer_film(
     run: Run, tiny_model: Path, tmp_path: Path, transition: str, num_made: int
