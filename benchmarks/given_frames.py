@@ -32,7 +32,7 @@ from arlon.evaluation.suite import Case, Outcome
 from benchmarks.prompt_accuracy import SHEET_COLUMNS, FilmMaker, Model, ProgressLine, load_model
 from pipelines.references import check_references, encode_references
 from pipelines.requests import Job
-from pipelines.run_folder import RunFolder, write_json
+from pipelines.runs.run_folder import RunFolder, write_json
 from pipelines.sheet import SheetRow, evenly_spaced, frames_to_sheet, write_sheet
 from pipelines.workers import torch_threads
 

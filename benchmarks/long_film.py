@@ -28,8 +28,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from pipelines.durable import write_json
-from pipelines.run_folder import RunFolder
+from pipelines.runs.durable import write_json
+from pipelines.runs.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[1]
 PROMPTS = ("a red circle moves left on a black background", "a green circle moves right on a black background")
@@ -123,7 +123,7 @@ def window_difference(run_dir: Path, max_latents: int) -> float | None:
     import torch
 
     from pipelines.requests import film_requests
-    from pipelines.resume import open_run, read_fitting_codes
+    from pipelines.runs.resume import open_run, read_fitting_codes
     from pipelines.workers import RefineWorker
 
     run = open_run(run_dir)

@@ -46,7 +46,7 @@ from pipelines.requests import (
     film_requests,
     text_request,
 )
-from pipelines.run_folder import write_json
+from pipelines.runs.run_folder import write_json
 from pipelines.sheet import SheetRow, evenly_spaced, frames_to_sheet, write_sheet
 from pipelines.storyboard import Duration, Shot, Storyboard
 from pipelines.workers import CodeWorker, DecodeWorker, RefineWorker, TextWorker, torch_threads

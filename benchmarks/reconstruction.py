@@ -37,7 +37,7 @@ from arlon.models.stdit import STDiT3
 from arlon.models.video_vae import VideoVAE
 from arlon.models.vqvae import LatentVQVAE, codebook_usage
 from arlon.text.encoders import MiniLMEncoder, TextEncoder, TextFeatures, load_text_encoder
-from pipelines.run_folder import write_json
+from pipelines.runs.run_folder import write_json
 from stages.flow_matching import even_times, flow_losses
 
 SEED = 2_000_003

@@ -25,16 +25,16 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from pipelines.durable import hash_plain
 from pipelines.generate import Begin, Prepared, generate, make_settings, open_for_film, prepare, start_run
 from pipelines.local import WorkerSource, new_worker
-from pipelines.lock import RunLockedError
 from pipelines.markup import parse_json, read_text, shown
 from pipelines.output import output_paths, slug
 from pipelines.requests import Settings
-from pipelines.resume import Run, continue_run, open_run
-from pipelines.run_folder import RunFolder
-from pipelines.status import read_status
+from pipelines.runs.durable import hash_plain
+from pipelines.runs.lock import RunLockedError
+from pipelines.runs.resume import Run, continue_run, open_run
+from pipelines.runs.run_folder import RunFolder
+from pipelines.runs.status import read_status
 from pipelines.storyboard import (
     Storyboard,
     UsageError,

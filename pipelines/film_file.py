@@ -19,7 +19,7 @@ from typing import Any
 
 from arlon.data.mp4 import flatten
 from arlon.data.video_io import VideoError, read_tags
-from pipelines.durable import hash_file, publish, temporary_beside
+from pipelines.runs.durable import hash_file, publish, temporary_beside
 
 RECORD_FORMAT = 1
 RECORD_TAG = "comment"

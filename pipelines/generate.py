@@ -1,7 +1,7 @@
 """From a storyboard to a film on disk: check everything, run, and put the film in its place.
 
 `prepare` does all the checks and no work; `generate` does the work. See `pipelines/output.py` for where things go, and
-`pipelines/resume.py` for going on with a film.
+`pipelines/runs/resume.py` for going on with a film.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from pipelines.durable import make_folder, sweep, write_json
 from pipelines.film_file import RECORD_FORMAT, film_tags, finalise
 from pipelines.hls import remove_stream
-from pipelines.lock import RunLock
 from pipelines.model import ModelGeometry, open_model, read_geometry
 from pipelines.output import OutputPaths, check_output, output_paths
 from pipelines.plan import Plan, make_plan, resolve_storyboard, with_frame_size
 from pipelines.references import Reference, check_references, encode_references
 from pipelines.requests import Committed, Job, Settings, WriteResult
-from pipelines.run_folder import RunFolder
+from pipelines.runs.durable import make_folder, sweep, write_json
+from pipelines.runs.lock import RunLock
+from pipelines.runs.run_folder import RunFolder
 from pipelines.storyboard import Storyboard, UsageError, random_seed
 from pipelines.version import version
 
@@ -305,7 +305,7 @@ def generate(
     """Make a film.
 
     If it is interrupted or fails, the codes and segments made so far stay in the run folder, from which
-    `pipelines.resume` goes on, and the segments in the partial film; if there is nothing, nothing stays.
+    `pipelines.runs.resume` goes on, and the segments in the partial film; if there is nothing, nothing stays.
 
     Args:
         prepared: From `prepare`.

@@ -25,7 +25,6 @@ from dataclasses import dataclass, field, fields
 from itertools import groupby
 from typing import Any
 
-from pipelines.lock import WriterLock, holder_mark
 from pipelines.requests import (
     CodeResult,
     Committed,
@@ -37,7 +36,8 @@ from pipelines.requests import (
     fill,
     film_requests,
 )
-from pipelines.run_folder import RunFolder
+from pipelines.runs.lock import WriterLock, holder_mark
+from pipelines.runs.run_folder import RunFolder
 from pipelines.storyboard import UsageError
 
 MAX_REPLICAS = 1024

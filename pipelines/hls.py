@@ -18,8 +18,8 @@ from contextlib import suppress
 from math import ceil
 from pathlib import Path
 
-from pipelines.durable import make_folder, sweep, temporary_beside, write_bytes
 from pipelines.requests import Job
+from pipelines.runs.durable import make_folder, sweep, temporary_beside, write_bytes
 
 PLAYLIST_NAME = "film.m3u8"
 STREAM_NAME = "stream.mp4"

@@ -25,7 +25,7 @@ from pipelines.requests import (
     fill,
     film_requests,
 )
-from pipelines.run_folder import RunFolder
+from pipelines.runs.run_folder import RunFolder
 from pipelines.workers import CodeWorker, DecodeWorker, RefineWorker, TextWorker, WriteWorker, torch_threads
 
 WorkerSource = Callable[[type[Any], Job], Any]

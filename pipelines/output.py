@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.markup import shown
-from pipelines.run_folder import RUN_NAME, RunFolder, RunFolderError
+from pipelines.runs.run_folder import RUN_NAME, RunFolder, RunFolderError
 from pipelines.storyboard import Storyboard, UsageError
 
 MAX_SLUG_LENGTH = 40

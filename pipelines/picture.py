@@ -16,13 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.durable import make_folder, write_bytes
 from pipelines.film_file import film_tags
 from pipelines.generate import film_record, make_settings, open_for_film
 from pipelines.output import check_output_folder, slug
 from pipelines.plan import Plan
 from pipelines.references import reference_names
 from pipelines.requests import Job, TextRequest, fill, film_requests
+from pipelines.runs.durable import make_folder, write_bytes
 from pipelines.storyboard import Storyboard, UsageError
 
 SUFFIX = ".png"

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from pipelines.plan import Plan
-from pipelines.run_folder import RunFolder
+from pipelines.runs.run_folder import RunFolder
 from pipelines.storyboard import REFERENCE_KINDS, Storyboard, StoryboardError
 
 if TYPE_CHECKING:

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from arlon.models.code_stream import SamplingConfig, blend_weight
 from arlon.text.encoders import TextFeatures
-from pipelines.durable import hash_tensor
-from pipelines.look import Drift
 from pipelines.plan import Plan, Segment, Take
+from pipelines.runs.durable import hash_tensor
+from pipelines.runs.look import Drift
 
 R = TypeVar("R")
 MAX_THREADS = 512

@@ -14,8 +14,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from arlon.data.video_io import probe, read_video
-from pipelines.durable import write_bytes
 from pipelines.film_file import RECORD_TAG
+from pipelines.runs.durable import write_bytes
 from pipelines.storyboard import UsageError
 
 MARGIN = 8

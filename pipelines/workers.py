@@ -34,9 +34,7 @@ from arlon.models.injection import SemanticInjection
 from arlon.models.stdit import STDiT3
 from arlon.models.video_vae import VideoVAE
 from arlon.text.encoders import TextEncoder, TextFeatures, load_text_encoder
-from pipelines.durable import hash_tensor
 from pipelines.hls import stream_of
-from pipelines.look import Look, measure_drift, measure_look
 from pipelines.requests import (
     CodeRequest,
     CodeResult,
@@ -52,7 +50,9 @@ from pipelines.requests import (
     WriteRequest,
     WriteResult,
 )
-from pipelines.run_folder import FRAGMENT_NAME, LATENTS_NAME, RunFolder, SegmentRecord
+from pipelines.runs.durable import hash_tensor
+from pipelines.runs.look import Look, measure_drift, measure_look
+from pipelines.runs.run_folder import FRAGMENT_NAME, LATENTS_NAME, RunFolder, SegmentRecord
 
 if TYPE_CHECKING:
     from arlon.models.vqvae import LatentVQVAE

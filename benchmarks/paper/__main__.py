@@ -21,7 +21,7 @@ from benchmarks.paper.conditions import run_condition
 from benchmarks.paper.experiments import EXPERIMENTS
 from benchmarks.paper.tables import to_json, to_markdown
 from benchmarks.prompt_accuracy import ProgressLine, load_model
-from pipelines.durable import write_bytes, write_json
+from pipelines.runs.durable import write_bytes, write_json
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -20,8 +20,8 @@ from arlon.diffusion import samplers
 from arlon.evaluation.film import FilmShot, Outline, measure_film
 from arlon.evaluation.suite import Case
 from benchmarks.prompt_accuracy import FilmMaker, Mode, Model, load_model
-from pipelines.durable import append_line, make_folder, read_lines
 from pipelines.requests import CodeResult, Job
+from pipelines.runs.durable import append_line, make_folder, read_lines
 from pipelines.workers import torch_threads
 
 Record = dict[str, Any]

@@ -12,7 +12,7 @@ import typer
 from pipelines.commands.common import FAILED, JsonOption, count, printable, reported, say
 
 if TYPE_CHECKING:
-    from pipelines.evaluate import Evaluation, Progress
+    from pipelines.evaluation.evaluate import Evaluation, Progress
 
 SHOWN_FIGURES = (
     "prompt_accuracy",
@@ -56,10 +56,10 @@ def evaluate(
 ) -> None:
     """Measure films: prompts followed, motion, drift, seams; one JSON file and one page."""
     with reported():
-        from pipelines.evaluate import evaluate as run
+        from pipelines.evaluation.evaluate import evaluate as run
+        from pipelines.evaluation.vbench_export import check_export, export_films
         from pipelines.generate import available_cores
         from pipelines.output import slug
-        from pipelines.vbench_export import check_export, export_films
 
         if export_vbench is not None:
             check_export(export_vbench)

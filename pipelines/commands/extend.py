@@ -35,9 +35,9 @@ def extend(
 ) -> None:
     """Add shots at the end of a film; of a storyboard, only the shots are read."""
     with reported():
-        from pipelines.edit_run import begin_change, change_run, with_shots_added
         from pipelines.options import FilmOptions, read_film_options
-        from pipelines.resume import open_run
+        from pipelines.runs.edit_run import begin_change, change_run, with_shots_added
+        from pipelines.runs.resume import open_run
 
         check_ray_options(executor, address, graph)
         options = FilmOptions(

@@ -19,8 +19,8 @@ def fork(
 ) -> None:
     """Copy a run, sharing its files, to go on from it in another way."""
     with reported():
-        from pipelines.edit_run import fork_run
-        from pipelines.resume import open_run
+        from pipelines.runs.edit_run import fork_run
+        from pipelines.runs.resume import open_run
 
         run_dir = fork_run(open_run(run, model=model), output)
         say(f"go on with: arlon resume|redo|extend {shlex.quote(str(run_dir))}")

@@ -284,8 +284,8 @@ def make_film(
     """
     from pipelines.generate import generate as run
     from pipelines.generate import start_run
-    from pipelines.lock import RunLockedError
-    from pipelines.run_folder import RunFolder, RunFolderError
+    from pipelines.runs.lock import RunLockedError
+    from pipelines.runs.run_folder import RunFolder, RunFolderError
 
     film = prepared.plan
     if not quiet:
@@ -330,7 +330,7 @@ def _announce(prepared: Prepared) -> None:
 
 
 def _view(prepared: Prepared) -> AbstractContextManager[Any]:
-    from pipelines.live import live_view
+    from pipelines.runs.live import live_view
 
     return live_view(prepared.paths.run_dir)
 

@@ -35,8 +35,8 @@ def redo(
 ) -> None:
     """Make one shot again, and only what depends on it; the film as it was is kept as a version of the run."""
     with reported():
-        from pipelines.edit_run import begin_change, change_run, with_shot_changed
-        from pipelines.resume import open_run
+        from pipelines.runs.edit_run import begin_change, change_run, with_shot_changed
+        from pipelines.runs.resume import open_run
 
         check_ray_options(executor, address, graph)
         old = open_run(run, model=model)

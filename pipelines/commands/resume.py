@@ -27,7 +27,7 @@ def resume(
 ) -> None:
     """Go on with a film that was interrupted; what is committed is not made again."""
     with reported():
-        from pipelines.resume import continue_run, open_run
+        from pipelines.runs.resume import continue_run, open_run
 
         check_ray_options(executor, address, graph)
         opened = open_run(run, model=model)

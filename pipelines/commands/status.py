@@ -12,7 +12,7 @@ from pipelines.commands.common import JsonOption, reported
 from pipelines.commands.run_options import RunArgument
 
 if TYPE_CHECKING:
-    from pipelines.status import RunStatus
+    from pipelines.runs.status import RunStatus
 
 
 def status(
@@ -22,7 +22,7 @@ def status(
 ) -> None:
     """Tell where a run stands: what is committed, what is made now, how long it will take."""
     with reported():
-        from pipelines.status import read_status
+        from pipelines.runs.status import read_status
 
         if watch:
             _watch(run)
@@ -36,9 +36,9 @@ def status(
 def _watch(run: Path) -> None:
     from rich.console import Console
 
-    from pipelines.live import watch
-    from pipelines.lock import holder_of
-    from pipelines.resume import find_run
+    from pipelines.runs.live import watch
+    from pipelines.runs.lock import holder_of
+    from pipelines.runs.resume import find_run
 
     folder = find_run(run).path
     watch(folder, Console(stderr=True), is_running=lambda: holder_of(folder) is not None)

@@ -19,8 +19,8 @@ def verify(
 ) -> None:
     """Check a run: all hashes, how its parts fit, and that the film is made of its segments."""
     with reported():
-        from pipelines.resume import open_run
-        from pipelines.verify import replay_segment, verify_run
+        from pipelines.runs.resume import open_run
+        from pipelines.runs.verify import replay_segment, verify_run
 
         opened = open_run(run, model=model)
         problems = list(verify_run(opened))

@@ -17,7 +17,7 @@ from arlon.models.injection import SemanticInjection
 from arlon.models.video_vae import VideoVAE
 from benchmarks import prompt_accuracy as bench
 from pipelines.generate import generate, prepare
-from pipelines.run_folder import RunFolder
+from pipelines.runs.run_folder import RunFolder
 from pipelines.storyboard import parse_storyboard
 from pipelines.workers import video_to_frames
 from tests.pipelines.tiny_model import FPS, HEIGHT, WIDTH, make_tiny_model

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from pipelines.generate import Prepared, prepare
-from pipelines.run_folder import RunFolder
+from pipelines.runs.run_folder import RunFolder
 from pipelines.storyboard import parse_storyboard
 
 SHOTS = (

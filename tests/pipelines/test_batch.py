@@ -14,7 +14,7 @@ from pipelines import workers
 from pipelines.batch import BatchOptions, FilmOutcome, FilmTask, attempt_film, read_batch, run_batch_local
 from pipelines.cli import app
 from pipelines.generate import generate
-from pipelines.lock import RunLock
+from pipelines.runs.lock import RunLock
 from pipelines.storyboard import UsageError
 from tests.pipelines.films import SHOTS, prepared_film
 

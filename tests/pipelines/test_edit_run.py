@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from pipelines.edit_run import begin_change, change_run, fork_run, with_shot_changed, with_shots_added
 from pipelines.generate import FilmResult, Progress, generate
-from pipelines.resume import Run, continue_run, open_run
-from pipelines.run_folder import RunFolder
+from pipelines.runs.edit_run import begin_change, change_run, fork_run, with_shot_changed, with_shots_added
+from pipelines.runs.resume import Run, continue_run, open_run
+from pipelines.runs.run_folder import RunFolder
 from pipelines.storyboard import Storyboard, StoryboardError, UsageError, parse_storyboard
 from tests.pipelines.films import SHOTS, prepared_film
 
@@ -91,7 +91,7 @@ def test_the_version_before_is_kept_and_can_be_gone_on_with(film: FilmResult, ru
 def test_a_redo_that_stops_while_it_begins_loses_nothing(
     film: FilmResult, run: Run, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
-    import pipelines.edit_run as module
+    import pipelines.runs.edit_run as module
 
     def stop(*_: object) -> None:
         raise KeyboardInterrupt

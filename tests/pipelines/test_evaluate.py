@@ -15,12 +15,12 @@ from typer.testing import CliRunner, Result
 from arlon.data import shapes_world as world
 from arlon.data.video_io import VideoWriter, probe, read_video
 from arlon.evaluation import suite
-from pipelines import evaluate as evaluation
 from pipelines.cli import app
-from pipelines.evaluate import evaluate
-from pipelines.evaluation_plots import nice_range
+from pipelines.evaluation import evaluate as evaluation
+from pipelines.evaluation.evaluate import evaluate
+from pipelines.evaluation.film_set import Film, Problem, add_prompts, find_films, outline_of
+from pipelines.evaluation.plots import nice_range
 from pipelines.film_file import RECORD_TAG
-from pipelines.film_set import Film, Problem, add_prompts, find_films, outline_of
 from pipelines.storyboard import UsageError
 
 FPS = 8.0

@@ -14,9 +14,9 @@ from typer.testing import CliRunner, Result
 
 from pipelines import workers
 from pipelines.cli import app
-from pipelines.durable import append_line, read_lines
 from pipelines.generate import FilmResult, generate
-from pipelines.run_folder import RunFolder
+from pipelines.runs.durable import append_line, read_lines
+from pipelines.runs.run_folder import RunFolder
 from tests.pipelines.films import SHOTS, prepared_film
 
 PAGE = 4096
@@ -133,7 +133,7 @@ def test_a_log_of_events_for_which_there_is_no_room_stops_no_film(
         if len(lines) > 1:
             raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr("pipelines.run_folder.append_line", torn)
+    monkeypatch.setattr("pipelines.runs.run_folder.append_line", torn)
     made = generate(prepared_film(tiny_model, tmp_path / "film.mp4"))
     monkeypatch.undo()
     assert made.film_hash == film.film_hash

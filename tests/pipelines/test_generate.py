@@ -19,7 +19,7 @@ from pipelines.generate import FilmResult, Progress, generate, prepare
 from pipelines.model import read_geometry
 from pipelines.output import output_paths, slug
 from pipelines.requests import film_requests
-from pipelines.run_folder import CODES_NAME, RunFolder, hash_bytes
+from pipelines.runs.run_folder import CODES_NAME, RunFolder, hash_bytes
 from pipelines.storyboard import UsageError, parse_storyboard, storyboard_from_prompts
 from tests.pipelines.films import SHOTS, assert_same_film, prepared_film
 

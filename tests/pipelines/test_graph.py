@@ -18,8 +18,8 @@ from pipelines import batch_graph, graph
 from pipelines.cli import app
 from pipelines.generate import FilmResult, Prepared, generate
 from pipelines.graph import GraphConfig, Role
-from pipelines.resume import continue_run, open_run
-from pipelines.run_folder import RunFolder
+from pipelines.runs.resume import continue_run, open_run
+from pipelines.runs.run_folder import RunFolder
 from pipelines.storyboard import UsageError
 from tests.pipelines.films import prepared_film
 

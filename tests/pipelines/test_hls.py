@@ -14,10 +14,10 @@ from typer.testing import CliRunner
 from arlon.data.video_io import VideoWriter, read_video
 from pipelines import hls
 from pipelines.cli import app
-from pipelines.edit_run import begin_change, change_run, with_shot_changed, with_shots_added
 from pipelines.generate import FilmResult, Prepared, Progress, generate, prepare
 from pipelines.hls import HlsFolder
-from pipelines.resume import Run, continue_run, open_run
+from pipelines.runs.edit_run import begin_change, change_run, with_shot_changed, with_shots_added
+from pipelines.runs.resume import Run, continue_run, open_run
 from pipelines.storyboard import Storyboard, UsageError, parse_storyboard
 from tests.arlon.data.clips import CRF, frame_numbers, make_clip
 from tests.pipelines.films import SHOTS

@@ -107,7 +107,7 @@ def _with_record(film: Path, folder: Path, change: dict[str, Any]) -> Path:
     """The film with another record in its tag."""
     from arlon.data.video_io import Fragment, VideoWriter
     from pipelines.film_file import film_tags, read_film_record
-    from pipelines.run_folder import RunFolder
+    from pipelines.runs.run_folder import RunFolder
 
     tags = film_tags(read_film_record(film) | change, "title")
     with VideoWriter(folder / "film.mp4", fps=8, tags=tags) as writer:

@@ -19,8 +19,8 @@ import torch
 from rich.console import Console
 
 from pipelines.generate import generate
-from pipelines.live import RunView, Tail, live_view, watch
-from pipelines.run_folder import RunFolder
+from pipelines.runs.live import RunView, Tail, live_view, watch
+from pipelines.runs.run_folder import RunFolder
 from tests.pipelines.films import prepared_film
 
 ROOT = Path(__file__).parents[2]

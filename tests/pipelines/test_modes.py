@@ -23,10 +23,10 @@ from pipelines.local import KeptWorkers
 from pipelines.picture import is_picture, make_picture, picture_plan, prepare_picture
 from pipelines.plan import with_frame_size
 from pipelines.requests import carried_on, fill, film_requests
-from pipelines.resume import continue_run, open_run
-from pipelines.run_folder import RunFolder
+from pipelines.runs.resume import continue_run, open_run
+from pipelines.runs.run_folder import RunFolder
+from pipelines.runs.verify import verify_run
 from pipelines.storyboard import Storyboard, StoryboardError, UsageError, parse_storyboard
-from pipelines.verify import verify_run
 from pipelines.workers import DecodeWorker, RefineWorker
 from tests.pipelines.tiny_model import HEIGHT, WIDTH
 

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from arlon.models.ar import CodeTransformer
-from pipelines.edit_run import begin_change, change_run, with_shot_changed
 from pipelines.generate import FilmResult, Progress, generate
 from pipelines.local import run_local
 from pipelines.requests import Job, TextRequest, film_requests
-from pipelines.resume import continue_run, open_run
-from pipelines.run_folder import RunFolder
+from pipelines.runs.edit_run import begin_change, change_run, with_shot_changed
+from pipelines.runs.resume import continue_run, open_run
+from pipelines.runs.run_folder import RunFolder
+from pipelines.runs.verify import replay_segment
 from pipelines.storyboard import StoryboardError, parse_storyboard
-from pipelines.verify import replay_segment
 from pipelines.workers import RefineWorker, TextWorker, guidance
 from tests.pipelines.films import prepared_film
 

@@ -15,14 +15,14 @@ from arlon.data.transforms import resize_and_crop
 from arlon.data.video_io import VideoWriter, read_video
 from arlon.models.video_vae import VideoVAE
 from arlon.models.vqvae import LatentVQVAE
-from pipelines.edit_run import begin_change, change_run, fork_run, with_shot_changed, with_shots_added
 from pipelines.generate import Prepared, generate, prepare
 from pipelines.graph import GraphConfig
 from pipelines.references import check_references
-from pipelines.resume import continue_run, open_run
-from pipelines.run_folder import REFERENCES_NAME, RunFolder, RunFolderError
+from pipelines.runs.edit_run import begin_change, change_run, fork_run, with_shot_changed, with_shots_added
+from pipelines.runs.resume import continue_run, open_run
+from pipelines.runs.run_folder import REFERENCES_NAME, RunFolder, RunFolderError
+from pipelines.runs.verify import replay_segment, verify_run
 from pipelines.storyboard import StoryboardError, load_storyboard, parse_storyboard
-from pipelines.verify import replay_segment, verify_run
 from tests.pipelines.tiny_model import FPS, HEIGHT, WIDTH
 
 PROMPT = {"prompt": "a red circle moves left", "duration": "85f"}

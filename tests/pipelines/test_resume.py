@@ -16,13 +16,13 @@ from typing import Any
 import pytest
 import torch
 
-from pipelines.durable import CRASH_VARIABLE, hash_plain
 from pipelines.generate import FilmResult, Progress, generate
-from pipelines.lock import RunLock, RunLockedError
-from pipelines.resume import continue_run, open_run
-from pipelines.run_folder import CODES_NAME, RunFolder, RunFolderError
+from pipelines.runs.durable import CRASH_VARIABLE, hash_plain
+from pipelines.runs.lock import RunLock, RunLockedError
+from pipelines.runs.resume import continue_run, open_run
+from pipelines.runs.run_folder import CODES_NAME, RunFolder, RunFolderError
+from pipelines.runs.verify import replay_segment, verify_run
 from pipelines.storyboard import UsageError
-from pipelines.verify import replay_segment, verify_run
 from tests.pipelines.films import assert_same_film, prepared_film
 from tests.pipelines.tiny_model import make_tiny_model
 

@@ -14,13 +14,13 @@ from typer.testing import CliRunner, Result
 
 from pipelines.cli import app
 from pipelines.generate import FilmResult, generate
-from pipelines.inspection import inspect_film
-from pipelines.lock import RunLock
-from pipelines.resume import open_run
-from pipelines.run_folder import RunFolder
-from pipelines.status import read_status
+from pipelines.runs.inspection import inspect_film
+from pipelines.runs.lock import RunLock
+from pipelines.runs.resume import open_run
+from pipelines.runs.run_folder import RunFolder
+from pipelines.runs.status import read_status
+from pipelines.runs.verify import replay_segment, verify_run
 from pipelines.storyboard import UsageError, load_storyboard
-from pipelines.verify import replay_segment, verify_run
 from tests.pipelines.films import SHOTS, assert_same_film, prepared_film
 
 

@@ -27,7 +27,7 @@ from pipelines.requests import (
     film_requests,
     text_request,
 )
-from pipelines.run_folder import RunFolder
+from pipelines.runs.run_folder import RunFolder
 from pipelines.workers import CodeWorker, DecodeWorker, RefineWorker, TextWorker, WriteWorker, video_to_frames
 from tests.pipelines import tiny_model as tiny
 from tests.pipelines.films import prepared_film

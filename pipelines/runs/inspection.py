@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.film_file import read_film_record
-from pipelines.run_folder import RunFolder
+from pipelines.runs.run_folder import RunFolder
 
 _RUN_ONLY = ("plan", "film", "stale")
 

@@ -15,15 +15,15 @@ from pathlib import Path
 
 from torch import Tensor
 
-from pipelines.durable import copy_file, link_or_copy, make_folder, publish, sync_folder, temporary_beside
+from pipelines.runs.durable import copy_file, link_or_copy, make_folder, publish, sync_folder, temporary_beside
 from pipelines.generate import assemble, run_record
-from pipelines.lock import RunLock
+from pipelines.runs.lock import RunLock
 from pipelines.output import OutputPaths, check_output, output_paths
 from pipelines.plan import Plan, make_plan
 from pipelines.references import check_references, encode_references
 from pipelines.requests import Committed, code_schedule, film_requests
-from pipelines.resume import Run, continue_run, misfit
-from pipelines.run_folder import (
+from pipelines.runs.resume import Run, continue_run, misfit
+from pipelines.runs.run_folder import (
     CODES_LOG_NAME,
     CODES_NAME,
     EVENTS_NAME,

@@ -30,9 +30,9 @@ from arlon.evaluation import suite
 from arlon.evaluation.figures import FIGURES
 from arlon.evaluation.film import measure_film
 from arlon.evaluation.vbench import Backbone, load_backbone
-from pipelines.durable import hash_file, hash_plain, write_bytes, write_json
-from pipelines.evaluation_report import render_report
-from pipelines.film_set import Film, Problem, add_prompts, find_films, outline_of, prompt_of_name
+from pipelines.evaluation.film_set import Film, Problem, add_prompts, find_films, outline_of, prompt_of_name
+from pipelines.evaluation.report import render_report
+from pipelines.runs.durable import hash_file, hash_plain, write_bytes, write_json
 from pipelines.sheet import SheetRow, evenly_spaced, frames_to_sheet
 from pipelines.storyboard import UsageError
 from pipelines.version import version
@@ -107,9 +107,9 @@ def evaluate(
     interrupted evaluation goes on where it was.
 
     Args:
-        sources: Films and folders; see `pipelines.film_set`.
+        sources: Films and folders; see `pipelines.evaluation.film_set`.
         output: Folder of the results.
-        prompts: Prompt file; see `pipelines.film_set`.
+        prompts: Prompt file; see `pipelines.evaluation.film_set`.
         backbones: Folder or hub id of a network, by VBench's dimension.
         device: Where the networks compute.
         num_workers: Processes.

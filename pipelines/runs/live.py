@@ -30,7 +30,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from pipelines.run_folder import CODES_LOG_NAME, CODES_NAME, EVENTS_NAME, RunFolder, RunFolderError
+from pipelines.runs.run_folder import CODES_LOG_NAME, CODES_NAME, EVENTS_NAME, RunFolder, RunFolderError
 
 ROLES = ("text", "code", "refine", "decode", "write")
 SHOWN_SEGMENTS = 5

@@ -22,7 +22,7 @@ from typing import Any
 from arlon.evaluation.film import FilmShot, Outline
 from pipelines.film_file import RECORD_TAG
 from pipelines.markup import parse_json, shown
-from pipelines.run_folder import RUN_NAME
+from pipelines.runs.run_folder import RUN_NAME
 from pipelines.sheet import find_film
 
 FILM_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")

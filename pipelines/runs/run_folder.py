@@ -15,7 +15,7 @@
     film.mp4, film.json          the film and its sidecar, where no other place was asked for
 
 `run.json` and `segment.json` hold their own hash, so that a change by hand is noticed. See `docs/engine.md` for what is
-on disk when, and `pipelines.durable` for how files get there.
+on disk when, and `pipelines.runs.durable` for how files get there.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from pipelines.durable import (
+from pipelines.runs.durable import (
     append_line,
     hash_bytes,
     hash_file,
@@ -74,7 +74,7 @@ class SegmentRecord:
     outputs: dict[str, str]
     """SHA-256 of each file beside it."""
     look: dict[str, Any] = field(default_factory=dict)
-    """Colour and contrast of its frames; see `pipelines.look`."""
+    """Colour and contrast of its frames; see `pipelines.runs.look`."""
 
 
 class RunFolder:

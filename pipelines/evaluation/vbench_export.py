@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from arlon.data.video_io import VideoWriter, probe, read_video
-from pipelines.durable import copy_file, publish, temporary_beside, write_bytes
-from pipelines.film_set import Film, Problem, add_prompts, find_films, outline_of
+from pipelines.evaluation.film_set import Film, Problem, add_prompts, find_films, outline_of
+from pipelines.runs.durable import copy_file, publish, temporary_beside, write_bytes
 from pipelines.storyboard import UsageError
 
 VIDEOS_NAME = "videos"
@@ -52,7 +52,7 @@ def export_films(
     """Write films in VBench's layout.
 
     Args:
-        sources: Films and folders; see `pipelines.film_set`.
+        sources: Films and folders; see `pipelines.evaluation.film_set`.
         folder: Where to; it must not hold another export.
         prompts: Prompt file.
         leave_out: Folder that is not searched for films.

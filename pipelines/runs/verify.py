@@ -10,11 +10,11 @@ from pathlib import Path
 from torch import Tensor
 
 from arlon.data.video_io import Fragment, VideoWriter, encode_fragment
-from pipelines.durable import hash_file
+from pipelines.runs.durable import hash_file
 from pipelines.film_file import finalise
 from pipelines.requests import CodeResult, SegmentRequests, TextRequest, carried_on, fill, film_requests
-from pipelines.resume import Run, misfit, read_fitting_codes
-from pipelines.run_folder import RunFolderError
+from pipelines.runs.resume import Run, misfit, read_fitting_codes
+from pipelines.runs.run_folder import RunFolderError
 from pipelines.storyboard import UsageError
 from pipelines.workers import CodeWorker, DecodeWorker, RefineWorker, TextWorker, film_settings, torch_threads
 

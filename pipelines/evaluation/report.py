@@ -13,7 +13,7 @@ from typing import Any
 
 from arlon.evaluation.figures import FIGURES, GROUPS
 from arlon.evaluation.film import QUARTERS
-from pipelines.evaluation_plots import Estimate, curves_plot, estimates_plot, interval_bar, strip_plot
+from pipelines.evaluation.plots import Estimate, curves_plot, estimates_plot, interval_bar, strip_plot
 
 SEAM_RULES = (1.0, 1.2)
 """No seam, and what still passes."""
