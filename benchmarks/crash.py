@@ -4,7 +4,8 @@
     python benchmarks/crash.py --kills 24 --executor ray --json ray.json
 
 Half of the kills are SIGKILL at named write points (`pipelines.runs.durable`), spread evenly over all that a film
-passes; the others come at random times. After each that ended the command, `arlon resume` goes on, with the local executor.
+passes; the others come at random times. After each that ended the command, `arlon resume` goes on, with the local
+executor.
 Without `--model`, the random model of the tests makes a film of three shots; the kill is what is tested, not the film.
 
 With `--executor ray`, one Ray of this machine is started for all commands, which join it by its address, so that actors
