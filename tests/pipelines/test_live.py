@@ -140,6 +140,8 @@ class Terminal:
             stdout=subprocess.PIPE,
             stderr=theirs,
             env={**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm", "COLUMNS": "90"},
+            # Tests that a shell started in the background ignore Ctrl-C, and their children would too.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         self.shown = b""
 

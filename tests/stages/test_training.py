@@ -225,6 +225,7 @@ def test_a_damaged_or_foreign_checkpoint_is_refused(content: bytes | str, tmp_pa
 def test_trimmed_padding_changes_nothing(stage: str, stage_config: Any) -> None:
     parts = build(stage, stage_config(stage))
     batch = next(iter(parts.val))
+    batch["text_mask"][:, 16:] = False  # however long the captions are
     trimmed = common.trim_text(batch)
     assert trimmed["text"].shape[1] == trimmed["text_mask"].shape[1] < batch["text"].shape[1]
     assert torch.equal(trimmed["text_mask"].sum(dim=1), batch["text_mask"].sum(dim=1))
