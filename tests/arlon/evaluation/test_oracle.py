@@ -106,6 +106,17 @@ def test_likeness_finds_a_shape_at_any_angle_scale_and_blur(shape, sigma):
         assert not likeness[1].any()  # a group without pixels
 
 
+def test_every_frame_of_a_large_picture_counts():
+    size, num_frames = 160, 17
+    frames = world.render_scene(scene(look(shape="star")), height=size, width=size, num_frames=num_frames).frames
+    background = world.render_background("grey", size, size).astype(np.float32)
+    (track,) = tracking.find_tracks(frames.astype(np.float32), background)
+    assert len(track.pixels.frame) > 2 * tracking.MAX_PIXELS
+    likeness = track.likeness(np.arange(num_frames))
+    assert {world.SHAPES[best] for best in likeness.argmax(axis=1)} == {"star"}
+    assert likeness.max(axis=1).min() > 0.95
+
+
 def test_uint8_frames_and_video_in_minus_one_to_one_are_read_alike():
     frames = world.render_scene(scene(look(), look(colour="blue", shape="star")), num_frames=17).frames
     video = torch.from_numpy(frames).permute(3, 0, 1, 2) / 127.5 - 1
