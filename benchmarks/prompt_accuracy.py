@@ -8,7 +8,8 @@ the shot after are read by themselves. `arlon.evaluation.suite` defines every fi
 
 Films are made by the workers of the pipeline, in one process, with the frames that `arlon generate` would encode
 under the same prompts and seed. `--mode` takes parts away: `base` is the diffusion transformer without injection (it
-carries frames over all the same), `codes` shows the codes alone, through the two decoders.
+carries frames over all the same), `codes` shows the codes alone, through the two decoders, and `true_codes` takes the
+codes of the scene that is asked for, so that only the diffusion transformer can be wrong.
 
 Columns: `right` is the share of cases, with its 95 % bootstrap interval over n cases; `guess` the chance of a uniform
 guess; `shuffled` the score against the prompts of other cases; `truth` that of scenes rendered as asked, which is
@@ -24,11 +25,12 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 import torch
 
+from arlon.data.transforms import resize_and_crop
 from arlon.evaluation import suite
 from arlon.evaluation.film import plain_reading
 from arlon.evaluation.suite import Case, Outcome, Row
@@ -51,8 +53,8 @@ from pipelines.sheet import SheetRow, evenly_spaced, frames_to_sheet, write_shee
 from pipelines.storyboard import Duration, Shot, Storyboard
 from pipelines.workers import CodeWorker, DecodeWorker, RefineWorker, TextWorker, torch_threads
 
-Mode = Literal["arlon", "base", "codes"]
-MODES: tuple[Mode, ...] = ("arlon", "base", "codes")
+Mode = Literal["arlon", "base", "codes", "true_codes"]
+MODES: tuple[Mode, ...] = get_args(Mode)
 SHEET_COLUMNS = 8
 COLUMNS = f"{'':22}{'right':>7}{'95 % interval':>18}{'n':>5}{'guess':>8}{'shuffled':>10}{'truth':>8}"
 
@@ -140,6 +142,39 @@ class BlankCodes:
         return CodeResult(codes=torch.zeros(1, request.stop, *self._grid, dtype=torch.int64), elapsed_s=0.0)
 
 
+class GivenCodes:
+    """The code frames (1, n, cH, cW) of a take that are there from the start."""
+
+    def __init__(self, codes: torch.Tensor) -> None:
+        self._codes = codes
+
+    def run(self, request: CodeRequest) -> CodeResult:
+        """Write."""
+        if request.take or self._codes.shape[1] < request.stop:
+            raise ValueError(f"the codes are {self._codes.shape[1]} frames of one take, wanted {request.stop}")
+        return CodeResult(codes=self._codes[:, : request.stop], elapsed_s=0.0)
+
+
+class SceneEncoder:
+    """Codes of scenes as the data of a training has them: rendered, through the video VAE and the fine VQ-VAE."""
+
+    def __init__(self, job: Job) -> None:
+        """Load both for films of the model, size and rate of `job`."""
+        from arlon.models.video_vae import VideoVAE
+        from arlon.models.vqvae import LatentVQVAE
+
+        self._defaults = job.plan.geometry.defaults
+        self._vae = VideoVAE.from_pretrained(job.component("vae"))
+        self._vqvae = LatentVQVAE.from_pretrained(job.component("vqvae"))
+
+    @torch.inference_mode()
+    def __call__(self, case: Case) -> torch.Tensor:
+        """Codes (1, n, cH, cW) of the scene of a case."""
+        size = {"height": self._defaults.height, "width": self._defaults.width}
+        frames = np.concatenate(suite.render_case(case, fps=self._defaults.fps, **size))
+        return self._vqvae.encode(self._vae.encode(resize_and_crop(frames, **size)[None]).float())
+
+
 class BaseRefineWorker(RefineWorker):
     """The diffusion transformer without semantic injection; frames are carried over as ever."""
 
@@ -181,28 +216,29 @@ class FilmMaker:
 
         `shown` changes the codes that the diffusion transformer sees; the code model goes on from its own.
         """
-        refine = {"arlon": RefineWorker, "base": BaseRefineWorker, "codes": CoarseWorker}
+        refine = {"base": BaseRefineWorker, "codes": CoarseWorker}.get(mode, RefineWorker)
         self._text = TextWorker(job)
-        self._codes: CodeStep = BlankCodes(job) if mode == "base" else CodeWorker(job)
-        self._refine, self._decode = refine[mode](job), DecodeWorker(job)
+        self._codes: CodeStep = BlankCodes(job) if mode in ("base", "true_codes") else CodeWorker(job)
+        self._refine, self._decode = refine(job), DecodeWorker(job)
         self._shown = shown or (lambda codes, job: codes)
 
-    def shots(self, job: Job) -> list[np.ndarray]:
+    def shots(self, job: Job, given: torch.Tensor | None = None) -> list[np.ndarray]:
         """Frames (F, pH, pW, 3) uint8 of every shot of a film, as they are before the film is encoded."""
         frames: list[list[np.ndarray]] = [[] for _ in job.plan.shots]
-        for parts in self.segments(job):
+        for parts in self.segments(job, given):
             frames[parts.shot].append(parts.frames)
         return [np.concatenate(of_shot) for of_shot in frames]
 
-    def segments(self, job: Job) -> Iterator[SegmentParts]:
-        """The segments of a film in order."""
+    def segments(self, job: Job, given: torch.Tensor | None = None) -> Iterator[SegmentParts]:
+        """The segments of a film in order; `given` are codes (1, n, cH, cW) in place of those of the code model."""
+        code_step = self._codes if given is None else GivenCodes(given)
         text = self._text.run(text_request(job.plan))
         codes: CodeResult | None = None
         refined: RefineResult | None = None
         for request in film_requests(job):
             if request.is_take_start:
                 codes = refined = None
-            codes = self._codes.run(fill(request.code, text=text, before=codes))
+            codes = code_step.run(fill(request.code, text=text, before=codes))
             shown = self._shown(codes, job)
             refined = self._refine.run(fill(request.refine, text=text, codes=shown, before=refined))
             frames = self._decode.run(fill(request.decode, refined=refined)).frames
@@ -225,8 +261,9 @@ def run_cases(model: Model, cases: Sequence[Case], mode: Mode, progress: Callabl
     results = []
     with torch_threads(model.settings.num_threads):
         maker = FilmMaker(model.job(cases[0]), mode)
+        encode = SceneEncoder(model.job(cases[0])) if mode == "true_codes" else None
         for case in cases:
-            shots = maker.shots(model.job(case))
+            shots = maker.shots(model.job(case), encode and encode(case))
             pictures = tuple(frames[evenly_spaced(0, len(frames), SHEET_COLUMNS)] for frames in shots)
             results.append(Result(suite.judge(case, shots, fps=model.geometry.defaults.fps), pictures))
             progress(len(results), len(cases))

@@ -3,6 +3,7 @@
     python -m benchmarks.paper short                     # base, codes alone, ARLON at 5, 10, 30 steps
     python -m benchmarks.paper long --films 8            # twelve shots, by position of the shot
     python -m benchmarks.paper flips                     # accuracy against the share of codes flipped at random
+    python -m benchmarks.paper video                     # codes taken from a video, with a new prompt
     python -m benchmarks.paper sampling                  # temperature, top-p, guidance of the AR model
 
 Writes NAME.md and NAME.json into --output (docs/results). Records of films are kept in --work, so that the same command

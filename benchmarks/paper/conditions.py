@@ -9,17 +9,18 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
+from arlon.data import shapes_world as world
 from arlon.diffusion import samplers
 from arlon.evaluation.film import FilmShot, Outline, measure_film
 from arlon.evaluation.suite import Case
-from benchmarks.prompt_accuracy import FilmMaker, Mode, Model, load_model
+from benchmarks.prompt_accuracy import FilmMaker, Mode, Model, SceneEncoder, load_model
 from pipelines.requests import CodeResult, Job
 from pipelines.runs.durable import append_line, make_folder, read_lines
 from pipelines.workers import torch_threads
@@ -42,6 +43,9 @@ class Condition:
     """Settings of `arlon generate`, where they differ from the model's."""
     flipped: float = 0.0
     """Share of the codes that the DiT sees which are replaced by random ones, [0, 1]."""
+    video: Literal["as asked", "other colours"] | None = None
+    """Codes of a video in place of those of the AR model: the scene that the prompt asks for, or the same one with
+    another colour of every object and another background. None: the AR model's."""
 
 
 def flip_codes(codes: torch.Tensor, share: float, codebook_size: int, seed: int) -> torch.Tensor:
@@ -76,13 +80,16 @@ def run_condition(
     kept = {line.pop("key"): line for line in read_lines(path)}
     records: list[Record] = []
     maker: FilmMaker | None = None
+    encode: SceneEncoder | None = None
     with torch_threads(loaded.settings.num_threads):
         for case in cases:
             key = _key(condition, case, loaded)
             if key not in kept:
                 job = loaded.job(case)
                 maker = maker or _make_maker(condition, job)
-                kept[key] = _film_record(maker, job, case, loaded)
+                encode = encode or (SceneEncoder(job) if condition.video else None)
+                given = encode and encode(case if condition.video == "as asked" else in_other_colours(case))
+                kept[key] = _film_record(maker, job, case, loaded, given)
                 make_folder(path.parent)
                 append_line(path, {"key": key, **kept[key]})
             records.append(kept[key])
@@ -100,11 +107,26 @@ def _make_maker(condition: Condition, job: Job) -> FilmMaker:
     return FilmMaker(job, condition.mode, shown if condition.flipped else None)
 
 
-def _film_record(maker: FilmMaker, job: Job, case: Case, model: Model) -> Record:
+def in_other_colours(case: Case) -> Case:
+    """The case with the next colour of every object in every shot, and the next background; layout and motion stay."""
+
+    def shot_of(shot: world.Shot) -> world.Shot:
+        objects = tuple(replace(look, colour=_next(world.COLOURS, look.colour)) for look in shot.objects)
+        return replace(shot, objects=objects, background=_next(world.BACKGROUNDS, shot.background))
+
+    return replace(case, scene=replace(case.scene, shots=tuple(map(shot_of, case.scene.shots))))
+
+
+def _next(names: Sequence[str], name: str) -> str:
+    names = tuple(names)
+    return names[(names.index(name) + 1) % len(names)]
+
+
+def _film_record(maker: FilmMaker, job: Job, case: Case, model: Model, given: torch.Tensor | None) -> Record:
     started_s = time.perf_counter()
     shots: list[list[np.ndarray]] = [[] for _ in case.prompts]
     starts, code_s, refine_s, at = [], 0.0, 0.0, 0
-    for parts in maker.segments(job):
+    for parts in maker.segments(job, given):
         starts.append(at)
         at += len(parts.frames)
         shots[parts.shot].append(parts.frames)

@@ -79,6 +79,17 @@ EXPERIMENTS: dict[str, Experiment] = {
         ),
         figures=PROMPT_FIGURES + PICTURE_FIGURES,
     ),
+    "video": Experiment(
+        title="Codes of a given video",
+        claim="With the codes of a video and a new prompt, the layout follows the video and the appearance the prompt.",
+        conditions=(
+            Condition(name="codes of the AR model"),
+            Condition(name="video as asked", mode="true_codes", video="as asked"),
+            Condition(name="video in other colours", mode="true_codes", video="other colours"),
+            Condition(name="other colours, codes alone", mode="codes", video="other colours"),
+        ),
+        figures=PROMPT_FIGURES + PICTURE_FIGURES,
+    ),
     "sampling": Experiment(
         title="Sampling of the AR model",
         claim="(Not in the paper.)",

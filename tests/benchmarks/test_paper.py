@@ -113,3 +113,22 @@ def test_unknown_conditions_are_refused(capsys: pytest.CaptureFixture[str]) -> N
         parse_args(["short", "--only", "arlon 7 steps"])
     assert stopped.value.code == 2
     assert "arlon 10 steps" in capsys.readouterr().err
+
+
+def test_a_video_in_other_colours_keeps_layout_and_motion(tiny_model: Path, tmp_path: Path) -> None:
+    cases = EXPERIMENTS["video"].cases(2, load_model(str(tiny_model)).geometry)
+    for case in cases:
+        other = conditions.in_other_colours(case)
+        assert other.scene.start == case.scene.start
+        for before, after in zip(case.scene.shots, other.scene.shots, strict=True):
+            assert before.background != after.background
+            for a, b in zip(before.objects, after.objects, strict=True):
+                assert a.colour != b.colour
+                assert (a.shape, a.size, a.motion, a.speed) == (b.shape, b.size, b.motion, b.speed)
+
+    def figures(video: str) -> list[dict[str, float]]:
+        condition = Condition(name=video, steps=2, mode="true_codes", video=video)
+        made = run_condition(condition, cases, tmp_path, model=str(tiny_model), progress=lambda done, total: None)
+        return [record["figures"] for record in made]
+
+    assert figures("as asked") != figures("other colours")

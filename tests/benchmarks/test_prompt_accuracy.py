@@ -86,6 +86,20 @@ def test_codes_mode_has_no_diffusion(folder, case):
     assert [len(frames) for frames in one] == [51, 34]
 
 
+def test_true_codes_are_those_of_the_scene_and_not_of_the_code_model(folder, case):
+    model = bench.load_model(str(folder))
+    job = model.job(case)
+    codes = bench.SceneEncoder(job)(case)
+    maker = bench.FilmMaker(job, "true_codes")
+    made = list(maker.segments(job, codes))
+    assert all(np.array_equal(part.codes.codes, codes[:, : part.codes.codes.shape[1]]) for part in made)
+    assert made[-1].codes.codes.shape == codes.shape
+    assert is_same(maker.shots(job, codes), bench.FilmMaker(job).shots(job, codes))
+    assert not is_same(maker.shots(job, codes), make(model, case, "arlon"))
+    with pytest.raises(ValueError, match="wanted"):
+        maker.shots(job, codes[:, :1])
+
+
 @pytest.mark.parametrize("mode", bench.MODES)
 def test_the_command_writes_table_figures_and_sheet(mode, folder, tmp_path, capsys):
     figures, sheet = tmp_path / "figures.json", tmp_path / "sheet.png"
