@@ -115,7 +115,13 @@ def _tensors(values: Any) -> list[Tensor]:
 
 
 def dit_cost(
-    config: STDiT3Config, size: LatentSize, *, text_length: int, batch: int = 1, dtype: torch.dtype = torch.float32
+    config: STDiT3Config,
+    size: LatentSize,
+    *,
+    text_length: int,
+    batch: int = 1,
+    dtype: torch.dtype = torch.float32,
+    injection: InjectionConfig | None = None,
 ) -> Cost:
     """One forward pass of the diffusion transformer with a frame mask, on latents (B, C, T, H, W).
 
@@ -125,7 +131,13 @@ def dit_cost(
         text_length: L, padding included.
         batch: B; 2 with guidance.
         dtype: Of weights and activations.
+        injection: What is injected; a ControlNet works in every pass, other designs leave a pass as it is.
     """
+    inject = None
+    if injection is not None and injection.design == "controlnet":
+        with torch.device("meta"), torch.no_grad():
+            coarse = torch.empty(1, injection.in_channels, *size)
+            inject = _build(SemanticInjection, injection, dtype).condition(coarse)
 
     def at(depth: int) -> Cost:
         with torch.device("meta"):
@@ -138,7 +150,7 @@ def dit_cost(
                 "text_mask": torch.ones(batch, text_length, dtype=torch.bool),
                 "frame_mask": None if config.patch_size[0] > 1 else torch.ones(batch, size[0], dtype=torch.bool),
             }
-        return _cost(model, lambda: model(**inputs, fps=24.0, height=1.0, width=1.0))
+        return _cost(model, lambda: model(**inputs, fps=24.0, height=1.0, width=1.0, inject=inject))
 
     return _at_depth(at, config.depth)
 

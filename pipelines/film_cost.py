@@ -133,6 +133,7 @@ class _Estimate:
             self._segment_size,
             text_length=self.configs.text_encoder.max_length,
             batch=2 if is_guided else 1,
+            injection=self.configs.injection,
         )
         return once, passes * evaluations
 

@@ -171,6 +171,7 @@ def build(config: InjectStageConfig) -> StageParts:
     }
     train, val = (_windows(config, data, which, vqvaes, folders) for which in ("train", "val"))
     dit = load_frozen(STDiT3, config.dit, "dit")
+    check_blocks(config, dit)
     torch.manual_seed(config.train.seed)
     model = SemanticInjection(config.injection)
     if config.train.init_from is None:
@@ -185,6 +186,20 @@ def build(config: InjectStageConfig) -> StageParts:
         examples=example_batch(val),
     )
     return window_parts(stage, train, val, config.train)
+
+
+def check_blocks(config: InjectStageConfig, dit: STDiT3) -> None:
+    """Refuse an injection into blocks that the base has not.
+
+    Raises:
+        ValueError: If there are too few.
+    """
+    stop = config.injection.first_block + config.injection.num_blocks
+    if stop > dit.config.depth:
+        raise ValueError(
+            f"injection.first_block + injection.num_blocks ({stop}) must be at most the depth of {config.dit!r}, "
+            f"{dit.config.depth}"
+        )
 
 
 def _windows(

@@ -5,10 +5,11 @@
     a, g, b  = Linear_i(SiLU(c~))                                    of block i, each (B, N, D)
     y'       = y + a (LN(y) (1 + g) + b)                             y: output of the temporal self-attention
 
-Linear_i starts at zero, so that a fresh injection is the identity and the frozen base starts unchanged.
+Linear_i starts at zero, so that a fresh injection is the identity and the frozen base starts unchanged. The two designs
+that the paper compares with this one, an MLP adapter and a ControlNet, are in `injection_designs`.
 
 Source: ARLON, arXiv:2410.20502 (figure 2, abstract). The paper names the parts and where they sit; the
-formulas of the adaptive norm and of the uncertainty sampling are our reading of it.
+formula of the adaptive norm is our reading of it.
 
 Dimension key
     B  batch    C T H W  coarse latent    N  DiT tokens, in t, h, w order    D  width of the DiT
@@ -17,21 +18,27 @@ Dimension key
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from arlon.models.embeddings import PatchEmbed
+from arlon.models.injection_designs import ControlBranch, MlpAdapters
 from arlon.models.layers import Mlp, layer_norm
+from arlon.models.stdit import Inject, StartedInject
+from arlon.models.uncertainty import LearnedUncertainty, StatisticsUncertainty
 
-DSU_EPS = 1e-6
-STATISTICS_MOMENTUM = 0.99
-LOGVAR_RANGE = (-6.0, 2.0)
-"""Bounds of the learned log-variance; the floor keeps the training noise from being learned away."""
+Design = Literal["adaptive_norm", "mlp_adapter", "controlnet"]
+DESIGNS: tuple[Design, ...] = get_args(Design)
+
+
+LEAST = {"in_channels": 1, "dim": 1, "num_blocks": 0, "first_block": 0, "num_adapters": 0, "num_heads": 1}
+"""Smallest values of the fields of the config that count something."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +55,12 @@ class InjectionConfig:
     """Patch of the DiT."""
     dim: int = 1152
     """Width D of the DiT."""
+    design: Design = "adaptive_norm"
+    """How the features enter a block; the adaptive norm works best in the paper."""
     num_blocks: int = 14
-    """Temporal blocks that are modulated, from the first on; half of them works best in the paper."""
+    """Temporal blocks that are modulated; the first half of them works best in the paper."""
+    first_block: int = 0
+    """The first of these blocks."""
     num_adapters: int = 2
     """Residual adapters after the projection."""
     adapter_ratio: float = 1.0
@@ -58,14 +69,26 @@ class InjectionConfig:
     """Noise on the coarse features in training: none, by feature statistics, or with a learned variance."""
     uncertainty_prob: float = 0.5
     """Probability of that noise in a training step."""
+    num_heads: int = 16
+    """Attention heads of the DiT, for `controlnet`, whose branch is a copy of its blocks."""
+    mlp_ratio: float = 4.0
+    """Width of an MLP of the DiT over D, for `controlnet`."""
+    qk_norm: bool = True
+    """Whether the DiT normalises queries and keys, for `controlnet`."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "patch_size", tuple(self.patch_size))
         problems = [
             f"{name} ({getattr(self, name)}) must be at least {least}"
-            for name, least in (("in_channels", 1), ("dim", 1), ("num_blocks", 0), ("num_adapters", 0))
+            for name, least in LEAST.items()
             if getattr(self, name) < least
         ]
+        if self.design not in DESIGNS:
+            problems.append(f"unknown design {self.design!r}, choose from {', '.join(map(repr, DESIGNS))}")
+        elif self.design == "controlnet" and self.num_heads > 0 and self.dim % (2 * self.num_heads):
+            problems.append(f"dim ({self.dim}) must be a multiple of 2 num_heads ({2 * self.num_heads})")
+        if self.mlp_ratio <= 0:
+            problems.append(f"mlp_ratio ({self.mlp_ratio}) must be positive")
         if self.adapter_ratio <= 0:
             problems.append(f"adapter_ratio ({self.adapter_ratio}) must be positive")
         if self.uncertainty not in ("none", "dsu", "learned"):
@@ -76,74 +99,17 @@ class InjectionConfig:
             raise ValueError("InjectionConfig: " + "; ".join(problems))
 
 
-class StatisticsUncertainty(nn.Module):
-    """Shift mean and spread of the features at random, as much as they differ between samples (DSU).
-
-    Per channel, over the N positions of sample n:
-
-        mu_n, sg_n = mean, standard deviation        S_mu, S_sg = their standard deviations between samples
-        out_n      = (sg_n + e2 S_sg) (c_n - mu_n) / sg_n + mu_n + e1 S_mu          e1, e2 ~ N(0, 1)
-
-    S comes from the batch. A batch of one has none: running statistics of the training steps take its place.
-
-    Source: arXiv:2202.03958 (uncertainty of feature statistics) and its official code.
-    """
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.register_buffer("running_mean", torch.zeros(2, dim))
-        self.register_buffer("running_var", torch.zeros(2, dim))
-        self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64))
-
-    def forward(self, c: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Perturb features c (B, N, D); noise comes from the generator, the global CPU one if None."""
-        mean = c.mean(dim=1)
-        spread = (_variance(c, dim=1) + DSU_EPS).sqrt()
-        between = (_variance(torch.stack((mean, spread)), dim=1) + DSU_EPS).sqrt()  # (2, D)
-        self.update(mean.detach(), spread.detach())
-        if c.shape[0] == 1:
-            between = (self.running_var + DSU_EPS).sqrt().to(c.dtype)
-        shift_mean, shift_spread = _normal((2, *mean.shape), c, generator) * between.unsqueeze(1)
-        factor = 1 + shift_spread / spread
-        return (c - mean[:, None]) * factor[:, None] + (mean + shift_mean)[:, None]
-
-    @torch.no_grad()
-    def update(self, mean: Tensor, spread: Tensor) -> None:
-        """Move the running statistics by those of a batch, (B, D) each: a plain, later a moving average."""
-        for sample in torch.stack((mean, spread), dim=1).to(self.running_mean.dtype):  # (2, D) each
-            self.num_updates += 1
-            weight = torch.clamp(1 / self.num_updates, min=1 - STATISTICS_MOMENTUM)
-            step = sample - self.running_mean
-            self.running_mean += weight * step
-            self.running_var.copy_((1 - weight) * (self.running_var + weight * step.square()))
-
-
-class LearnedUncertainty(nn.Module):
-    """Draw the features from a normal distribution with learned mean and log-variance, by reparametrisation.
-
-    The mean starts as the identity. Without noise (in evaluation) the mean itself is used.
-    """
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.to_mean = nn.Linear(dim, dim)
-        self.to_logvar = nn.Linear(dim, dim)
-
-    def forward(self, c: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Sample features like c (B, N, D); noise comes from the generator, the global CPU one if None."""
-        logvar = self.to_logvar(c).clamp(*LOGVAR_RANGE)
-        return self.to_mean(c) + torch.exp(logvar / 2) * _normal(c.shape, c, generator)
-
-
 @dataclass(frozen=True)
 class Modulations:
     """What `SemanticInjection.condition` returns: call it as (i, y) -> y in temporal block i.
 
     Attributes:
         gate_scale_shift: One tensor (B, N, 3 D) a modulated block.
+        first_block: The first of these blocks.
     """
 
     gate_scale_shift: tuple[Tensor, ...]
+    first_block: int = 0
 
     def __call__(self, i: int, y: Tensor) -> Tensor:
         """Modulate y (k B, N, D) of temporal block i; k repeats of the batch (guidance) share the features.
@@ -154,9 +120,9 @@ class Modulations:
         Raises:
             ValueError: If batch or tokens do not fit the coarse latent.
         """
-        if i >= len(self.gate_scale_shift):
+        if not 0 <= i - self.first_block < len(self.gate_scale_shift):
             return y
-        values = self.gate_scale_shift[i]
+        values = self.gate_scale_shift[i - self.first_block]
         if y.shape[0] % values.shape[0] or y.shape[1] != values.shape[1] or 3 * y.shape[2] != values.shape[2]:
             raise ValueError(
                 "the coarse latent must be aligned with the DiT tokens: expected (B, N, D) = "
@@ -170,7 +136,7 @@ class Modulations:
 
 
 class SemanticInjection(nn.Module):
-    """Coarse latent to modulations of the first temporal blocks of an STDiT3."""
+    """Coarse latent to what it does in some temporal blocks of an STDiT3."""
 
     config_class = InjectionConfig
 
@@ -181,7 +147,19 @@ class SemanticInjection(nn.Module):
         self.projection = PatchEmbed(config.in_channels, config.patch_size, config.dim)
         self.adapters = nn.ModuleList(Mlp(config.dim, hidden, config.dim) for _ in range(config.num_adapters))
         self.uncertainty = _make_uncertainty(config)
-        self.to_modulation = nn.ModuleList(nn.Linear(config.dim, 3 * config.dim) for _ in range(config.num_blocks))
+        if config.design == "adaptive_norm":
+            self.to_modulation = nn.ModuleList(nn.Linear(config.dim, 3 * config.dim) for _ in range(config.num_blocks))
+        elif config.design == "mlp_adapter":
+            self.to_residual = MlpAdapters(config.dim, config.first_block, config.num_blocks)
+        else:
+            self.control = ControlBranch(
+                config.dim,
+                config.num_heads,
+                first_block=config.first_block,
+                num_blocks=config.num_blocks,
+                mlp_ratio=config.mlp_ratio,
+                qk_norm=config.qk_norm,
+            )
         self._init_weights()
 
     @classmethod
@@ -201,11 +179,13 @@ class SemanticInjection(nn.Module):
     def init_from(self, dit: nn.Module) -> None:
         """Copy the patch embedding of a DiT into the projection: a coarse latent lives in the latent space.
 
+        A ControlNet becomes a copy of its blocks, too.
+
         Args:
             dit: Model with an `x_embedder` (STDiT3).
 
         Raises:
-            ValueError: If its patch embedding has another shape.
+            ValueError: If its patch embedding, or its blocks, have another shape.
         """
         theirs, ours = dit.x_embedder.proj, self.projection.proj
         if theirs.weight.shape != ours.weight.shape:
@@ -215,16 +195,18 @@ class SemanticInjection(nn.Module):
             )
         ours.weight.copy_(theirs.weight)
         ours.bias.copy_(theirs.bias)
+        if self.config.design == "controlnet":
+            self.control.copy_blocks(dit)
 
-    def condition(self, coarse_latent: Tensor, generator: torch.Generator | None = None) -> Modulations:
-        """Compute the modulations of all blocks once; they do not depend on the flow time.
+    def condition(self, coarse_latent: Tensor, generator: torch.Generator | None = None) -> Inject | StartedInject:
+        """Compute what does not depend on the flow time once: the modulations of all blocks, or residuals.
 
         Args:
             coarse_latent: What the VQ-VAE decoder makes of codes, (B, C, T, H, W) like the noisy latent.
             generator: Draws the uncertainty, in training only. The global one if None.
 
         Returns:
-            A callable (i, y) -> y for the `inject` argument of STDiT3.
+            What the `inject` argument of STDiT3 takes: `Modulations`, of a callable (i, y) -> y, or its like.
 
         Raises:
             ValueError: If the coarse latent has not C channels.
@@ -237,9 +219,13 @@ class SemanticInjection(nn.Module):
         for adapter in self.adapters:
             c = c + adapter(c)
         c = F.silu(self._perturb(c, generator))
-        return Modulations(tuple(linear(c) for linear in self.to_modulation))
+        if self.config.design == "mlp_adapter":
+            return self.to_residual(c)
+        if self.config.design == "controlnet":
+            return self.control.with_features(c)
+        return Modulations(tuple(linear(c) for linear in self.to_modulation), self.config.first_block)
 
-    def forward(self, coarse_latent: Tensor, generator: torch.Generator | None = None) -> Modulations:
+    def forward(self, coarse_latent: Tensor, generator: torch.Generator | None = None) -> Inject | StartedInject:
         """Same as `condition`, so that wrappers which hook the forward pass work."""
         return self.condition(coarse_latent, generator)
 
@@ -252,17 +238,23 @@ class SemanticInjection(nn.Module):
         return self.uncertainty.to_mean(c) if isinstance(self.uncertainty, LearnedUncertainty) else c
 
     def _init_weights(self) -> None:
-        """Xavier everywhere, modulations at zero, the learned mean at the identity."""
+        """Xavier everywhere, what enters the base at zero, the learned mean at the identity."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        for linear in self.to_modulation:
+        for linear in self._last_linears():
             nn.init.zeros_(linear.weight)
         if isinstance(self.uncertainty, LearnedUncertainty):
             nn.init.eye_(self.uncertainty.to_mean.weight)
             nn.init.zeros_(self.uncertainty.to_logvar.weight)
             nn.init.constant_(self.uncertainty.to_logvar.bias, 2 * math.log(0.3))
+
+    def _last_linears(self) -> Iterable[nn.Linear]:
+        """The layers whose outputs enter the base."""
+        if self.config.design == "adaptive_norm":
+            return self.to_modulation
+        return self.to_residual.last_linears() if self.config.design == "mlp_adapter" else self.control.last_linears()
 
 
 def _make_uncertainty(config: InjectionConfig) -> StatisticsUncertainty | LearnedUncertainty | None:
@@ -272,18 +264,7 @@ def _make_uncertainty(config: InjectionConfig) -> StatisticsUncertainty | Learne
     return kinds[config.uncertainty](config.dim)
 
 
-def _variance(x: Tensor, dim: int) -> Tensor:
-    """Unbiased variance along an axis; 0 where the axis holds one value."""
-    return x.var(dim=dim, correction=min(1, x.shape[dim] - 1))
-
-
 def _uniform(generator: torch.Generator | None) -> float:
     """A number in [0, 1) from the generator, wherever it lives, or the global CPU one."""
     device = None if generator is None else generator.device
     return float(torch.rand((), generator=generator, device=device))
-
-
-def _normal(shape: tuple[int, ...] | torch.Size, like: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Standard normal numbers from the generator or the global CPU one, moved to where `like` is."""
-    source = torch.device("cpu") if generator is None else generator.device
-    return torch.randn(*shape, generator=generator, device=source).to(like)

@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from einops import rearrange
@@ -49,6 +49,31 @@ SIZES = (
 Inject = Callable[[int, Tensor], Tensor]
 """(temporal block i, output of its self-attention (B, N, D)) -> what takes its place, (B, N, D)."""
 
+
+@dataclass(frozen=True)
+class BlockInputs:
+    """What the blocks begin with: for an injection that needs more than the output of a self-attention."""
+
+    tokens: Tensor
+    """(B, nT, S, D)."""
+    time: Tensor
+    """Six vectors of the flow time, (B, nT or 1, 6, D)."""
+    text: Tensor
+    """Projected text, (B, L, D)."""
+    text_mask: Tensor | None
+    """True = real text token, (B, L); all are real if None."""
+    rotation: Tensor
+    """Rotations of the frames for temporal attention."""
+
+
+class StartedInject(Protocol):
+    """An injection that is started with the inputs of the blocks in every pass."""
+
+    def start(self, inputs: BlockInputs) -> Inject:
+        """Give the `Inject` of this pass."""
+        ...
+
+
 Generators = torch.Generator | Sequence[torch.Generator] | None
 """One generator, one for each sample, or the global one."""
 
@@ -59,6 +84,10 @@ class PreparedText:
 
     blocks: tuple[tuple[TextKeys, TextKeys], ...]
     """What spatial and temporal block i read."""
+    projected: Tensor
+    """Projected text, (B, L, D)."""
+    mask: Tensor | None
+    """True = real text token, (B, L); all are real if None."""
 
     @property
     def batch_size(self) -> int:
@@ -221,7 +250,9 @@ class STDiT3(nn.Module):
             tuple(
                 (spatial.cross_attn.read(projected, text_mask), temporal.cross_attn.read(projected, text_mask))
                 for spatial, temporal in pairs
-            )
+            ),
+            projected,
+            text_mask,
         )
 
     def forward(
@@ -235,7 +266,7 @@ class STDiT3(nn.Module):
         fps: Tensor | float,
         height: Tensor | float,
         width: Tensor | float,
-        inject: Inject | None = None,
+        inject: Inject | StartedInject | None = None,
         generator: Generators = None,
     ) -> Tensor:
         """Predict the velocity d noisy / dt = noise - clean.
@@ -252,7 +283,8 @@ class STDiT3(nn.Module):
             height: Height of the video in pixels, (B,) or a number.
             width: Width of the video in pixels, (B,) or a number.
             inject: Called in temporal block i on the output y (B, N, D) of its self-attention, tokens in
-                order of time, row, column; what it returns goes on to the gate and the residual.
+                order of time, row, column; what it returns goes on to the gate and the residual. What has a method
+                `start` is given the inputs of the blocks first, and returns what is called.
             generator: Draws which captions and branches are dropped, in training only: one generator, or one for
                 each sample. The global one if None.
 
@@ -305,11 +337,15 @@ class STDiT3(nn.Module):
         six: Tensor,
         text: Tensor | PreparedText,
         text_mask: Tensor | None,
-        inject: Inject | None,
+        inject: Inject | StartedInject | None,
         generator: Generators,
     ) -> Tensor:
         """Tokens (B, nT, S, D) through spatial block 0, temporal block 0, spatial block 1, ..."""
         rotation = self.rope(x.shape[1])
+        start = getattr(inject, "start", None)
+        if start is not None:
+            words = (text.projected, text.mask) if isinstance(text, PreparedText) else (text, text_mask)
+            inject = start(BlockInputs(x, six, *words, rotation))
         for i in range(self.config.depth):
             hook = None if inject is None else partial(inject, i)
             texts = text.blocks[i] if isinstance(text, PreparedText) else (text, text)

@@ -3,6 +3,8 @@
     python -m benchmarks.paper short                     # base, codes alone, ARLON at 5, 10, 30 steps
     python -m benchmarks.paper long --films 8            # twelve shots, by position of the shot
     python -m benchmarks.paper flips                     # accuracy against the share of codes flipped at random
+    python -m benchmarks.paper injection                 # adaptive norm, MLP adapter, ControlNet; first, last half, all
+    python -m benchmarks.paper resilience                # fine or coarser codes, kinds of noise, against flipped codes
     python -m benchmarks.paper video                     # codes taken from a video, with a new prompt
     python -m benchmarks.paper sampling                  # temperature, top-p, guidance of the AR model
 
@@ -16,11 +18,13 @@ import argparse
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.paper.conditions import run_condition
+from benchmarks.paper.conditions import Condition, run_condition
 from benchmarks.paper.experiments import EXPERIMENTS
 from benchmarks.paper.tables import to_json, to_markdown
+from benchmarks.paper.variants import DEFAULT_OUTPUT, variant_model
 from benchmarks.prompt_accuracy import ProgressLine, load_model
 from pipelines.runs.durable import write_bytes, write_json
 
@@ -34,6 +38,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--films", type=int, help="films a condition; default: 64, of long films 8")
     parser.add_argument("--model", default="shapes", help="name or folder of the model")
     parser.add_argument("--only", nargs="+", metavar="CONDITION", help="some conditions, as 'arlon 5 steps'")
+    parser.add_argument("--variants", type=Path, default=DEFAULT_OUTPUT, help="where benchmarks.paper.variants trained")
     parser.add_argument("--output", type=Path, default=Path("docs/results"), help="folder of the tables")
     parser.add_argument("--work", type=Path, default=Path("outputs/paper"), help="folder of the records")
     args = parser.parse_args(argv)
@@ -45,6 +50,17 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def with_model(condition: Condition, folder: Path) -> Condition:
+    """A condition with the model of its variant, if it has one.
+
+    Raises:
+        FileNotFoundError: If that has not been trained.
+    """
+    if condition.variant is None:
+        return condition
+    return replace(condition, model=str(variant_model(folder, condition.variant)))
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run an experiment and write its table."""
     args = parse_args(argv)
@@ -52,6 +68,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         model = load_model(args.model)
         cases = experiment.cases(args.films or experiment.default_cases, model.geometry)
+        conditions = [
+            with_model(condition, args.variants)
+            for condition in experiment.conditions
+            if args.only is None or condition.name in args.only
+        ]
         results = {
             condition.name: run_condition(
                 condition,
@@ -60,8 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 model=args.model,
                 progress=ProgressLine(condition.name),
             )
-            for condition in experiment.conditions
-            if args.only is None or condition.name in args.only
+            for condition in conditions
         }
         identity = {"name": model.name, "hash": model.model_hash}
         command = f"python -m benchmarks.paper {args.experiment} --films {len(cases)}"

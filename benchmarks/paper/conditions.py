@@ -39,6 +39,8 @@ class Condition:
     """Solver steps; None: the model's."""
     model: str | None = None
     """Another model than the one of the experiment."""
+    variant: str | None = None
+    """Name of the variant whose model is meant; see `variants`."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Settings of `arlon generate`, where they differ from the model's."""
     flipped: float = 0.0

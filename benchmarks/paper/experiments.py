@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from arlon.evaluation import suite
 from arlon.evaluation.suite import Case
+from benchmarks.paper import variants
 from benchmarks.paper.conditions import Condition
 from pipelines.model import ModelGeometry
 
@@ -76,6 +77,25 @@ EXPERIMENTS: dict[str, Experiment] = {
         claim="Training on coarser codes with uncertainty sampling tolerates the mistakes of the AR model.",
         conditions=tuple(
             Condition(name=f"{round(100 * share)} % flipped", flipped=share) for share in (0.0, 0.05, 0.1, 0.2, 0.3)
+        ),
+        figures=PROMPT_FIGURES + PICTURE_FIGURES,
+    ),
+    "injection": Experiment(
+        title="Designs and places of the injection",
+        claim="Adaptive norm in the first half is the best choice; a ControlNet moves more and is less consistent.",
+        conditions=(
+            Condition(name="none", mode="base"),
+            *(Condition(name=variant.name, variant=variant.name) for variant in variants.DESIGNS),
+        ),
+        figures=PROMPT_FIGURES + PICTURE_FIGURES,
+    ),
+    "resilience": Experiment(
+        title="Training on fine or coarser codes, with and without uncertainty sampling",
+        claim="Coarser codes and uncertainty sampling in training make the model tolerate wrong codes.",
+        conditions=tuple(
+            Condition(name=f"{variant.name}, {round(100 * share)} % flipped", variant=variant.name, flipped=share)
+            for variant in variants.RESILIENCE
+            for share in (0.0, 0.1, 0.3)
         ),
         figures=PROMPT_FIGURES + PICTURE_FIGURES,
     ),

@@ -162,3 +162,14 @@ def test_the_full_size_has_the_known_parameters_and_work() -> None:
     tokens = 20 * 32 * 32
     attention = 4 * tokens * 1152 * 28 * (1024 + 20 + 2 * 300)
     assert found.flops == pytest.approx(tokens * 2.08e9 + attention, rel=0.02)
+
+
+def test_a_control_branch_works_in_every_pass_of_the_dit() -> None:
+    sizes = {"text_length": 7, "batch": 2}
+    config = InjectionConfig(dim=DIT.hidden_size, num_blocks=1, num_heads=DIT.num_heads, design="controlnet")
+    plain, controlled = (cost.dit_cost(DIT, (3, 4, 6), **sizes, injection=i) for i in (None, config))
+    shallow, deep = (cost.dit_cost(replace(DIT, depth=depth), (3, 4, 6), **sizes).flops for depth in (1, 2))
+    leave = 2 * 2 * 18 * DIT.hidden_size**2
+    assert controlled.flops - plain.flops == deep - shallow + leave
+    adaptive = replace(config, design="adaptive_norm")
+    assert cost.dit_cost(DIT, (3, 4, 6), **sizes, injection=adaptive).flops == plain.flops

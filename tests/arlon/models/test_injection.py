@@ -7,17 +7,18 @@ import torch
 from torch import Tensor
 
 from arlon.models.injection import (
+    DESIGNS,
     InjectionConfig,
-    LearnedUncertainty,
     SemanticInjection,
-    StatisticsUncertainty,
 )
-from arlon.models.stdit import STDiT3, STDiT3Config
+from arlon.models.stdit import BlockInputs, STDiT3, STDiT3Config
+from arlon.models.uncertainty import LearnedUncertainty, StatisticsUncertainty
 
 
 def make_injection(**changes) -> SemanticInjection:
     torch.manual_seed(0)
-    return SemanticInjection(InjectionConfig(**{"dim": 16, "num_blocks": 1, "num_adapters": 2} | changes))
+    defaults = {"dim": 16, "num_blocks": 1, "num_adapters": 2, "num_heads": 2}
+    return SemanticInjection(InjectionConfig(**defaults | changes))
 
 
 def make_dit() -> STDiT3:
@@ -39,8 +40,9 @@ def run(dit: STDiT3, latent: Tensor, **extra) -> Tensor:
 
 @pytest.mark.parametrize("uncertainty", ["none", "dsu", "learned"])
 @pytest.mark.parametrize("training", [False, True])
-def test_fresh_injection_is_the_identity_bit_for_bit(uncertainty: str, training: bool):
-    dit, injection = make_dit().eval(), make_injection(uncertainty=uncertainty).train(training)
+@pytest.mark.parametrize("design", DESIGNS)
+def test_fresh_injection_is_the_identity_bit_for_bit(design: str, uncertainty: str, training: bool):
+    dit, injection = make_dit().eval(), make_injection(design=design, uncertainty=uncertainty).train(training)
     latent, coarse = torch.randn(2, 2, 4, 3, 5, 7)
     inject = injection.condition(coarse)
     torch.testing.assert_close(run(dit, latent, inject=inject), run(dit, latent), rtol=0, atol=0)
@@ -55,8 +57,11 @@ def test_gradient_reaches_every_fresh_linear():
         assert gate.abs().max() > 0, "the gate must learn from step 0, or nothing ever does"
 
 
-def test_training_follows_the_coarse_latent():
-    dit, injection = make_dit().requires_grad_(False), make_injection(num_blocks=2, uncertainty="none")
+@pytest.mark.parametrize("design", DESIGNS)
+def test_training_follows_the_coarse_latent(design: str):
+    dit = make_dit().requires_grad_(False)
+    injection = make_injection(design=design, num_blocks=2, uncertainty="none")
+    injection.init_from(dit)
     latent, coarse = torch.randn(2, 2, 4, 3, 4, 6)
     optimizer = torch.optim.Adam(injection.parameters(), lr=0.02)
     losses = []
@@ -90,10 +95,91 @@ def test_modulation_is_the_stated_formula_at_the_right_token():
     torch.testing.assert_close(got[0, -1], token + gate * (normed * (1 + scale) + shift), rtol=1e-4, atol=1e-5)
 
 
-def test_later_blocks_are_left_alone():
-    inject = make_injection(num_blocks=1).condition(torch.randn(1, 4, 2, 4, 4))
+@pytest.mark.parametrize("design", ["adaptive_norm", "mlp_adapter"])
+@pytest.mark.parametrize(("first", "count"), [(0, 1), (1, 1), (1, 2)])
+def test_only_the_blocks_of_the_config_are_changed(design: str, first: int, count: int):
+    injection = make_injection(design=design, first_block=first, num_blocks=count)
+    for linear in injection._last_linears():
+        torch.nn.init.normal_(linear.weight)
+    inject = injection.condition(torch.randn(1, 4, 2, 4, 4))
     y = torch.randn(1, 8, 16)
-    assert inject(1, y) is y
+    changed = [i for i in range(4) if not torch.equal(inject(i, y), y)]
+    assert changed == list(range(first, first + count))
+
+
+def test_mlp_adapter_adds_an_mlp_of_the_features():
+    injection = make_injection(design="mlp_adapter", uncertainty="none")
+    mlp = injection.to_residual.blocks[0]
+    torch.nn.init.normal_(mlp.fc2.weight)
+    coarse, y = torch.randn(1, 4, 2, 4, 6), torch.randn(1, 12, 16)
+    c = injection.projection(coarse).flatten(1, 2)
+    for adapter in injection.adapters:
+        c = c + adapter(c)
+    hidden = torch.nn.functional.gelu(mlp.fc1(torch.nn.functional.silu(c)), approximate="tanh")
+    torch.testing.assert_close(injection.condition(coarse)(0, y), y + mlp.fc2(hidden))
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_fresh_control_branch_is_a_copy_of_the_blocks_of_the_base(first: int):
+    """Without features, what leaves the branch at block i is the state of the base behind block i."""
+    dit = make_dit().eval()
+    injection = make_injection(design="controlnet", num_blocks=2 - first, first_block=first).eval()
+    injection.init_from(dit)
+    for linear in injection.control.leave:
+        torch.nn.init.eye_(linear.weight)
+    seen: list[Tensor] = []
+    started: list[BlockInputs] = []
+    for i in range(first, 2):
+        dit.temporal_blocks[i].register_forward_hook(lambda module, args, out: seen.append(out))
+
+    class Spy:
+        def start(self, inputs: BlockInputs):
+            started.append(inputs)
+            return lambda i, y: y
+
+    latent = torch.randn(2, 4, 3, 4, 6)
+    with torch.no_grad():
+        run(dit, latent, inject=Spy())
+        inputs = started[0]
+        if first:  # the branch begins with the tokens: compare it with blocks that do the same
+            tokens = inputs.tokens
+            for block in (dit.spatial_blocks[1], dit.temporal_blocks[1]):
+                rotation = inputs.rotation if block.temporal else None
+                tokens = block(tokens, inputs.time, inputs.text, inputs.text_mask, rotation=rotation)
+            seen = [tokens]
+        residuals = injection.condition(torch.randn(2, 4, 3, 4, 6)).start(inputs)
+    assert len(residuals.values) == len(seen) == 2 - first
+    for value, state in zip(residuals.values, seen, strict=True):
+        torch.testing.assert_close(value, state.flatten(1, 2))
+
+
+def test_control_branch_reads_a_prepared_text_and_serves_both_halves_of_guidance():
+    dit, injection = make_dit().eval(), make_injection(design="controlnet", num_blocks=2, uncertainty="none").eval()
+    injection.init_from(dit)
+    for linear in injection._last_linears():
+        torch.nn.init.normal_(linear.weight, std=0.3)
+    latent, coarse = torch.randn(2, 2, 4, 3, 4, 6)
+    inject = injection.condition(coarse)
+    text, mask = torch.randn(2, 5, 6), torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
+    size = {"fps": 8, "height": 32, "width": 48}
+    t = torch.tensor([0.7, 0.2])
+    with torch.no_grad():
+        plain = dit(latent, t, text, mask, inject=inject, **size)
+        prepared = dit(latent, t, dit.prepare_text(text, mask), inject=inject, **size)
+        doubled = dit(
+            torch.cat((latent, latent)), t.repeat(2), text.repeat(2, 1, 1), mask.repeat(2, 1), inject=inject, **size
+        )
+        without = dit(latent, t, text, mask, **size)
+    torch.testing.assert_close(prepared, plain)
+    torch.testing.assert_close(doubled, plain.repeat(2, 1, 1, 1, 1))
+    assert (plain - without).abs().max() > 1e-2
+
+
+def test_control_branch_of_another_base_is_refused():
+    with pytest.raises(ValueError, match="needs a DiT of 3 blocks"):
+        make_injection(design="controlnet", num_blocks=2, first_block=1).init_from(make_dit())
+    with pytest.raises(ValueError, match="must have dim, num_heads, mlp_ratio"):
+        make_injection(design="controlnet", mlp_ratio=2.0).init_from(make_dit())
 
 
 def test_both_halves_of_guidance_share_the_features():
@@ -102,6 +188,13 @@ def test_both_halves_of_guidance_share_the_features():
     inject = injection.condition(torch.randn(2, 4, 2, 4, 4))
     one, two = torch.randn(2, 2, 8, 16)
     torch.testing.assert_close(inject(0, torch.cat((one, two))), torch.cat((inject(0, one), inject(0, two))))
+
+
+@pytest.mark.parametrize("design", DESIGNS)
+def test_every_design_refuses_a_misaligned_coarse_latent(design: str):
+    inject = make_injection(design=design).condition(torch.randn(1, 4, 2, 4, 4))
+    with pytest.raises(ValueError, match="must be aligned with the DiT tokens"):
+        run(make_dit(), torch.randn(1, 4, 3, 4, 6), inject=inject)
 
 
 def test_misaligned_coarse_is_refused():
@@ -191,16 +284,21 @@ def test_bfloat16_autocast_trains():
     assert injection.to_modulation[1].weight.grad.abs().max() > 0
 
 
-def test_saved_injection_computes_the_same(tmp_path: Path):
-    injection = make_injection().eval()
-    torch.nn.init.normal_(injection.to_modulation[0].weight)
+@pytest.mark.parametrize("design", DESIGNS)
+def test_saved_injection_computes_the_same(design: str, tmp_path: Path):
+    dit, injection = make_dit().eval(), make_injection(design=design).eval()
+    for linear in injection._last_linears():
+        torch.nn.init.normal_(linear.weight)
     injection.save_pretrained(tmp_path / "injection")
-    loaded = SemanticInjection.from_pretrained(tmp_path / "injection")
-    coarse, y = torch.randn(1, 4, 2, 4, 4), torch.randn(1, 8, 16)
+    loaded = SemanticInjection.from_pretrained(tmp_path / "injection").eval()
+    coarse, latent = torch.randn(2, 1, 4, 2, 4, 4)
     assert loaded.config == injection.config
-    torch.testing.assert_close(loaded.condition(coarse)(0, y), injection.condition(coarse)(0, y), rtol=0, atol=0)
+    expected = run(dit, latent, inject=injection.condition(coarse))
+    torch.testing.assert_close(run(dit, latent, inject=loaded.condition(coarse)), expected, rtol=0, atol=0)
 
 
 def test_wrong_config_lists_every_problem():
-    with pytest.raises(ValueError, match=r"num_adapters.*unknown uncertainty 'maybe'.*uncertainty_prob"):
-        InjectionConfig(num_adapters=-1, uncertainty="maybe", uncertainty_prob=2.0)
+    with pytest.raises(ValueError, match=r"num_adapters.*unknown design 'x'.*unknown uncertainty 'maybe'.*_prob"):
+        InjectionConfig(num_adapters=-1, design="x", uncertainty="maybe", uncertainty_prob=2.0)
+    with pytest.raises(ValueError, match=r"dim \(16\) must be a multiple of 2 num_heads"):
+        InjectionConfig(design="controlnet", dim=16, num_heads=3)
