@@ -178,28 +178,41 @@ def vqvae_cost(
 
 
 def vae_decode_cost(
-    config: VideoVAEConfig, num_frames: int, latent_hw: tuple[int, int], *, dtype: torch.dtype = torch.float32
+    config: VideoVAEConfig,
+    num_frames: int,
+    latent_hw: tuple[int, int],
+    *,
+    blend_frames: int = 0,
+    dtype: torch.dtype = torch.float32,
 ) -> Cost:
     """Decoding of one video from a latent of `latent_hw` rows and columns.
 
-    Chunks are decoded one after the other and kept, and then joined. So only one is run here.
+    Chunks are decoded one after the other and kept, and then joined. So only one is run here, and a border if it is
+    blended.
 
     Args:
         config: Shape of the VAE.
         num_frames: Frames of the video, a multiple of a chunk or less than one.
         latent_hw: (H, W).
+        blend_frames: As of `VideoVAE.decode`.
         dtype: Of weights and activations.
     """
     chunk = min(num_frames, config.micro_frame_size or num_frames)
-    with torch.device("meta"):
-        model = _build(VideoVAE, config, dtype)
-        size = model.latent_shape(chunk, *(side * config.space_stride for side in latent_hw))
-        latent = torch.empty(1, *size, dtype=dtype)
-    once = _cost(model, lambda: model.decode(latent, chunk))
+
+    def decoding(num_chunks: int, blend: int) -> Cost:
+        with torch.device("meta"):
+            model = _build(VideoVAE, config, dtype)
+            size = (side * config.space_stride for side in latent_hw)
+            latent = torch.empty(1, *model.latent_shape(num_chunks * chunk, *size), dtype=dtype)
+        return _cost(model, lambda: model.decode(latent, num_chunks * chunk, blend_frames=blend))
+
+    once = decoding(1, 0)
+    border_flops = decoding(2, blend_frames).flops - 2 * once.flops if blend_frames else 0
     chunk_bytes = chunk * 3 * prod(latent_hw) * config.space_stride**2 * dtype.itemsize
     chunks = num_frames // chunk
     working_bytes = max(once.working_bytes + (chunks - 1) * chunk_bytes, 2 * chunks * chunk_bytes)
-    return replace(once, flops=once.flops * chunks, working_bytes=working_bytes)
+    flops = once.flops * chunks + border_flops * (chunks - 1)
+    return replace(once, flops=flops, working_bytes=working_bytes)
 
 
 def ar_read_cost(

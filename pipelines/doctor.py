@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from arlon.data.video_io import VideoWriter, probe
-from arlon.text.encoders import TextEncoderConfig, describe_whence, is_at_hand
+from arlon.text.encoders import TextEncoderConfig, can_be_had, describe_whence, is_at_hand
 from pipelines.film_cost import FilmCost, cost_lines, gigabytes, operations, plan_cost
 from pipelines.generate import available_cores, check_device
 from pipelines.model import (
@@ -111,6 +111,8 @@ class Fit:
     device: Device
     dtype: str
     has_text_encoder: bool
+    lacks_text_encoder: bool
+    """Whether the text encoder is not here, and cannot be downloaded."""
     text_encoder: str
     """Where the text encoder comes from, in words that go on from its name."""
     advice: tuple[str, ...]
@@ -183,6 +185,7 @@ def check_fit(
         device=found or Device(name=device, kind=device, memory_bytes=None, free_bytes=None, flops_per_s={}),
         dtype=dtype,
         has_text_encoder=is_at_hand(configs.text_encoder),
+        lacks_text_encoder=not can_be_had(configs.text_encoder),
         text_encoder=f"{ENCODER_NAMES[configs.text_encoder.kind]} {describe_whence(configs.text_encoder)}",
         advice=(),
     )
@@ -317,6 +320,7 @@ def to_plain(machine: Machine, fit: Fit | None) -> dict[str, Any]:
             "free_bytes": fit.device.free_bytes,
             "fits": fit.fits,
             "has_text_encoder": fit.has_text_encoder,
+            "lacks_text_encoder": fit.lacks_text_encoder,
             "text_encoder": fit.text_encoder,
             "modes": list(MODES),
             "has_codes": fit.plan.geometry.has_codes,

@@ -140,7 +140,8 @@ class _Estimate:
     def vae(self) -> tuple[Cost, float]:
         """The segment that starts a take has the most new frames."""
         frames = [segment.num_frames for segment in self.plan.segments]
-        once = cost.vae_decode_cost(self.configs.vae, max(frames), self._segment_size[1:])
+        blend_frames = self.plan.geometry.defaults.vae_blend_frames
+        once = cost.vae_decode_cost(self.configs.vae, max(frames), self._segment_size[1:], blend_frames=blend_frames)
         return once, sum(frames) / max(frames)
 
     def vqvae(self) -> tuple[Cost, float]:

@@ -393,15 +393,32 @@ def is_at_hand(config: TextEncoderConfig) -> bool:
     return True
 
 
+def can_be_had(config: TextEncoderConfig) -> bool:
+    """Whether an encoder is on this machine, or will be downloaded when a film is made."""
+    if is_at_hand(config):
+        return True
+    if config.kind == "minilm" and (config.source or os.environ.get(SOURCE_VARIABLE)):
+        return False
+    return not is_offline() and _is_on_hub(_hub_name(config))
+
+
+def _hub_name(config: TextEncoderConfig) -> str:
+    return MINILM_HUB_ID if config.kind == "minilm" else str(config.source or T5_HUB_ID)
+
+
+def _is_on_hub(name: str) -> bool:
+    return is_hub_id(name) and not Path(name).is_dir()
+
+
 def describe_whence(config: TextEncoderConfig) -> str:
     """Where an encoder comes from when a film is made, in words that go on from its name; nothing is downloaded."""
     if is_at_hand(config):
         return "is on this machine"
     if config.kind == "minilm" and (named := config.source or os.environ.get(SOURCE_VARIABLE)):
         return f"is not in {named!r}, where it should be: copy {', '.join(MINILM_FILES)} there"
-    name = MINILM_HUB_ID if config.kind == "minilm" else str(config.source or T5_HUB_ID)
+    name = _hub_name(config)
     how = f"get it with '{MINILM_INSTALL}'" if config.kind == "minilm" else _how_to_get_t5()
-    if Path(name).is_dir() or not is_hub_id(name):
+    if not _is_on_hub(name):
         return f"is not in {name!r}, where its model says it is. {how}"
     if is_offline():
         return f"is not on this machine, and HF_HUB_OFFLINE=1 forbids to download {name!r}. {how}"

@@ -51,5 +51,5 @@ def doctor(
             lines = machine_lines(machine) + ([] if fit is None else fit_lines(fit, rates.get(fit.device.name, {})))
             for name, text in lines:
                 typer.echo(f"{name:<14}{text}")
-        if machine.video or (fit is not None and fit.fits is False):
+        if machine.video or (fit is not None and (fit.fits is False or fit.lacks_text_encoder)):
             raise typer.Exit(FAILED)

@@ -122,6 +122,13 @@ def test_the_vae_costs_what_a_run_of_all_chunks_does() -> None:
     assert found.num_parameters == num_parameters(vae)
 
 
+def test_blended_borders_cost_what_a_run_of_all_chunks_does() -> None:
+    vae, latent = on_meta(VideoVAE, VAE), empty(1, 4, 15, 2, 3)
+    blended = counted(lambda: vae.decode(latent, 51, blend_frames=2))
+    assert cost.vae_decode_cost(VAE, 51, (2, 3), blend_frames=2).flops == blended
+    assert blended > counted(lambda: vae.decode(latent, 51))
+
+
 def test_a_frame_of_codes_costs_its_steps() -> None:
     model, text, mask = on_meta(CodeTransformer, AR), empty(2, 7, 24), empty(2, 7, dtype=torch.bool)
     codes = empty(2, 5 * 6, dtype=torch.int64)

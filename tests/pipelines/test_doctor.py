@@ -237,6 +237,8 @@ def test_doctor_says_whether_the_t5_is_downloaded(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("arlon.text.encoders.is_at_hand", lambda config: False)
     found = arlon("doctor", "--model", "opensora_v1_2").stdout
     assert text in found
+    shapes = arlon("doctor", "--model", "shapes", "--json")
+    assert (shapes.exit_code, json.loads(shapes.stdout)["film"]["lacks_text_encoder"]) == (int(is_offline), is_offline)
     assert ("hf download" in found) == is_offline
     assert ("Get T5 v1.1-XXL (19 GB)" in found) == is_offline
     small = next(line for line in found.splitlines() if "all-MiniLM-L6-v2" in line)
