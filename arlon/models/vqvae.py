@@ -32,17 +32,13 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from arlon.grids import ceil_div, code_grid
+from arlon.models.vqvae_layers import Levels, build_decoder, build_encoder
 
 if TYPE_CHECKING:
     from vector_quantize_pytorch import VectorQuantize
 
-MIN_WIDTH = 32
-"""Narrowest level of the encoder and decoder (if `hidden_dim` is not narrower still)."""
-NORM_EPS = 1e-6
 LOOKUP_ROWS = 4096
 """Positions compared with the codebook at a time: bounds the similarity matrix of a long film."""
-
-Stride = tuple[int, int, int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +104,7 @@ class LatentVQVAEConfig:
     def receptive_halo(self) -> int:
         """Code frames on either side of a code frame that its decoded latent frames depend on."""
         halo = 0
-        for t, _, _ in _level_strides(self.ratio):
+        for t, _, _ in Levels(self.ratio, self.hidden_dim).strides:
             halo = ceil_div(halo + 1, t)  # one block on this level, then one patch of the next coarser level
         return halo + self.num_res_blocks
 
@@ -153,76 +149,6 @@ def codebook_usage(codes: Tensor, codebook_size: int) -> CodebookUsage:
     return CodebookUsage((frequency > 0).double().mean().item(), entropy.exp().item())
 
 
-class SpatialConv(nn.Conv2d):
-    """3x3 convolution of every frame of (B, T, H, W, D)."""
-
-    def __init__(self, dim_in: int, dim_out: int) -> None:
-        super().__init__(dim_in, dim_out, kernel_size=3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Convolve over height and width, zeros outside."""
-        y = super().forward(rearrange(x, "b t h w d -> (b t) d h w"))
-        return rearrange(y, "(b t) d h w -> b t h w d", b=x.shape[0])
-
-
-class TemporalConv(nn.Conv2d):
-    """Convolution with a kernel of 3 over the frames of (B, T, H, W, D), at every position by itself."""
-
-    def __init__(self, dim_in: int, dim_out: int) -> None:
-        super().__init__(dim_in, dim_out, kernel_size=(3, 1), padding=(1, 0))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Convolve over time, zeros before the first and after the last frame."""
-        y = super().forward(rearrange(x, "b t h w d -> b d t (h w)"))
-        return rearrange(y, "b d t (h w) -> b t h w d", h=x.shape[2])
-
-
-class ResBlock(nn.Module):
-    """Pre-activation residual block: norm, SiLU, 1x3x3; norm, SiLU, 3x1x1. The identity when fresh."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.spatial_norm = nn.RMSNorm(dim, eps=NORM_EPS)
-        self.spatial = SpatialConv(dim, dim)
-        self.temporal_norm = nn.RMSNorm(dim, eps=NORM_EPS)
-        self.temporal = TemporalConv(dim, dim)
-        nn.init.zeros_(self.temporal.weight)
-        nn.init.zeros_(self.temporal.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Transform (B, T, H, W, D)."""
-        y = self.spatial(F.silu(self.spatial_norm(x)))
-        return x + self.temporal(F.silu(self.temporal_norm(y)))
-
-
-class Downsample(nn.Module):
-    """Merge every patch of `stride` positions by one linear map: a convolution whose kernel is its stride."""
-
-    def __init__(self, dim_in: int, dim_out: int, stride: Stride) -> None:
-        super().__init__()
-        self.stride = stride
-        self.linear = nn.Linear(dim_in * stride[0] * stride[1] * stride[2], dim_out)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, H, W, D) -> (B, T/t, H/h, W/w, D')."""
-        t, h, w = self.stride
-        return self.linear(rearrange(x, "b (T t) (H h) (W w) d -> b T H W (t h w d)", t=t, h=h, w=w))
-
-
-class Upsample(nn.Module):
-    """Split every position into a patch of `stride` positions by one linear map: `Downsample` mirrored."""
-
-    def __init__(self, dim_in: int, dim_out: int, stride: Stride) -> None:
-        super().__init__()
-        self.stride = stride
-        self.linear = nn.Linear(dim_in, dim_out * stride[0] * stride[1] * stride[2])
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, H, W, D) -> (B, T*t, H*h, W*w, D')."""
-        t, h, w = self.stride
-        return rearrange(self.linear(x), "b T H W (t h w d) -> b (T t) (H h) (W w) d", t=t, h=h, w=w)
-
-
 class LatentVQVAE(nn.Module):
     """Encode a latent into codes and decode codes into a coarse latent of the same shape.
 
@@ -236,11 +162,11 @@ class LatentVQVAE(nn.Module):
     def __init__(self, config: LatentVQVAEConfig) -> None:
         super().__init__()
         self.config = config
-        strides = _level_strides(config.ratio)
-        widths = _level_widths(config.hidden_dim, len(strides))
-        self.encoder = _build_encoder(config, widths, strides)
+        levels = Levels(config.ratio, config.hidden_dim)
+        sizes = {"code_dim": config.code_dim, "num_res_blocks": config.num_res_blocks}
+        self.encoder = build_encoder(config.latent_channels, levels, **sizes)
         self.quantizer = _build_quantizer(config)
-        self.decoder = _build_decoder(config, widths, strides)
+        self.decoder = build_decoder(config.latent_channels, levels, **sizes)
 
     @property
     def receptive_halo(self) -> int:
@@ -463,45 +389,6 @@ def _check_codes(codes: Tensor, codebook_size: int) -> None:
     low, high = codes.aminmax()
     if low < 0 or high >= codebook_size:
         raise ValueError(f"codes must lie in [0, {codebook_size}), got {int(low)}..{int(high)}")
-
-
-def _level_strides(ratio: tuple[int, int, int]) -> list[Stride]:
-    """Strides between levels, finest first; halvings end at the code grid: (2, 4, 4) -> (1,2,2), (2,2,2)."""
-    halvings = [r.bit_length() - 1 for r in ratio]
-    deepest = max(halvings)
-    strides = [[2 if level >= deepest - n else 1 for n in halvings] for level in range(deepest)]
-    return [(t, h, w) for t, h, w in strides]
-
-
-def _level_widths(hidden_dim: int, num_strides: int) -> list[int]:
-    """Width of every level, finest first; the last is the code grid's."""
-    narrowest = min(MIN_WIDTH, hidden_dim)
-    return [max(hidden_dim >> (num_strides - level), narrowest) for level in range(num_strides + 1)]
-
-
-def _build_encoder(config: LatentVQVAEConfig, widths: list[int], strides: list[Stride]) -> nn.Sequential:
-    """(B, T, H, W, C) -> (B, cT, cH, cW, d)."""
-    layers: list[nn.Module] = [SpatialConv(config.latent_channels, widths[0])]
-    for level, stride in enumerate(strides):
-        layers += [ResBlock(widths[level]), Downsample(widths[level], widths[level + 1], stride)]
-    layers += [ResBlock(widths[-1]) for _ in range(config.num_res_blocks)]
-    return nn.Sequential(
-        *layers, nn.RMSNorm(widths[-1], eps=NORM_EPS), nn.SiLU(), nn.Linear(widths[-1], config.code_dim)
-    )
-
-
-def _build_decoder(config: LatentVQVAEConfig, widths: list[int], strides: list[Stride]) -> nn.Sequential:
-    """(B, cT, cH, cW, d) -> (B, T, H, W, C)."""
-    layers: list[nn.Module] = [nn.Linear(config.code_dim, widths[-1])]
-    layers += [ResBlock(widths[-1]) for _ in range(config.num_res_blocks)]
-    for level, stride in reversed(list(enumerate(strides))):
-        layers += [Upsample(widths[level + 1], widths[level], stride), ResBlock(widths[level])]
-    return nn.Sequential(
-        *layers,
-        nn.RMSNorm(widths[0], eps=NORM_EPS),
-        nn.SiLU(),
-        SpatialConv(widths[0], config.latent_channels),
-    )
 
 
 def _build_quantizer(config: LatentVQVAEConfig) -> VectorQuantize:
