@@ -1,4 +1,4 @@
-"""Keep memory that was freed, so that the next tensor of that size does not cost page faults.
+"""Where tensors lie: freed memory is kept for the next one, and weights lie alike after every load.
 
 glibc gives a large block back to the system when it is freed, and asks for it again at the next call; the system then
 maps and zeroes every page of it anew. A network that allocates its activations step by step pays for that in every
@@ -12,8 +12,15 @@ from __future__ import annotations
 
 import ctypes
 import os
+from itertools import chain
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import nn  # takes a second to import, and the command line calls this module first
 
 MIB = 2**20
+ALIGNMENT = 64
+"""Bytes, of all memory that PyTorch gives to tensors on a CPU."""
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
 """Parameters of mallopt(3); numbers from malloc.h of glibc."""
 SETTINGS = {
@@ -44,6 +51,17 @@ def keep_freed_memory() -> bool:
         return False
     mallopt = ctypes.CDLL(None).mallopt
     return all([mallopt(parameter, value) == 1 for parameter, value in SETTINGS.items()])
+
+
+def align_weights(module: nn.Module) -> None:
+    """Move weights and buffers on the CPU that do not lie at a multiple of 64 bytes to memory of PyTorch, which does.
+
+    Kernels of matrix products add up in another order where memory is not aligned as they like it, and the last bits of
+    a result differ. Libraries that read weights into memory of their own put them elsewhere in every load.
+    """
+    for tensor in chain(module.parameters(), module.buffers()):
+        if tensor.device.type == "cpu" and tensor.data_ptr() % ALIGNMENT:
+            tensor.data = tensor.data.clone()
 
 
 def _is_glibc() -> bool:

@@ -29,6 +29,7 @@ from torch import Tensor
 from arlon.components import CONFIG_NAME, FORMAT, check_precisions, component_config, find_weights, read_json
 from arlon.config import config_from_dict, config_to_dict, write_text
 from arlon.hub import fetch, is_hub_id, is_offline
+from arlon.memory import align_weights
 from arlon.text.cleaning import clean_caption
 
 MINILM_DIM = 384
@@ -121,6 +122,7 @@ class _TransformerEncoder:
     def __init__(self, tokenizer: Any, network: Any, *, dim: int, max_length: int, clean: bool) -> None:
         self.tokenizer = tokenizer
         self.network = network.eval().requires_grad_(False)
+        align_weights(self.network)
         self.dim = dim
         self.max_length = max_length
         self.clean = clean

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from arlon import memory
 
@@ -56,3 +57,22 @@ def test_another_c_library_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(memory.os, "confstr", unknown, raising=False)
     monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: pytest.fail("the C library was touched"))
     assert memory.keep_freed_memory() is False
+
+
+def test_weights_are_moved_to_where_pytorch_puts_them() -> None:
+    """As they lie in a file that is mapped: behind a header that is no multiple of 64 bytes."""
+    module = torch.nn.Linear(24, 3)
+    module.register_buffer("mean", torch.zeros(3))
+    expected = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    tied = module.weight
+    for tensor in (*module.parameters(), *module.buffers()):
+        memory_of_another = torch.empty(tensor.numel() + 16)
+        first = (8 - memory_of_another.data_ptr() // 4) % 16
+        place = memory_of_another[first : first + tensor.numel()].view(tensor.shape)
+        place.copy_(tensor.detach())
+        tensor.data = place
+        assert tensor.data_ptr() % memory.ALIGNMENT == 32
+    memory.align_weights(module)
+    assert all(t.data_ptr() % memory.ALIGNMENT == 0 for t in (*module.parameters(), *module.buffers()))
+    assert module.weight is tied
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in module.state_dict().items())

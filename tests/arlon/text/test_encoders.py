@@ -8,6 +8,7 @@ import torch
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
+from arlon.memory import ALIGNMENT
 from arlon.text import encoders
 from arlon.text.encoders import (
     MiniLMEncoder,
@@ -163,6 +164,11 @@ def test_t5_equals_the_plain_network(t5_folder: Path) -> None:
         assert features.mask[i].tolist() == [True] * length + [False] * (9 - length)
         torch.testing.assert_close(features.tokens[i, :length], expected[0], rtol=1e-5, atol=1e-6)
     assert encoder.dim == 12
+
+
+def test_weights_lie_where_every_load_puts_them_alike(minilm: MiniLMEncoder, t5_folder: Path) -> None:
+    for encoder in (minilm, T5Encoder(t5_folder)):
+        assert {weight.data_ptr() % ALIGNMENT for weight in encoder.network.parameters()} == {0}
 
 
 def test_t5_runs_in_bfloat16_and_gives_float32(t5_folder: Path) -> None:
