@@ -218,7 +218,9 @@ class FilmMaker:
         """
         refine = {"base": BaseRefineWorker, "codes": CoarseWorker}.get(mode, RefineWorker)
         self._text = TextWorker(job)
-        self._codes: CodeStep = BlankCodes(job) if mode in ("base", "true_codes") else CodeWorker(job)
+        self._codes: CodeStep | None = None
+        if mode != "true_codes":
+            self._codes = BlankCodes(job) if mode == "base" else CodeWorker(job)
         self._refine, self._decode = refine(job), DecodeWorker(job)
         self._shown = shown or (lambda codes, job: codes)
 
@@ -232,6 +234,8 @@ class FilmMaker:
     def segments(self, job: Job, given: torch.Tensor | None = None) -> Iterator[SegmentParts]:
         """The segments of a film in order; `given` are codes (1, n, cH, cW) in place of those of the code model."""
         code_step = self._codes if given is None else GivenCodes(given)
+        if code_step is None:
+            raise ValueError("the codes of this mode must be given")
         text = self._text.run(text_request(job.plan))
         codes: CodeResult | None = None
         refined: RefineResult | None = None

@@ -98,6 +98,8 @@ def test_true_codes_are_those_of_the_scene_and_not_of_the_code_model(folder, cas
     assert not is_same(maker.shots(job, codes), make(model, case, "arlon"))
     with pytest.raises(ValueError, match="wanted"):
         maker.shots(job, codes[:, :1])
+    with pytest.raises(ValueError, match="must be given"):
+        maker.shots(job)
 
 
 @pytest.mark.parametrize("mode", bench.MODES)
