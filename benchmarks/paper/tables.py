@@ -40,7 +40,7 @@ def cost(records: Sequence[Record]) -> dict[str, float]:
 
 
 def to_json(experiment: Experiment, results: Results, model: Mapping[str, str]) -> dict[str, Any]:
-    """Everything: the table and every film."""
+    """The table, and the figures of it for every film, to four digits."""
     rows = {}
     for name, records in results.items():
         shares = figure_shares(records, experiment.figures)
@@ -48,7 +48,9 @@ def to_json(experiment: Experiment, results: Results, model: Mapping[str, str]) 
             "figures": {key: _plain(share) for key, share in shares.items()},
             "by_shot": [_plain(share) for share in accuracy_by_shot(records)],
             "cost": cost(records),
-            "films": list(records),
+            "films": [
+                _rounded({**r, "figures": {key: r["figures"][key] for key in experiment.figures}}) for r in records
+            ],
         }
     return {"title": experiment.title, "claim": experiment.claim, "model": dict(model), "conditions": rows}
 
@@ -104,6 +106,18 @@ def _cell(share: Share) -> str:
 
 def _number(value: float | None) -> float:
     return math.nan if value is None else value
+
+
+def _film(record: Record, names: Sequence[str]) -> Any:
+    return _rounded({**record, "figures": {name: record["figures"][name] for name in names}})
+
+
+def _rounded(values: Any) -> Any:
+    if isinstance(values, Mapping):
+        return {key: _rounded(value) for key, value in values.items()}
+    if isinstance(values, list):
+        return [_rounded(value) for value in values]
+    return round(values, 4) if isinstance(values, float) else values
 
 
 def _plain(share: Share) -> dict[str, Any]:
