@@ -1,4 +1,4 @@
-# Words: setup, demo, test, check, lint, and the training stages vae, vqvae, ar, dit, inject (train: all, in order).
+# Words: setup, demo, test, test-jobs, check, lint, and the training stages vae, vqvae, ar, dit, inject (train: all, in order).
 #
 #   make train CONFIG=configs/shapes          a folder with one YAML file a stage
 #   make dit ARGS="train.max_steps=1000"      dotted overrides and options of `python -m stages.train`
@@ -17,7 +17,7 @@ STAMP := $(VENV)/.installed
 SOURCES := arlon stages pipelines tests $(wildcard benchmarks)
 TRAIN = $(BIN)/python -m stages.train
 
-.PHONY: setup demo test check lint format train vae vqvae ar dit inject model clean
+.PHONY: setup demo test test-jobs check lint format train vae vqvae ar dit inject model clean
 
 setup: $(STAMP)
 
@@ -36,6 +36,12 @@ demo: setup
 # (docs/log.md).
 test: setup
 	$(PYTEST) -m "not gpu" $(ARGS) || $(PYTEST) -m "not gpu" --last-failed $(ARGS)
+
+# With Ray's job server, which makes every start of Ray slower, so in a virtual environment of its own.
+test-jobs:
+	$(MAKE) setup VENV=$(VENV)-jobs
+	$(VENV)-jobs/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[jobs]'
+	$(VENV)-jobs/bin/python -m pytest -q tests/pipelines/test_ray_job.py $(ARGS)
 
 check: lint
 	$(PYTEST) -m "not slow and not ray and not gpu" $(ARGS)

@@ -46,7 +46,7 @@ def free_port() -> int:
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """A head of its own with a job server and a token; all its processes are gone afterwards."""
-    pytest.importorskip("opencensus", reason="the job server needs ray[default]")
+    pytest.importorskip("opencensus", reason="the job server needs ray[default]: make test-jobs")
     port = free_port()
     temporary = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # short: sockets in it have paths of 107 bytes at most
     command = (
@@ -95,7 +95,14 @@ def submit(cluster: Cluster, *arguments: object) -> subprocess.CompletedProcess[
     """Run `arlon ARGUMENTS` as docs/cluster.md says, and wait for its end."""
     command = (*RAY, "job", "submit", "--address", cluster.address, "--")
     program = (sys.executable, "-m", "pipelines.cli", *map(str, arguments))
-    return subprocess.run([*command, *program], capture_output=True, text=True, timeout=JOB_S, env=cluster.environment)
+    deadline = time.monotonic() + START_S
+    while True:
+        done = subprocess.run(
+            [*command, *program], capture_output=True, text=True, timeout=JOB_S, env=cluster.environment
+        )
+        if "No available agent" not in done.stderr or time.monotonic() > deadline:
+            return done
+        time.sleep(1)  # the job server answers some seconds before it can take jobs
 
 
 def test_a_job_makes_its_films_and_its_end_tells_whether_all_are_there(
