@@ -32,7 +32,7 @@ demo: setup
 	$(BIN)/arlon generate --storyboard configs/shapes/demo.yaml --output outputs/demo/film.mp4 --overwrite $(ARGS)
 	$(BIN)/arlon sheet outputs/demo/film.mp4 --output outputs/demo/sheet.png
 
-# What fails is run once more: bit-for-bit tests of whole films fail now and then on a busy machine, cause not found yet
+# What fails is run once more: bit-for-bit tests of whole films failed now and then; one cause is mended, perhaps not all
 # (docs/log.md).
 test: setup
 	$(PYTEST) -m "not gpu" $(ARGS) || $(PYTEST) -m "not gpu" --last-failed $(ARGS)
