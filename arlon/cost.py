@@ -206,10 +206,9 @@ def vae_decode_cost(
             latent = torch.empty(1, *model.latent_shape(num_chunks * chunk, *size), dtype=dtype)
         return _cost(model, lambda: model.decode(latent, num_chunks * chunk, blend_frames=blend))
 
-    once = decoding(1, 0)
-    border_flops = decoding(2, blend_frames).flops - 2 * once.flops if blend_frames else 0
+    once, chunks = decoding(1, 0), num_frames // chunk
+    border_flops = decoding(2, blend_frames).flops - 2 * once.flops if blend_frames and chunks > 1 else 0
     chunk_bytes = chunk * 3 * prod(latent_hw) * config.space_stride**2 * dtype.itemsize
-    chunks = num_frames // chunk
     working_bytes = max(once.working_bytes + (chunks - 1) * chunk_bytes, 2 * chunks * chunk_bytes)
     flops = once.flops * chunks + border_flops * (chunks - 1)
     return replace(once, flops=flops, working_bytes=working_bytes)

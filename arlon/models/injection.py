@@ -35,8 +35,6 @@ from arlon.models.uncertainty import LearnedUncertainty, StatisticsUncertainty
 
 Design = Literal["adaptive_norm", "mlp_adapter", "controlnet"]
 DESIGNS: tuple[Design, ...] = get_args(Design)
-
-
 LEAST = {"in_channels": 1, "dim": 1, "num_blocks": 0, "first_block": 0, "num_adapters": 0, "num_heads": 1}
 """Smallest values of the fields of the config that count something."""
 

@@ -127,6 +127,7 @@ def test_blended_borders_cost_what_a_run_of_all_chunks_does() -> None:
     blended = counted(lambda: vae.decode(latent, 51, blend_frames=2))
     assert cost.vae_decode_cost(VAE, 51, (2, 3), blend_frames=2).flops == blended
     assert blended > counted(lambda: vae.decode(latent, 51))
+    assert cost.vae_decode_cost(VAE, 1, (2, 3), blend_frames=2) == cost.vae_decode_cost(VAE, 1, (2, 3))
 
 
 def test_a_frame_of_codes_costs_its_steps() -> None:

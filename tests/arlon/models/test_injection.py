@@ -170,8 +170,10 @@ def test_control_branch_reads_a_prepared_text_and_serves_both_halves_of_guidance
             torch.cat((latent, latent)), t.repeat(2), text.repeat(2, 1, 1), mask.repeat(2, 1), inject=inject, **size
         )
         without = dit(latent, t, text, mask, **size)
+        padded = dit(latent, t, text.masked_fill(~mask[..., None], 9.0), mask, inject=inject, **size)
     torch.testing.assert_close(prepared, plain)
     torch.testing.assert_close(doubled, plain.repeat(2, 1, 1, 1, 1))
+    torch.testing.assert_close(padded, plain)
     assert (plain - without).abs().max() > 1e-2
 
 
