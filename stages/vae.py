@@ -57,6 +57,9 @@ class VAEStageConfig:
     loss: VAELossConfig = field(default_factory=VAELossConfig)
     num_frames: int = CHUNK_FRAMES
     """Video frames of a training window: one chunk of the VAE, or less."""
+    loss_frames: int | None = None
+    """part=decoder: frames of a window that are decoded to pixels at a step, drawn evenly; None: all. The temporal part
+    sees whole windows either way, and decoding frames is what a step costs."""
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: RunConfig = field(default_factory=RunConfig)
@@ -65,6 +68,13 @@ class VAEStageConfig:
         chunk = self.vae.micro_frame_size or self.num_frames
         if not 1 <= self.num_frames <= chunk:
             raise ValueError(f"num_frames ({self.num_frames}) must be 1..{chunk}, one chunk (vae.micro_frame_size)")
+        if self.loss_frames is not None:
+            if self.part != "decoder":
+                raise ValueError(f"loss_frames is for part=decoder, got part={self.part}: leave it out")
+            if not 1 <= self.loss_frames <= self.num_frames:
+                raise ValueError(
+                    f"loss_frames ({self.loss_frames}) must be 1..{self.num_frames}, the frames of a window"
+                )
 
 
 class VAEStage(Stage):
@@ -91,6 +101,9 @@ class VAEStage(Stage):
             error = made_frames.float() - frames
             terms = {"latent": error.square().mean(), "latent_l1": error.abs().mean()}
         else:
+            if self.config.loss_frames is not None:
+                chosen = torch.randperm(video.shape[2], generator=generator)[: self.config.loss_frames]
+                made_frames, video = made_frames[:, :, chosen], video[:, :, chosen]
             terms = pixel_errors(self.model.decode_frames(made_frames).float(), video)
         if self.config.part != "decoder":
             terms["kl"] = posterior.kl().sum() / posterior.mean.numel()

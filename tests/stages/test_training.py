@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 import typer
@@ -175,7 +176,8 @@ def test_training_of_the_decoders_leaves_every_latent_as_it_is(stage_config: Any
     run_stage("vae", stage_config("vae", "train.max_steps=1"), tmp_path / "all")
     start = f"train.init_from={tmp_path / 'all' / 'export'}"
     noise = "loss.latent_noise=0.5"
-    run_stage("vae", stage_config("vae", "train.max_steps=2", "part=decoder", start, noise), tmp_path / "decoder")
+    some = "loss_frames=3"
+    run_stage("vae", stage_config("vae", "train.max_steps=2", "part=decoder", start, noise, some), tmp_path / "decoder")
     before, after = (VideoVAE.from_pretrained(tmp_path / name / "export") for name in ("all", "decoder"))
     video = torch.rand(1, 3, 17, 16, 16) * 2 - 1
     with torch.inference_mode():
@@ -184,10 +186,31 @@ def test_training_of_the_decoders_leaves_every_latent_as_it_is(stage_config: Any
         assert not torch.equal(after.decode(latent, 17), before.decode(latent, 17))
 
 
+def test_the_loss_of_some_frames_is_that_of_all_on_average(stage_config: Any, tmp_path: Path) -> None:
+    run_stage("vae", stage_config("vae", "train.max_steps=1"), tmp_path)
+    start = f"train.init_from={tmp_path / 'export'}"
+
+    def errors(*overrides: str) -> list[float]:
+        parts = build("vae", stage_config("vae", "part=decoder", start, *overrides))
+        stage, logged = parts.stage, []
+        stage.log_figures = lambda **terms: logged.append(terms["mse"].item())
+        stage.step_generator = lambda: torch.Generator().manual_seed(len(logged))
+        video = torch.rand(2, 3, 17, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+        for _ in range(24):
+            stage.training_step({"video": video}, 0)
+        return logged
+
+    some, every = errors("loss_frames=3"), errors()
+    assert np.mean(some) == pytest.approx(np.mean(every), rel=0.03)
+    assert np.std(some) > 2 * np.std(every), "other frames at each step"
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
         (("dit", "dit.dept=3"), 2, "dit.dept"),
+        (("vae", "loss_frames=3"), 2, "loss_frames is for part=decoder, got part=all"),
+        (("vae", "part=decoder", "loss_frames=18"), 2, "loss_frames (18) must be 1..17"),
         (("dit", "dit.depth=deep"), 2, "dit.depth"),
         (("dit", "train.max_steps=0"), 2, "max_steps"),
         (("dit", "train.num_threads=0"), 2, "train.num_threads must be at least 1, got 0"),
