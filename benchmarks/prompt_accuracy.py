@@ -210,16 +210,21 @@ class FilmMaker:
     """Makes the frames of one film after another; the networks are loaded once."""
 
     def __init__(
-        self, job: Job, mode: Mode = "arlon", shown: Callable[[CodeResult, Job], CodeResult] | None = None
+        self,
+        job: Job,
+        mode: Mode = "arlon",
+        shown: Callable[[CodeResult, Job], CodeResult] | None = None,
+        codes: CodeStep | None = None,
     ) -> None:
         """Load the workers that `mode` needs, for films of the model and settings of `job`.
 
-        `shown` changes the codes that the diffusion transformer sees; the code model goes on from its own.
+        `shown` changes the codes that the diffusion transformer sees; the code model goes on from its own. `codes`
+        writes them in place of the model's.
         """
         refine = {"base": BaseRefineWorker, "codes": CoarseWorker}.get(mode, RefineWorker)
         self._text = TextWorker(job)
-        self._codes: CodeStep | None = None
-        if mode != "true_codes":
+        self._codes = codes
+        if codes is None and mode != "true_codes":
             self._codes = BlankCodes(job) if mode == "base" else CodeWorker(job)
         self._refine, self._decode = refine(job), DecodeWorker(job)
         self._shown = shown or (lambda codes, job: codes)

@@ -6,6 +6,7 @@
     python -m benchmarks.paper injection                 # adaptive norm, MLP adapter, ControlNet; first, last half, all
     python -m benchmarks.paper resilience                # fine or coarser codes, kinds of noise, against flipped codes
     python -m benchmarks.paper video                     # codes taken from a video, with a new prompt
+    python -m benchmarks.paper context                   # how many code frames the AR model goes on from
     python -m benchmarks.paper sampling                  # temperature, top-p, guidance of the AR model
 
 Writes NAME.md and NAME.json into --output (docs/results). Records of films are kept in --work, so that the same command
@@ -26,6 +27,7 @@ from benchmarks.paper.experiments import EXPERIMENTS
 from benchmarks.paper.tables import to_json, to_markdown
 from benchmarks.paper.variants import DEFAULT_OUTPUT, variant_model
 from benchmarks.prompt_accuracy import ProgressLine, load_model
+from pipelines.requests import CodeResult
 from pipelines.runs.durable import write_bytes, write_json
 
 
@@ -73,12 +75,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             for condition in experiment.conditions
             if args.only is None or condition.name in args.only
         ]
+        written: dict[str, CodeResult] = {}
         results = {
             condition.name: run_condition(
                 condition,
                 cases,
                 args.work / args.experiment,
                 model=args.model,
+                written=written,
                 progress=ProgressLine(condition.name),
             )
             for condition in conditions

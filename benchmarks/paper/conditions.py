@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from arlon.checkpoint import read_json
 from arlon.data import shapes_world as world
 from arlon.diffusion import samplers
 from arlon.evaluation.film import FilmShot, Outline, measure_film
@@ -23,7 +24,7 @@ from arlon.evaluation.suite import Case
 from benchmarks.prompt_accuracy import FilmMaker, Mode, Model, SceneEncoder, load_model
 from pipelines.requests import CodeResult, Job
 from pipelines.runs.durable import append_line, make_folder, read_lines
-from pipelines.workers import torch_threads
+from pipelines.workers import CodeWorker, torch_threads
 
 Record = dict[str, Any]
 """What is kept of a film: `figures` by name, `shots` with their scores, `seconds` by role, `calls` of the DiT."""
@@ -43,6 +44,8 @@ class Condition:
     """Name of the variant whose model is meant; see `variants`."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Settings of `arlon generate`, where they differ from the model's."""
+    window_hop: int | None = None
+    """Code frames that the AR model's full window moves by: it goes on from the others. None: the model's."""
     flipped: float = 0.0
     """Share of the codes that the DiT sees which are replaced by random ones, [0, 1]."""
     video: Literal["as asked", "other colours"] | None = None
@@ -65,8 +68,23 @@ def flip_codes(codes: torch.Tensor, share: float, codebook_size: int, seed: int)
     return flipped
 
 
+class HoppingCodeWorker(CodeWorker):
+    """The AR model with another step of its window."""
+
+    def __init__(self, job: Job, window_hop: int) -> None:
+        super().__init__(job)
+        assert self.model is not None
+        self.model.config = replace(self.model.config, window_hop=window_hop)
+
+
 def run_condition(
-    condition: Condition, cases: Sequence[Case], folder: Path, *, model: str, progress: Callable[[int, int], None]
+    condition: Condition,
+    cases: Sequence[Case],
+    folder: Path,
+    *,
+    model: str,
+    written: dict[str, CodeResult],
+    progress: Callable[[int, int], None],
 ) -> list[Record]:
     """Make and measure the film of every case; records in `folder` that fit are not made again.
 
@@ -75,6 +93,9 @@ def run_condition(
         cases: What.
         folder: Where records are kept, a file a condition.
         model: Name or folder of the model.
+        written: Codes that the AR model wrote under earlier conditions, to which these are added. It would write the
+            same ones again wherever it has the same weights, sampling, prompts and seed, so they are taken over, and
+            the seconds that they took are counted as if they had not been.
         progress: Called with (done, all) after each film.
     """
     loaded = load_model(condition.model or model, num_inference_steps=condition.steps, settings=condition.settings)
@@ -90,8 +111,14 @@ def run_condition(
                 job = loaded.job(case)
                 maker = maker or _make_maker(condition, job)
                 encode = encode or (SceneEncoder(job) if condition.video else None)
-                given = encode and encode(case if condition.video == "as asked" else in_other_colours(case))
-                kept[key] = _film_record(maker, job, case, loaded, given)
+                if encode:
+                    scene = case if condition.video == "as asked" else in_other_colours(case)
+                    given: CodeResult | None = CodeResult(codes=encode(scene), elapsed_s=0.0)
+                else:
+                    given = written.get(_code_key(condition, case, loaded))
+                kept[key], codes = _film_record(maker, job, case, loaded, given)
+                if not encode:
+                    written[_code_key(condition, case, loaded)] = codes
                 make_folder(path.parent)
                 append_line(path, {"key": key, **kept[key]})
             records.append(kept[key])
@@ -106,7 +133,8 @@ def _make_maker(condition: Condition, job: Job) -> FilmMaker:
         flipped = flip_codes(codes.codes, condition.flipped, size, job.plan.storyboard.seed or 0)
         return CodeResult(codes=flipped, elapsed_s=codes.elapsed_s)
 
-    return FilmMaker(job, condition.mode, shown if condition.flipped else None)
+    codes = None if condition.window_hop is None else HoppingCodeWorker(job, condition.window_hop)
+    return FilmMaker(job, condition.mode, shown if condition.flipped else None, codes)
 
 
 def in_other_colours(case: Case) -> Case:
@@ -124,28 +152,35 @@ def _next(names: Sequence[str], name: str) -> str:
     return names[(names.index(name) + 1) % len(names)]
 
 
-def _film_record(maker: FilmMaker, job: Job, case: Case, model: Model, given: torch.Tensor | None) -> Record:
+def _film_record(
+    maker: FilmMaker, job: Job, case: Case, model: Model, given: CodeResult | None
+) -> tuple[Record, CodeResult]:
+    """Make and measure a film of one take, of `given` codes if there are any; its record and its codes."""
     started_s = time.perf_counter()
     shots: list[list[np.ndarray]] = [[] for _ in case.prompts]
     starts, code_s, refine_s, at = [], 0.0, 0.0, 0
-    for parts in maker.segments(job, given):
+    for parts in maker.segments(job, None if given is None else given.codes):
         starts.append(at)
         at += len(parts.frames)
         shots[parts.shot].append(parts.frames)
         code_s, refine_s = code_s + parts.codes.elapsed_s, refine_s + parts.refined.elapsed_s
     total_s = time.perf_counter() - started_s
+    if given is not None:
+        code_s, total_s = given.elapsed_s, total_s + given.elapsed_s
+    codes = CodeResult(codes=parts.codes.codes, elapsed_s=code_s)
     frames = [np.concatenate(of_shot) for of_shot in shots]
     measured = measure_film(
         np.concatenate(frames),
         _outline(case.prompts, [len(of_shot) for of_shot in frames], starts),
         fps=model.geometry.defaults.fps,
     )
-    return {
+    record = {
         "figures": measured["figures"],
         "shots": [shot["scores"] for shot in measured["shots"]],
         "seconds": {"total": total_s, "code": code_s, "refine": refine_s, "film": at / model.geometry.defaults.fps},
         "calls": len(starts) * (job.plan.storyboard.num_inference_steps or 0),
     }
+    return record, codes
 
 
 def _outline(prompts: Sequence[str], lengths: Sequence[int], segment_starts: Sequence[int]) -> Outline:
@@ -159,4 +194,18 @@ def _outline(prompts: Sequence[str], lengths: Sequence[int], segment_starts: Seq
 
 def _key(condition: Condition, case: Case, model: Model) -> str:
     what = {**asdict(condition), "model": model.model_hash, "prompts": case.prompts, "seed": case.seed}
+    return json.dumps(what, sort_keys=True, default=str)
+
+
+def _code_key(condition: Condition, case: Case, model: Model) -> str:
+    """What the codes of a film depend on."""
+    components = read_json(Path(model.path) / "model_index.json", "a model index")["components"]
+    weights = None if condition.mode == "base" else [components[name]["sha256"] for name in ("ar", "text_encoder")]
+    what = {
+        "weights": weights,
+        "window_hop": condition.window_hop,
+        "settings": asdict(model.settings),
+        "prompts": case.prompts,
+        "seed": case.seed,
+    }
     return json.dumps(what, sort_keys=True, default=str)

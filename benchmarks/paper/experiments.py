@@ -6,7 +6,7 @@ paper does not give (sampling of the AR model) is measured as well.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from arlon.evaluation import suite
@@ -17,6 +17,8 @@ from pipelines.model import ModelGeometry
 
 SUITE_SEED = 2026
 """Seed of all prompts and films; other seeds than those that models are tuned on."""
+FEW_STEPS = 5
+"""Solver steps where conditions differ in something else: the fewest that ARLON is claimed for."""
 LONG_SHOTS = 12
 """Shots of a long film: about a minute at the small model's segments."""
 SCORES = ("colour", "shape", "size", "motion", "direction", "background", "count")
@@ -57,6 +59,12 @@ def _parts(steps: Sequence[int]) -> tuple[Condition, ...]:
     return (*base, Condition(name="codes alone", mode="codes"), *whole)
 
 
+def _sampled(label: str, setting: str, values: Sequence[float]) -> Iterator[Condition]:
+    """A condition for each value of a setting of the AR model's sampling."""
+    for value in values:
+        yield Condition(name=f"{label} {value}", steps=FEW_STEPS, settings={setting: value})
+
+
 EXPERIMENTS: dict[str, Experiment] = {
     "short": Experiment(
         title="Short films: base, codes alone, ARLON",
@@ -76,7 +84,8 @@ EXPERIMENTS: dict[str, Experiment] = {
         title="Codes flipped at random",
         claim="Training on coarser codes with uncertainty sampling tolerates the mistakes of the AR model.",
         conditions=tuple(
-            Condition(name=f"{round(100 * share)} % flipped", flipped=share) for share in (0.0, 0.05, 0.1, 0.2, 0.3)
+            Condition(name=f"{round(100 * share)} % flipped", steps=FEW_STEPS, flipped=share)
+            for share in (0.0, 0.05, 0.1, 0.2, 0.3)
         ),
         figures=PROMPT_FIGURES + PICTURE_FIGURES,
     ),
@@ -84,8 +93,8 @@ EXPERIMENTS: dict[str, Experiment] = {
         title="Designs and places of the injection",
         claim="Adaptive norm in the first half is the best choice; a ControlNet moves more and is less consistent.",
         conditions=(
-            Condition(name="none", mode="base"),
-            *(Condition(name=variant.name, variant=variant.name) for variant in variants.DESIGNS),
+            Condition(name="none", steps=FEW_STEPS, mode="base"),
+            *(Condition(name=variant.name, steps=FEW_STEPS, variant=variant.name) for variant in variants.DESIGNS),
         ),
         figures=PROMPT_FIGURES + PICTURE_FIGURES,
     ),
@@ -93,7 +102,12 @@ EXPERIMENTS: dict[str, Experiment] = {
         title="Training on fine or coarser codes, with and without uncertainty sampling",
         claim="Coarser codes and uncertainty sampling in training make the model tolerate wrong codes.",
         conditions=tuple(
-            Condition(name=f"{variant.name}, {round(100 * share)} % flipped", variant=variant.name, flipped=share)
+            Condition(
+                name=f"{variant.name}, {round(100 * share)} % flipped",
+                steps=FEW_STEPS,
+                variant=variant.name,
+                flipped=share,
+            )
             for variant in variants.RESILIENCE
             for share in (0.0, 0.1, 0.3)
         ),
@@ -103,20 +117,30 @@ EXPERIMENTS: dict[str, Experiment] = {
         title="Codes of a given video",
         claim="With the codes of a video and a new prompt, the layout follows the video and the appearance the prompt.",
         conditions=(
-            Condition(name="codes of the AR model"),
-            Condition(name="video as asked", mode="true_codes", video="as asked"),
-            Condition(name="video in other colours", mode="true_codes", video="other colours"),
+            Condition(name="codes of the AR model", steps=FEW_STEPS),
+            Condition(name="video as asked", steps=FEW_STEPS, mode="true_codes", video="as asked"),
+            Condition(name="video in other colours", steps=FEW_STEPS, mode="true_codes", video="other colours"),
             Condition(name="other colours, codes alone", mode="codes", video="other colours"),
         ),
         figures=PROMPT_FIGURES + PICTURE_FIGURES,
+    ),
+    "context": Experiment(
+        title=f"Context of the AR model in films of {LONG_SHOTS} shots",
+        claim="(Not in the paper.)",
+        conditions=tuple(
+            Condition(name=f"window moves by {hop}", steps=FEW_STEPS, window_hop=hop) for hop in (1, 2, 4, 6)
+        ),
+        figures=LONG_FIGURES,
+        num_shots=LONG_SHOTS,
+        default_cases=8,
     ),
     "sampling": Experiment(
         title="Sampling of the AR model",
         claim="(Not in the paper.)",
         conditions=(
-            *(Condition(name=f"temperature {t}", settings={"ar_temperature": t}) for t in (0.5, 0.7, 1.0)),
-            *(Condition(name=f"top-p {p}", settings={"ar_top_p": p}) for p in (0.8, 1.0)),
-            *(Condition(name=f"guidance {g}", settings={"ar_guidance_scale": g}) for g in (1.0, 3.0, 4.0)),
+            *_sampled("temperature", "ar_temperature", (0.5, 0.7, 1.0)),
+            *_sampled("top-p", "ar_top_p", (0.8, 1.0)),
+            *_sampled("guidance", "ar_guidance_scale", (1.0, 3.0, 4.0)),
         ),
         figures=PROMPT_FIGURES + PICTURE_FIGURES,
     ),

@@ -108,10 +108,6 @@ def _number(value: float | None) -> float:
     return math.nan if value is None else value
 
 
-def _film(record: Record, names: Sequence[str]) -> Any:
-    return _rounded({**record, "figures": {name: record["figures"][name] for name in names}})
-
-
 def _rounded(values: Any) -> Any:
     if isinstance(values, Mapping):
         return {key: _rounded(value) for key, value in values.items()}

@@ -15,6 +15,7 @@ from benchmarks.paper.conditions import Condition, flip_codes, run_condition
 from benchmarks.paper.experiments import EXPERIMENTS, Experiment
 from benchmarks.paper.tables import accuracy_by_shot, cost, figure_shares, to_markdown
 from benchmarks.prompt_accuracy import load_model
+from pipelines.requests import CodeResult
 
 
 def record(shape: float | None, seconds: float, shots: list[dict[str, float | None]]) -> conditions.Record:
@@ -83,8 +84,11 @@ def test_films_are_made_once_and_the_same_ones_under_every_condition(
     monkeypatch.setattr(conditions, "_film_record", lambda *args: made.append(1) or film_record(*args))
 
     def run(condition: Condition) -> list[conditions.Record]:
-        return run_condition(condition, cases, tmp_path, model=str(tiny_model), progress=lambda done, total: None)
+        return run_condition(
+            condition, cases, tmp_path, model=str(tiny_model), written=written, progress=lambda done, total: None
+        )
 
+    written: dict[str, CodeResult] = {}
     plain, flipped = Condition(name="plain", steps=2), Condition(name="flips", steps=2, flipped=1.0)
     first = run(plain)
     assert len(made) == 2
@@ -94,6 +98,41 @@ def test_films_are_made_once_and_the_same_ones_under_every_condition(
     assert run(flipped)[0]["figures"] != first[0]["figures"]
     run(Condition(name="plain", steps=3))
     assert len(made) == 6, "another condition under the same name is made again"
+
+
+def test_codes_are_taken_over_where_the_ar_model_would_write_the_same_ones(tiny_model: Path, tmp_path: Path) -> None:
+    cases = EXPERIMENTS["short"].cases(2, load_model(str(tiny_model)).geometry)
+
+    def run(condition: Condition, folder: str, written: dict[str, CodeResult]) -> list[conditions.Record]:
+        place = {"folder": tmp_path / folder, "model": str(tiny_model)}
+        return run_condition(condition, cases, written=written, progress=lambda done, total: None, **place)
+
+    plain, warm = Condition(name="a", steps=2), Condition(name="b", steps=2, settings={"ar_temperature": 1.5})
+    written: dict[str, CodeResult] = {}
+    first = run(plain, "first", written)
+    assert len(written) == len(cases)
+    again = run(plain, "again", written)
+    assert [r["figures"] for r in again] == [r["figures"] for r in first]
+    assert [r["seconds"]["code"] for r in again] == [r["seconds"]["code"] for r in first], "their seconds count"
+    assert all(r["seconds"]["total"] > r["seconds"]["code"] for r in again)
+    assert len(written) == len(cases)
+    apart = run(warm, "apart", {})
+    assert [r["figures"] for r in run(warm, "warm", written)] == [r["figures"] for r in apart]
+    assert len(written) == 2 * len(cases)
+
+
+def test_a_window_that_moves_further_writes_other_codes(tiny_model: Path, tmp_path: Path) -> None:
+    geometry = load_model(str(tiny_model)).geometry
+    cases = EXPERIMENTS["context"].cases(1, geometry)
+    written: dict[str, CodeResult] = {}
+    for hop in (1, 3):
+        condition = Condition(name=f"hop {hop}", steps=1, window_hop=hop)
+        run_condition(
+            condition, cases, tmp_path, model=str(tiny_model), written=written, progress=lambda done, total: None
+        )
+    near, far = (result.codes for result in written.values())
+    assert not torch.equal(near, far)
+    assert torch.equal(near[:, :6], far[:, :6]), "the same until the window is full"
 
 
 def test_an_experiment_writes_its_table_and_every_film(
@@ -128,7 +167,9 @@ def test_a_video_in_other_colours_keeps_layout_and_motion(tiny_model: Path, tmp_
 
     def figures(video: str) -> list[dict[str, float]]:
         condition = Condition(name=video, steps=2, mode="true_codes", video=video)
-        made = run_condition(condition, cases, tmp_path, model=str(tiny_model), progress=lambda done, total: None)
+        made = run_condition(
+            condition, cases, tmp_path, model=str(tiny_model), written={}, progress=lambda done, total: None
+        )
         return [record["figures"] for record in made]
 
     assert figures("as asked") != figures("other colours")
