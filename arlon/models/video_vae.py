@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from arlon.grids import ceil_div, num_latent_frames
-from arlon.models.spatial_vae import SpatialVAE, SpatialVAEConfig
+from arlon.models.spatial_vae import SpatialVAE, SpatialVAEConfig, channels_last
 from arlon.models.temporal_vae import (
     Posterior,
     ResBlock,
@@ -322,7 +322,7 @@ class VideoVAE(nn.Module):
         module = self.spatial_vae.module
 
         def pixels(part: Tensor) -> Tensor:
-            return self._by_frame(lambda z: module.decoder(module.post_quant_conv(z)), part)
+            return self._by_frame(lambda z: module.decoder(module.post_quant_conv(channels_last(z))), part)
 
         frames = full_precision(frames) / self.config.spatial.scaling_factor
         return by_tile(pixels, frames, self._tile_side(tile), unit_out=self.config.space_stride)

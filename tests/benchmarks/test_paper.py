@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -123,7 +124,7 @@ def test_codes_are_taken_over_where_the_ar_model_would_write_the_same_ones(tiny_
 
 def test_a_window_that_moves_further_writes_other_codes(tiny_model: Path, tmp_path: Path) -> None:
     geometry = load_model(str(tiny_model)).geometry
-    cases = EXPERIMENTS["context"].cases(1, geometry)
+    cases = replace(EXPERIMENTS["context"], num_shots=3).cases(1, geometry)
     written: dict[str, CodeResult] = {}
     for hop in (1, 3):
         condition = Condition(name=f"hop {hop}", steps=1, window_hop=hop)
