@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 from arlon.data.video_io import VideoWriter, probe
-from arlon.text.encoders import TextEncoderConfig, can_be_had, describe_whence, is_at_hand
+from arlon.text.encoders import TextEncoderConfig
+from arlon.text.sources import can_be_had, describe_whence, is_at_hand
 from pipelines.film_cost import FilmCost, cost_lines, gigabytes, operations, plan_cost
 from pipelines.generate import available_cores, check_device
 from pipelines.model import (

