@@ -151,6 +151,21 @@ def score_prompt(reading: Reading, shot: world.Shot | AskedShot) -> dict[str, fl
     return {name: values[name] for name in PROMPT_ATTRIBUTES}
 
 
+def score_both(reading: Reading, shot: world.Shot) -> dict[str, float]:
+    """Whether all objects are right where two are asked for; NaN where one is.
+
+    Returns:
+        `both colours`: each is there in its colour. `both objects`: each is there in its colour and its shape.
+    """
+    if len(shot.objects) < 2:
+        return {"both colours": math.nan, "both objects": math.nan}
+    objects = oracle.score_clip(reading, shot).objects
+    return {
+        "both colours": float(all(o.colour for o in objects)),
+        "both objects": float(all(o.colour and o.shape for o in objects)),
+    }
+
+
 def shuffled_scores(readings: Sequence[Reading], shots: Sequence[world.Shot]) -> dict[str, float]:
     """What readings score against the prompts of all other cases: chance, for this model and these prompts.
 
@@ -251,9 +266,9 @@ def judge(case: Case, shots: Sequence[np.ndarray], *, fps: float) -> Outcome:
 
 
 def score_case(case: Case, readings: Sequence[Reading]) -> dict[str, float]:
-    """Figures of a case: those of a prompt, or those of a prompt switch."""
+    """Figures of a case: those of a prompt and those of two objects, or those of a prompt switch."""
     if case.changed is None:
-        return score_prompt(readings[0], case.scene.shots[0])
+        return score_prompt(readings[0], case.scene.shots[0]) | score_both(readings[0], case.scene.shots[0])
     return score_switch(readings[0], readings[1], case)
 
 

@@ -185,3 +185,21 @@ def test_impossible_suites_are_refused():
         suite.bootstrap_interval(np.ones(3), level=95)
     with pytest.raises(ValueError, match="no cases"):
         suite.summarise([])
+
+
+def test_both_objects_must_be_right_and_one_alone_is_not_asked():
+    green = replace(LOOK, colour="green", shape="circle")
+    asked = replace(shot(), objects=(LOOK, green))
+
+    def seen(*looks):
+        return replace(reading(), objects=tuple(o for look in looks for o in reading(look).objects))
+
+    def both(*looks):
+        return tuple(suite.score_both(seen(*looks), asked).values())
+
+    assert both(LOOK, green) == (1.0, 1.0)
+    assert both(green, LOOK) == (1.0, 1.0)
+    assert both(LOOK, replace(green, shape="star")) == (1.0, 0.0)
+    assert both(LOOK, replace(green, colour="blue")) == (0.0, 0.0)
+    assert both(LOOK) == (0.0, 0.0)
+    assert all(math.isnan(value) for value in suite.score_both(reading(), shot()).values())
