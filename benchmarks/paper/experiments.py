@@ -27,7 +27,7 @@ PICTURE_FIGURES = ("dynamic_degree_lk", "flow_speed", "temporal_flickering")
 LONG_FIGURES = (
     *("prompt_accuracy", "prompt_accuracy_first", "prompt_accuracy_last", "prompt_accuracy_change"),
     *("switch_appears", "kept_colour", "kept_shape", "kept_background", "kept_place"),
-    *("seam_strength", "drift_colour", "drift_contrast", "drift_sharpness", "dynamic_degree_lk"),
+    *("seam_strength_switch", "drift_colour", "drift_contrast", "drift_sharpness", "dynamic_degree_lk"),
 )
 
 
