@@ -6,6 +6,7 @@
     python -m benchmarks.paper injection                 # adaptive norm, MLP adapter, ControlNet; first, last half, all
     python -m benchmarks.paper resilience                # fine or coarser codes, kinds of noise, against flipped codes
     python -m benchmarks.paper video                     # codes taken from a video, with a new prompt
+    python -m benchmarks.paper seams                     # one shot of five segments
     python -m benchmarks.paper context                   # how many code frames the AR model goes on from
     python -m benchmarks.paper sampling                  # temperature, top-p, guidance of the AR model
 

@@ -41,13 +41,16 @@ class Experiment:
     conditions: tuple[Condition, ...]
     figures: tuple[str, ...]
     num_shots: int = 1
+    num_segments: int = 1
+    """Of a shot."""
     default_cases: int = 64
 
     def cases(self, count: int, geometry: ModelGeometry) -> list[Case]:
-        """The films: held-out attribute pairs and phrasings, one segment a shot."""
+        """The films: held-out attribute pairs and phrasings."""
         defaults, grid = geometry.defaults, geometry.grid
         first_s, later_s = grid.segment_frames / defaults.fps, grid.stride_frames / defaults.fps
-        seconds = [first_s, *[later_s] * (self.num_shots - 1)]
+        seconds = [self.num_segments * later_s] * self.num_shots
+        seconds[0] += first_s - later_s
         aspect = defaults.width / defaults.height
         return suite.sample_cases(count, seconds=seconds, seed=SUITE_SEED, aspect=aspect)
 
@@ -123,6 +126,18 @@ EXPERIMENTS: dict[str, Experiment] = {
             Condition(name="other colours, codes alone", mode="codes", video="other colours"),
         ),
         figures=PROMPT_FIGURES + PICTURE_FIGURES,
+    ),
+    "seams": Experiment(
+        title="Seams where segments of one shot join",
+        claim="(Not in the paper.)",
+        conditions=(
+            Condition(name="base", steps=FEW_STEPS, mode="base"),
+            Condition(name="arlon", steps=FEW_STEPS),
+            Condition(name="arlon, chunks blended", steps=FEW_STEPS, settings={"vae_blend_frames": 2}),
+        ),
+        figures=("seam_strength", "temporal_flickering", "drift_colour", "drift_contrast", "drift_sharpness"),
+        num_segments=5,
+        default_cases=8,
     ),
     "context": Experiment(
         title=f"Context of the AR model in films of {LONG_SHOTS} shots",

@@ -148,6 +148,15 @@ def test_an_experiment_writes_its_table_and_every_film(
     assert not math.isnan(stored["conditions"]["0 % flipped"]["cost"]["seconds_per_second"])
 
 
+def test_a_shot_of_some_segments_is_made_of_as_many(tiny_model: Path) -> None:
+    model = load_model(str(tiny_model))
+    for shots, segments in ((1, 5), (3, 2)):
+        experiment = replace(EXPERIMENTS["seams"], num_shots=shots, num_segments=segments)
+        plan = model.job(experiment.cases(1, model.geometry)[0]).plan
+        assert [span.num_segments for span in plan.shots] == [segments] * shots
+        assert all(span.num_frames == span.asked_frames for span in plan.shots)
+
+
 def test_unknown_conditions_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         parse_args(["short", "--only", "arlon 7 steps"])
