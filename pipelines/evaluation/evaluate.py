@@ -18,6 +18,7 @@ import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ from pipelines.sheet import SheetRow, evenly_spaced, frames_to_sheet
 from pipelines.storyboard import UsageError
 from pipelines.version import version
 
-FORMAT = 1
+FORMAT = 2
 """Of the files; and of the figures: a change of a definition changes it, so that films are measured again."""
 RESULT_NAME = "evaluation.json"
 PAGE_NAME = "index.html"
@@ -134,7 +135,12 @@ def evaluate(
     used = {name: backbone.description for name, backbone in loaded.items()}
     folder = output / FILMS_NAME
     folder.mkdir(parents=True, exist_ok=True)
-    tasks = [_Task(film=film, key=film_key(film, used), folder=folder) for film in films]
+    tasks = []
+    for film in films:
+        try:
+            tasks.append(_Task(film=film, key=film_key(film, used), folder=folder))
+        except OSError as error:
+            problems.append(Problem(source=film.name, reason=f"cannot be read: {error.strerror or error}"))
     waiting = list({task.key: task for task in tasks if _stored(task) is None}.values())
     sources_used = {name: source for name, source in (backbones or {}).items() if name in loaded}
     failed = _measure_all(waiting, loaded, sources_used, device, num_workers, on_progress)
@@ -156,7 +162,13 @@ def evaluate(
 
 
 def film_key(film: Film, backbones: Mapping[str, str]) -> str:
-    """Hash of all that the figures of a film depend on."""
+    """Hash of all that the figures of a film depend on.
+
+    Raises:
+        OSError: If the film cannot be read.
+    """
+    if not film.path.is_file():
+        raise FileNotFoundError("no regular file")
     sidecar = film.path.with_suffix(".json")
     known = {
         "format": FORMAT,
@@ -183,8 +195,8 @@ def _load_backbones(sources: Mapping[str, str], device: str) -> tuple[dict[str, 
     for name, source in sources.items():
         try:
             loaded[name] = load_backbone(name, source, device=device)
-        except (ValueError, OSError) as error:
-            problems.append(Problem(source=f"--backbone {name}", reason=str(error)))
+        except Exception as error:  # a folder may hold anything, and errors of several libraries come through
+            problems.append(Problem(source=f"--backbone {name}", reason=str(error) or type(error).__name__))
     return loaded, problems
 
 
@@ -219,17 +231,33 @@ def _in_turn(tasks: Sequence[_Task], loaded: Mapping[str, Backbone]) -> Iterator
 def _at_once(
     tasks: Sequence[_Task], sources: Mapping[str, str], device: str, num_workers: int
 ) -> Iterator[tuple[_Task, str]]:
+    """Measure several at a time. A process that ends takes its pool with it: what was not measured then is measured
+    again, each film in a process of its own, so that only the film that ends it is to blame."""
+    left = list(tasks)
+    with _pool(sources, device, num_workers) as pool:
+        futures = {pool.submit(_measure_here, task): task for task in tasks}
+        for future in as_completed(futures):
+            with suppress(BrokenProcessPool):
+                problem = future.result()
+                left.remove(futures[future])
+                yield futures[future], problem
+    for task in left:
+        with _pool(sources, device, 1) as pool:
+            try:
+                problem = pool.submit(_measure_here, task).result()
+            except BrokenProcessPool:
+                problem = "measuring it ended the process, perhaps for want of memory"
+        yield task, problem
+
+
+@contextmanager
+def _pool(sources: Mapping[str, str], device: str, num_workers: int) -> Iterator[Executor]:
     context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
-    pool: Executor = ProcessPoolExecutor(
+    pool = ProcessPoolExecutor(
         num_workers, mp_context=context, initializer=_start_worker, initargs=(dict(sources), device)
     )
-    futures = {pool.submit(_measure_here, task): task for task in tasks}
     try:
-        for future in as_completed(futures):
-            try:
-                yield futures[future], future.result()
-            except BrokenProcessPool:
-                yield futures[future], "a measuring process ended abruptly, perhaps for want of memory: fewer --workers"
+        yield pool
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -262,7 +290,7 @@ def _measure(task: _Task, backbones: Mapping[str, Backbone]) -> str:
         }
         write_bytes(task.folder / f"{task.key}.png", _sheet(frames, found["shots"]))
         write_json(task.folder / f"{task.key}.json", {"format": FORMAT, **about, **found})
-    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+    except Exception as error:  # whatever is wrong with one film, the others are measured
         text = " ".join(str(error).split()) or type(error).__name__
         return text.replace(str(task.film.path), task.film.path.name)
     return ""

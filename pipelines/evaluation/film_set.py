@@ -58,24 +58,29 @@ def find_films(sources: Sequence[Path], *, leave_out: Path | None = None) -> tup
         leave_out: Folder that is not searched.
     """
     paths: list[Path] = []
-    problems = []
+    problems: list[Problem] = []
     for source in sources:
         try:
-            found = _films_of(source, leave_out)
+            found = _films_of(source, leave_out, problems)
         except (OSError, ValueError) as error:
             problems.append(Problem(source=str(source), reason=_reason(error)))
             continue
         if not found:
             problems.append(Problem(source=str(source), reason=f"no film in it ({', '.join(FILM_SUFFIXES)})"))
         paths += found
-    unique = sorted({path.resolve() for path in paths})
+    unique = sorted({path.resolve(): Path(os.path.abspath(path)) for path in paths}.values())  # links keep their names
     if not unique:
         return [], problems
     common = Path(os.path.commonpath([path.parent for path in unique]))
     return [Film(name=path.relative_to(common).as_posix(), path=path) for path in unique], problems
 
 
-def _films_of(source: Path, leave_out: Path | None) -> list[Path]:
+def _films_of(source: Path, leave_out: Path | None, problems: list[Problem]) -> list[Path]:
+    """Films of a source; folders that cannot be searched are added to `problems`."""
+
+    def note(error: OSError) -> None:
+        problems.append(Problem(source=str(error.filename), reason=_reason(error)))
+
     if not source.exists():
         raise FileNotFoundError("no such file or folder")
     if source.is_file():
@@ -83,7 +88,7 @@ def _films_of(source: Path, leave_out: Path | None) -> list[Path]:
     if (source / RUN_NAME).is_file():
         return [_finished(find_film(source))]
     found = []
-    for folder, names, files in os.walk(source):
+    for folder, names, files in os.walk(source, onerror=note):
         if SEGMENT_MARK in files or (leave_out is not None and Path(folder).resolve() == leave_out.resolve()):
             names.clear()
             continue
@@ -109,6 +114,8 @@ def add_prompts(films: Sequence[Film], prompt_file: Path) -> tuple[list[Film], l
         text = prompt_file.read_text(encoding="utf-8-sig")
         if prompt_file.suffix.lower() == ".json":
             return _add_by_name(films, parse_json(text), source)
+        if prompt_file.suffix.lower() in (".jsonl", ".csv", ".yaml", ".yml"):
+            raise ValueError("expected JSON (.json), or text with one prompt a line (.txt)")
         return _add_by_line(films, text, source)
     except (OSError, UnicodeDecodeError, ValueError) as error:
         return list(films), [Problem(source=source, reason=f"not a prompt file: {_reason(error)}")]
@@ -164,7 +171,7 @@ def outline_of(film: Film, tags: Mapping[str, str], num_frames: int) -> Outline:
         return _outline_without_record(film, num_frames)
     try:
         outline = _outline_from_record(record["timeline"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise ValueError(f"its record has no usable timeline ({type(error).__name__}: {error})") from error
     named = max((shot.start_frame + shot.num_frames for shot in outline.shots), default=0)
     if named > num_frames:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import re
 import shutil
+import signal
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -141,6 +144,11 @@ def test_what_cannot_be_measured_is_named_and_the_rest_is_measured(films, tmp_pa
     write_film(folder / "short.mp4", frames_of("red"), timeline(RED, BLUE))
     (folder / "empty.mp4").touch()
     (folder / "cut.mp4").write_bytes(whole[: len(whole) // 2])
+    (folder / "link.mp4").symlink_to(tmp_path / "nowhere.mp4")
+    os.mkfifo(folder / "pipe.mp4")
+    endless = timeline(RED)
+    endless["timeline"]["shots"][0]["num_frames"] = float("inf")
+    write_film(folder / "endless.mp4", frames_of("red"), endless)
     prompts = tmp_path / "prompts.json"
     prompts.write_text(json.dumps({"a.mp4": [RED, BLUE], "gone.mp4": RED, "c.mp4": 3}))
     nothing = tmp_path / "nothing"
@@ -155,12 +163,41 @@ def test_what_cannot_be_measured_is_named_and_the_rest_is_measured(films, tmp_pa
     text = "\n".join(f"{source}: {reason}" for source, reason in sorted(reasons))
     for source in ("broken.mp4", "empty.mp4", "cut.mp4", "short.mp4", "missing.mp4: no such file", "nothing: no film"):
         assert source in text, text
+    for source in ("link.mp4: cannot be read", "pipe.mp4: cannot be read", "endless.mp4: its record has no usable"):
+        assert source in text, text
     assert "cut off: its record names 32 frames, it has 16" in text
     assert "'gone.mp4': no such film" in text
     assert "'c.mp4': expected a prompt or a list of prompts, got 3" in text
     assert "no prompt for the film 'b/film.mp4'" in text
     assert f"{len(reasons)} problems; 3 films measured" in result.stderr
     assert "broken.mp4" in (tmp_path / "out" / "index.html").read_text()
+
+
+def test_a_film_that_ends_its_process_is_the_only_one_that_is_not_measured(films, tmp_path, monkeypatch):
+    folder = tmp_path / "films"
+    shutil.copytree(films, folder)
+    shutil.copy(folder / "a.mp4", folder / "killer.mp4")
+    measure = evaluation._measure
+
+    def deadly(task, backbones):
+        if task.film.name == "killer.mp4":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return measure(task, backbones)
+
+    monkeypatch.setattr(evaluation, "_measure", deadly)
+    monkeypatch.setattr(evaluation, "film_key", lambda film, backbones: film.path.stem + film.path.parent.name)
+    context = multiprocessing.get_context("fork")  # so that the processes have the function of above
+    monkeypatch.setattr(evaluation.multiprocessing, "get_context", lambda kind: context)
+    found = evaluate([folder], tmp_path / "out", num_workers=2)
+    assert found.num_films == 3
+    assert [problem.source for problem in found.problems] == ["killer.mp4"]
+    assert "ended the process" in found.problems[0].reason
+
+
+def test_a_link_has_its_own_name(films, tmp_path):
+    (tmp_path / f"{RED}-0.mp4").symlink_to(films / "a.mp4")
+    (found,), problems = find_films([tmp_path])
+    assert (found.name, problems) == (f"{RED}-0.mp4", [])
 
 
 def test_a_backbone_that_is_none_is_a_problem_not_the_end(films, tmp_path):
@@ -292,7 +329,8 @@ def test_given_prompts_share_a_film_evenly_or_follow_its_shots(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "content"), [("p.txt", "one\ntwo"), ("p.json", "[1]"), ("p.json", "{"), ("p.json", None)]
+    ("name", "content"),
+    [("p.txt", "one\ntwo"), ("p.json", "[1]"), ("p.json", "{"), ("p.json", None), ("p.jsonl", '{"a.mp4": "x"}')],
 )
 def test_a_prompt_file_of_a_wrong_form_changes_nothing(tmp_path, name, content):
     film = Film(name="a.mp4", path=tmp_path / "a.mp4")
