@@ -180,7 +180,7 @@ class BaseRefineWorker(RefineWorker):
 
     def __init__(self, job: Job) -> None:
         super().__init__(job)
-        self.injection = None
+        self.injection = self.vqvae = None  # blank codes are not decoded either
 
 
 class CoarseWorker(RefineWorker):
@@ -222,6 +222,7 @@ class FilmMaker:
         writes them in place of the model's.
         """
         refine = {"base": BaseRefineWorker, "codes": CoarseWorker}.get(mode, RefineWorker)
+        self.mode = mode
         self._text = TextWorker(job)
         self._codes = codes
         if codes is None and mode != "true_codes":

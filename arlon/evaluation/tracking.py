@@ -139,7 +139,7 @@ def find_tracks(frames: np.ndarray, background: np.ndarray) -> list[Track]:
     labels = label_colours(difference, background)
     blobs = _find_blobs(labels)
     rows = _link(blobs, len(frames))
-    least = max(2, int(np.ceil(MIN_PRESENCE * len(frames))))
+    least = min(len(frames), max(2, int(np.ceil(MIN_PRESENCE * len(frames)))))
     rows = [row for row in rows if (row >= 0).sum() >= least]
     rows.sort(key=lambda row: -blobs.area[row[row >= 0]].sum())
     return [_measure(row, blobs, labels, difference, background) for row in rows]

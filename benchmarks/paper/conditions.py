@@ -174,11 +174,12 @@ def _film_record(
         _outline(case.prompts, [len(of_shot) for of_shot in frames], starts),
         fps=model.geometry.defaults.fps,
     )
+    steps = 0 if maker.mode == "codes" else job.plan.storyboard.num_inference_steps or 0
     record = {
         "figures": measured["figures"],
         "shots": [shot["scores"] for shot in measured["shots"]],
         "seconds": {"total": total_s, "code": code_s, "refine": refine_s, "film": at / model.geometry.defaults.fps},
-        "calls": len(starts) * (job.plan.storyboard.num_inference_steps or 0),
+        "calls": len(starts) * steps,
     }
     return record, codes
 

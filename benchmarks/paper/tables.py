@@ -21,10 +21,14 @@ def figure_shares(records: Sequence[Record], names: Sequence[str]) -> dict[str, 
 
 
 def accuracy_by_shot(records: Sequence[Record]) -> list[Share]:
-    """Prompt accuracy at each position of a shot: the mean of what a prompt states, then over films."""
+    """Prompt accuracy at each position of a shot: the mean of what a prompt states, then over films.
+
+    Direction is part of motion, as in the figure `prompt_accuracy`.
+    """
     rows = []
     for position in range(min(len(record["shots"]) for record in records)):
-        scores = [[value for value in r["shots"][position].values() if value is not None] for r in records]
+        of_shot = [r["shots"][position].items() for r in records]
+        scores = [[value for name, value in pairs if value is not None and name != "direction"] for pairs in of_shot]
         means = [{"accuracy": sum(values) / len(values) if values else math.nan} for values in scores]
         rows.append(summarise(means)["accuracy"])
     return rows
@@ -63,8 +67,9 @@ def to_markdown(experiment: Experiment, results: Results, model: Mapping[str, st
         "",
         f"The paper: {experiment.claim}",
         "",
-        f"{count} films of {experiment.num_shots} shot{'s' * (experiment.num_shots > 1)}, held-out phrasings and "
-        f"attribute pairs, the same ones under every condition; model {model['name']} ({model['hash'][:12]}). Mean and "
+        f"{count} films of {experiment.num_shots} shot{'s' * (experiment.num_shots > 1)}, held-out phrasings, held-out "
+        f"attribute pairs{' at the start' * (experiment.num_shots > 1)}, the same ones under every condition; model "
+        f"{model['name']} ({model['hash'][:12]}). Mean and "
         f"95 % bootstrap interval over films. Made by `{command}`.",
         "",
         *_figure_table(experiment, results),

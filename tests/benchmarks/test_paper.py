@@ -29,7 +29,7 @@ def record(shape: float | None, seconds: float, shots: list[dict[str, float | No
 
 
 RECORDS = [
-    record(1.0, 4.0, [{"colour": 1.0, "speed": None}, {"colour": 0.0, "shape": 1.0}]),
+    record(1.0, 4.0, [{"colour": 1.0, "speed": None, "direction": 0.0}, {"colour": 0.0, "shape": 1.0}]),
     record(None, 8.0, [{"colour": 0.0}, {"colour": 0.0, "shape": 0.0}]),
     record(0.0, 6.0, [{"colour": 1.0}, {"colour": 1.0, "shape": 1.0}]),
 ]

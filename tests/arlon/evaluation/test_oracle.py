@@ -125,6 +125,15 @@ def test_uint8_frames_and_video_in_minus_one_to_one_are_read_alike():
     np.testing.assert_allclose(a.objects[0].x, b.objects[0].x, atol=1e-4)
 
 
+@pytest.mark.parametrize("num_frames", [1, 2, 3])
+def test_what_a_picture_shows_is_read(num_frames):
+    look = world.ObjectLook(colour="red", shape="square", size="large", motion="still", speed="slow")
+    shot = world.Shot(objects=(look,), background="grey", seconds=1.0)
+    spec = world.Scene(shots=(shot,), start=((0.5, 0.5),), phase=(0.0,))
+    (seen,) = oracle.read_clip(world.render_scene(spec, num_frames=num_frames).frames).objects
+    assert (seen.colour, seen.shape, seen.size, seen.motion) == ("red", "square", "large", None)
+
+
 def test_wrong_expectations_fail_one_attribute_each():
     spec = scene(look(shape="square"))
     frames = world.render_scene(spec, num_frames=51).frames
