@@ -22,7 +22,7 @@ FEW_STEPS = 5
 LONG_SHOTS = 12
 """Shots of a long film: about a minute at the small model's segments."""
 SCORES = ("colour", "shape", "size", "motion", "direction", "background", "count")
-PROMPT_FIGURES = tuple(f"prompt_{name}" for name in SCORES)
+PROMPT_FIGURES = ("prompt_accuracy", *(f"prompt_{name}" for name in SCORES))
 PICTURE_FIGURES = ("dynamic_degree_lk", "flow_speed", "temporal_flickering")
 LONG_FIGURES = (
     *("prompt_accuracy", "prompt_accuracy_first", "prompt_accuracy_last", "prompt_accuracy_change"),
