@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -27,6 +27,9 @@ from arlon.config import config_from_dict, config_to_dict, write_text
 from arlon.memory import align_weights
 from arlon.text.cleaning import clean_caption
 from arlon.text.sources import MINILM_DIM, T5_DIM, find_minilm, find_t5, tokenizer_folder
+
+MAX_NAMED = 3
+"""Tensors that do not fit are named up to so many."""
 
 
 @dataclass(frozen=True)
@@ -210,8 +213,10 @@ class T5Encoder(_TransformerEncoder):
         from transformers import AutoTokenizer, T5EncoderModel
 
         tokenizer = _from_pretrained(AutoTokenizer, tokenizer_folder(folder))
-        network = _from_pretrained(T5EncoderModel, folder, dtype=dtype, use_safetensors=True).to(device)
-        super().__init__(tokenizer, network, dim=network.config.d_model, max_length=max_length, clean=clean)
+        options = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # what does not fit is refused below
+        network, info = _from_pretrained(T5EncoderModel, folder, dtype=dtype, use_safetensors=True, **options)
+        _refuse_misfits(folder, info)
+        super().__init__(tokenizer, network.to(device), dim=network.config.d_model, max_length=max_length, clean=clean)
 
 
 def save_text_encoder(folder: str | Path, config: TextEncoderConfig) -> Path:
@@ -297,6 +302,23 @@ def _from_pretrained(kind: Any, folder: Path, **options: Any) -> Any:
         except Exception as error:  # transformers raises errors of several libraries
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ValueError(f"cannot load the T5 text encoder in {str(folder)!r}: {reason}") from error
+
+
+def _refuse_misfits(folder: Path, info: Mapping[str, Any]) -> None:
+    """Refuse weights that transformers would make up, or leave out, for the encoder half of a T5."""
+    extra = (name for name in info["unexpected_keys"] if not name.startswith(("decoder.", "lm_head.")))
+    shapes = {name: (tuple(found), tuple(wanted)) for name, found, wanted in info["mismatched_keys"]}
+    problems = [
+        *(f"missing {name}" for name in sorted(info["missing_keys"])),
+        *(f"unexpected {name}" for name in sorted(extra)),
+        *(f"{name} is {found}, expected {wanted}" for name, (found, wanted) in sorted(shapes.items())),
+    ]
+    if problems:
+        more = f" and {len(problems) - MAX_NAMED} more" if len(problems) > MAX_NAMED else ""
+        raise ValueError(
+            f"the weights in {str(folder)!r} do not fit the T5 of its config.json: "
+            f"{'; '.join(problems[:MAX_NAMED])}{more}. Copy them again, or name another folder"
+        )
 
 
 @contextlib.contextmanager

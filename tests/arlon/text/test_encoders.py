@@ -259,6 +259,26 @@ def test_damaged_t5_is_named(t5_folder: Path, tmp_path: Path) -> None:
         T5Encoder(tmp_path)
 
 
+@pytest.mark.parametrize("wrong", ["missing", "unexpected", "shape"])
+def test_t5_whose_weights_do_not_fit_is_refused(t5_folder: Path, tmp_path: Path, wrong: str) -> None:
+    for file in t5_folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = "encoder.block.0.layer.0.SelfAttention.q.weight"
+    found = tensors.pop(name)
+    if wrong == "unexpected":
+        tensors |= {name: found, "encoder.block.7.weight": found.clone(), "decoder.block.0.weight": found.clone()}
+        message = r"do not fit the T5 of its config.json: unexpected encoder\.block\.7\.weight\. Copy"
+    elif wrong == "shape":
+        tensors[name] = found[:, :-1].contiguous()
+        message = rf"{name} is \(\d+, \d+\), expected \(\d+, \d+\)"
+    else:
+        message = f"missing {name}"
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=message):
+        T5Encoder(tmp_path)
+
+
 def test_t5_in_float8_is_refused(t5_folder: Path, tmp_path: Path) -> None:
     for file in t5_folder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
