@@ -177,7 +177,8 @@ def check_fit(
     film = with_overrides(film, {"height": height, "width": width})
     plan = _plan(film, configs, defaults)
     cost = plan_cost(plan, configs, dtype=dtype)
-    found = next((here for here in (_cpu(timed=False), *_accelerators(timed=False)) if here.name == device), None)
+    wanted = f"cuda:{torch.cuda.current_device()}" if device == "cuda" else device
+    found = next((here for here in (_cpu(timed=False), *_accelerators(timed=False)) if here.name == wanted), None)
     fit = Fit(
         model=name,
         plan=plan,

@@ -185,6 +185,18 @@ def test_a_model_that_fits(tiny_model: Path) -> None:
 
 
 @pytest.mark.usefixtures("scarce")
+def test_the_device_cuda_is_the_current_one_of_several(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gpu(number: int, free: int) -> doctor.Device:
+        return doctor.Device(name=f"cuda:{number}", kind="GPU", memory_bytes=free, free_bytes=free, flops_per_s={})
+
+    monkeypatch.setattr(doctor, "check_device", lambda device: None)
+    monkeypatch.setattr(doctor, "_accelerators", lambda *, timed: [gpu(0, 10), gpu(1, 10**12)])
+    for current, fits in ((0, False), (1, True)):
+        monkeypatch.setattr(torch.cuda, "current_device", lambda current=current: current)
+        fit = doctor.check_fit(str(tiny_model), device="cuda")
+        assert (fit.device.name, fit.fits) == (f"cuda:{current}", fits)
+
+
 def test_a_base_that_does_not_fit_is_told_the_largest_size_that_does(base: Path) -> None:
     result = arlon("doctor", "--model", base, "--duration", "51f")
     assert result.exit_code == 1, result.stdout
