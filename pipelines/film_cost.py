@@ -19,12 +19,13 @@ from arlon import cost
 from arlon.cost import Cost
 from arlon.diffusion import samplers
 from arlon.grids import ceil_div
-from pipelines.model import ModelConfigs, read_configs
+from pipelines.model import GenerationDefaults, ModelConfigs, read_configs
 from pipelines.plan import Plan, Segment
 from pipelines.requests import code_schedule, segment_blend, text_request
 
 if TYPE_CHECKING:
     from arlon.checkpoint import ModelFolder
+    from pipelines.requests import Settings
 
 HEADROOM = 1.75
 """What a process takes over computed working memory, for kernels and allocator: 1.3 to 1.75 times at the larger sizes
@@ -87,17 +88,24 @@ class FilmCost:
         return totals | {"flops": self.flops, "parts": parts}
 
 
-def plan_cost(plan: Plan, model: ModelFolder | ModelConfigs, *, dtype: str = "float32") -> FilmCost:
+def plan_cost(
+    plan: Plan, model: ModelFolder | ModelConfigs, *, dtype: str = "float32", settings: Settings | None = None
+) -> FilmCost:
     """Memory and operations of a film.
 
     Args:
         plan: The film.
         model: Its model, or the configs of one.
         dtype: `bfloat16` runs under autocast, which keeps a rounded copy of the weights at work.
+        settings: How it is made; None: by the defaults of the model.
     """
     configs = model if isinstance(model, ModelConfigs) else read_configs(model)
     configs = configs if plan.geometry.has_codes else configs.without_codes()
-    return _Estimate(plan, configs, 2 if dtype == "bfloat16" else 0).film()
+    defaults = plan.geometry.defaults
+    if settings is not None:
+        chosen = {name: getattr(settings, name) for name in ("vae_blend_frames", "ar_guidance_scale")}
+        defaults = replace(defaults, **chosen)
+    return _Estimate(plan, configs, defaults, 2 if dtype == "bfloat16" else 0).film()
 
 
 @dataclass(frozen=True)
@@ -106,6 +114,7 @@ class _Estimate:
 
     plan: Plan
     configs: ModelConfigs
+    defaults: GenerationDefaults
     copy_bytes: int
     """Bytes a weight that the part at work takes besides."""
 
@@ -140,7 +149,7 @@ class _Estimate:
     def vae(self) -> tuple[Cost, float]:
         """The segment that starts a take has the most new frames."""
         frames = [segment.num_frames for segment in self.plan.segments]
-        blend_frames = self.plan.geometry.defaults.vae_blend_frames
+        blend_frames = self.defaults.vae_blend_frames
         once = cost.vae_decode_cost(self.configs.vae, max(frames), self._segment_size[1:], blend_frames=blend_frames)
         return once, sum(frames) / max(frames)
 
@@ -161,7 +170,7 @@ class _Estimate:
         While a switch is blended, the model also writes under the prompt before, in a cache of one row.
         """
         config = self.configs.ar
-        batch = 1 if self.plan.geometry.defaults.ar_guidance_scale == 1 else 2
+        batch = 1 if self.defaults.ar_guidance_scale == 1 else 2
         sizes = {"text_length": self.configs.text_encoder.max_length, "batch": batch}
         frame, read = cost.ar_frame_cost(config, **sizes), cost.ar_read_cost(config, **sizes)
         takes = self.plan.takes

@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from pipelines.graph import GraphConfig
     from pipelines.picture import PreparedPicture
     from pipelines.plan import Plan
+    from pipelines.requests import Settings
 
 
 T = TypeVar("T")
@@ -186,6 +187,7 @@ def plan(
     with reported():
         from pipelines.generate import make_settings, open_for_film
         from pipelines.options import FilmOptions, read_film_options
+        from pipelines.picture import is_picture, picture_plan
         from pipelines.references import check_references
 
         options = FilmOptions(
@@ -214,10 +216,12 @@ def plan(
         film, settings = read_film_options(options)
         film_plan, _, folder = open_for_film(film, model)
         references = check_references(film_plan)
-        dtype = make_settings(film_plan.geometry, settings).dtype
+        chosen = make_settings(film_plan.geometry, settings)
+        if is_picture(film, None):
+            film_plan = picture_plan(film_plan)
         if as_json:
             plain = film_plan.to_plain() | {"references": [given.describe() for given in references]}
-            plain |= {"cost": _cost(film_plan, folder, dtype).to_plain()}
+            plain |= {"cost": _cost(film_plan, folder, chosen).to_plain()}
             typer.echo(json.dumps(plain, indent=2, ensure_ascii=False))
         else:
             print_timeline(film_plan, is_whole=is_whole)
@@ -228,7 +232,7 @@ def plan(
                 typer.echo(f"... {count(len(references) - len(head) - len(tail), 'more file')}, shown with --all")
             for given in tail:
                 typer.echo(given.describe())
-            _print_cost(_cost(film_plan, folder, dtype))
+            _print_cost(_cost(film_plan, folder, chosen))
 
 
 def _length(duration: str | None, num_frames: int | None) -> str | None:
@@ -255,11 +259,11 @@ def _print_picture(prepared: PreparedPicture, executor: Executor, *, as_json: bo
     typer.echo(json.dumps(result.to_plain(), indent=2) if as_json else str(result.picture))
 
 
-def _cost(film: Plan, model: Path, dtype: str) -> FilmCost:
+def _cost(film: Plan, model: Path, settings: Settings) -> FilmCost:
     from arlon.checkpoint import ModelFolder
     from pipelines.film_cost import plan_cost
 
-    return plan_cost(film, ModelFolder.open(model, verify=False), dtype=dtype)
+    return plan_cost(film, ModelFolder.open(model, verify=False), dtype=settings.dtype, settings=settings)
 
 
 def _print_cost(cost: FilmCost) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -150,6 +151,22 @@ def test_plan_prints_memory_and_work(tiny_model: Path) -> None:
     assert plain["bytes"] == plain["weight_bytes"] + round(1.75 * plain["working_bytes"])
 
 
+def test_plan_counts_what_is_set_and_that_a_picture_is_one_frame(tiny_model: Path) -> None:
+    def planned(*arguments: str) -> dict[str, Any]:
+        result = arlon("plan", "-p", "a red circle", "--model", tiny_model, "--json", *arguments)
+        assert result.exit_code == 0, result.stderr
+        return json.loads(result.stdout)
+
+    film, blended = planned(), planned("--set", "vae_blend_frames=2")
+    assert blended["cost"]["parts"]["vae"]["flops"] > film["cost"]["parts"]["vae"]["flops"]
+    assert blended["cost"]["parts"]["dit"] == film["cost"]["parts"]["dit"]
+    alone = planned("--set", "ar_guidance_scale=1")
+    assert alone["cost"]["parts"]["ar"]["flops"] < film["cost"]["parts"]["ar"]["flops"]
+    picture = planned("--num-frames", "1")
+    assert picture["num_frames"] == 1
+    assert picture["cost"]["flops"] < film["cost"]["flops"] / 4
+
+
 def test_doctor_describes_the_machine() -> None:
     result = arlon("doctor", "--json")
     assert result.exit_code == 0, result.stderr
@@ -184,7 +201,6 @@ def test_a_model_that_fits(tiny_model: Path) -> None:
     assert film["has_text_encoder"] is True
 
 
-@pytest.mark.usefixtures("scarce")
 def test_the_device_cuda_is_the_current_one_of_several(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def gpu(number: int, free: int) -> doctor.Device:
         return doctor.Device(name=f"cuda:{number}", kind="GPU", memory_bytes=free, free_bytes=free, flops_per_s={})
@@ -197,6 +213,7 @@ def test_the_device_cuda_is_the_current_one_of_several(tiny_model: Path, monkeyp
         assert (fit.device.name, fit.fits) == (f"cuda:{current}", fits)
 
 
+@pytest.mark.usefixtures("scarce")
 def test_a_base_that_does_not_fit_is_told_the_largest_size_that_does(base: Path) -> None:
     result = arlon("doctor", "--model", base, "--duration", "51f")
     assert result.exit_code == 1, result.stdout
