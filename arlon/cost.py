@@ -183,6 +183,7 @@ def vae_decode_cost(
     latent_hw: tuple[int, int],
     *,
     blend_frames: int = 0,
+    tile: int | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Cost:
     """Decoding of one video from a latent of `latent_hw` rows and columns.
@@ -195,6 +196,7 @@ def vae_decode_cost(
         num_frames: Frames of the video, a multiple of a chunk or less than one.
         latent_hw: (H, W).
         blend_frames: As of `VideoVAE.decode`.
+        tile: Likewise.
         dtype: Of weights and activations.
     """
     chunk = min(num_frames, config.micro_frame_size or num_frames)
@@ -204,7 +206,7 @@ def vae_decode_cost(
             model = _build(VideoVAE, config, dtype)
             size = (side * config.space_stride for side in latent_hw)
             latent = torch.empty(1, *model.latent_shape(num_chunks * chunk, *size), dtype=dtype)
-        return _cost(model, lambda: model.decode(latent, num_chunks * chunk, blend_frames=blend))
+        return _cost(model, lambda: model.decode(latent, num_chunks * chunk, blend_frames=blend, tile=tile))
 
     once, chunks = decoding(1, 0), num_frames // chunk
     border_flops = decoding(2, blend_frames).flops - 2 * once.flops if blend_frames and chunks > 1 else 0

@@ -101,11 +101,11 @@ def plan_cost(
     """
     configs = model if isinstance(model, ModelConfigs) else read_configs(model)
     configs = configs if plan.geometry.has_codes else configs.without_codes()
-    defaults = plan.geometry.defaults
+    defaults, tile = plan.geometry.defaults, None
     if settings is not None:
         chosen = {name: getattr(settings, name) for name in ("vae_blend_frames", "ar_guidance_scale")}
-        defaults = replace(defaults, **chosen)
-    return _Estimate(plan, configs, defaults, 2 if dtype == "bfloat16" else 0).film()
+        defaults, tile = replace(defaults, **chosen), settings.vae_tile
+    return _Estimate(plan, configs, defaults, tile, 2 if dtype == "bfloat16" else 0).film()
 
 
 @dataclass(frozen=True)
@@ -115,6 +115,7 @@ class _Estimate:
     plan: Plan
     configs: ModelConfigs
     defaults: GenerationDefaults
+    tile: int | None
     copy_bytes: int
     """Bytes a weight that the part at work takes besides."""
 
@@ -149,8 +150,8 @@ class _Estimate:
     def vae(self) -> tuple[Cost, float]:
         """The segment that starts a take has the most new frames."""
         frames = [segment.num_frames for segment in self.plan.segments]
-        blend_frames = self.defaults.vae_blend_frames
-        once = cost.vae_decode_cost(self.configs.vae, max(frames), self._segment_size[1:], blend_frames=blend_frames)
+        options = {"blend_frames": self.defaults.vae_blend_frames, "tile": self.tile}
+        once = cost.vae_decode_cost(self.configs.vae, max(frames), self._segment_size[1:], **options)
         return once, sum(frames) / max(frames)
 
     def vqvae(self) -> tuple[Cost, float]:

@@ -226,6 +226,7 @@ def make_settings(geometry: ModelGeometry, values: Mapping[str, Any]) -> Setting
         UsageError: If a value is unknown or out of range.
     """
     from arlon.config import config_from_dict
+    from arlon.models.video_pieces import MIN_TILE
 
     names = ("ar_temperature", "ar_top_p", "ar_guidance_scale", "vae_blend_frames")
     base: dict[str, Any] = {name: getattr(geometry.defaults, name) for name in names}
@@ -240,6 +241,11 @@ def make_settings(geometry: ModelGeometry, values: Mapping[str, Any]) -> Setting
         raise UsageError(
             f"vae_blend_frames must be between 0 and {geometry.max_blend_frames} with the chunks of this model's VAE, "
             f"got {settings.vae_blend_frames}"
+        )
+    stride = geometry.space_stride
+    if settings.vae_tile is not None and (settings.vae_tile % stride or settings.vae_tile < MIN_TILE * stride):
+        raise UsageError(
+            f"vae_tile must be a multiple of {stride} pixels and at least {MIN_TILE * stride}, got {settings.vae_tile}"
         )
     return settings
 

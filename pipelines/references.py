@@ -169,7 +169,7 @@ def encode_references(job: Job, references: Sequence[Reference]) -> dict[str, Te
         vae = VideoVAE.from_pretrained(job.component("vae")).to(device)
 
         def encode(video: Tensor) -> Tensor:
-            return vae.encode(video.to(device))
+            return vae.encode(video.to(device), tile=job.settings.vae_tile)
 
         for given in references:
             video = _pixels(given, job.plan)

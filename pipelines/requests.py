@@ -34,6 +34,10 @@ X264_PRESETS = (
 )
 
 
+NEWER_SETTINGS = ("vae_blend_frames", "vae_tile")
+"""Settings that the first films did not have."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """How a film is computed and stored, beyond what the storyboard says."""
@@ -59,6 +63,8 @@ class Settings:
 
     Borders inside a segment only: those between segments stay as they are, since the frames before them are committed.
     """
+    vae_tile: int | None = None
+    """Side in pixels of the tiles that the VAE works on, where frames do not fit into memory; None: whole frames."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_threads <= MAX_THREADS:
@@ -76,8 +82,7 @@ class Settings:
 
     def to_plain(self) -> dict[str, Any]:
         """Plain values for JSON; what is newer than the first films is told where it is not at its default."""
-        plain = asdict(self)
-        return plain if self.vae_blend_frames else {k: v for k, v in plain.items() if k != "vae_blend_frames"}
+        return {name: value for name, value in asdict(self).items() if value or name not in NEWER_SETTINGS}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -439,7 +444,7 @@ def _inputs(job: Job, refine: RefineRequest) -> dict[str, Any]:
     blend, fit = refine.blend, job.plan.frame_fit
     return {
         **({} if blend is None else {"blend": {"prompt": blend.prompt, "weights": list(blend.weights)}}),
-        **({"vae_blend_frames": settings.vae_blend_frames} if settings.vae_blend_frames else {}),
+        **{name: getattr(settings, name) for name in NEWER_SETTINGS if getattr(settings, name)},
         **({} if fit.is_exact else {"cut_to": [fit.height, fit.width]}),
         "model": job.model_hash,
         **{name: getattr(segment, name) for name in of_segment},

@@ -329,6 +329,7 @@ class DecodeWorker:
                 request.refined.latent.to(self.settings.device),
                 request.num_frames,
                 blend_frames=self.settings.vae_blend_frames,
+                tile=self.settings.vae_tile,
             )
         if request.size is not None:
             video = crop_centre(video, height=request.size[0], width=request.size[1])

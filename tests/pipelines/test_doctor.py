@@ -160,6 +160,9 @@ def test_plan_counts_what_is_set_and_that_a_picture_is_one_frame(tiny_model: Pat
     film, blended = planned(), planned("--set", "vae_blend_frames=2")
     assert blended["cost"]["parts"]["vae"]["flops"] > film["cost"]["parts"]["vae"]["flops"]
     assert blended["cost"]["parts"]["dit"] == film["cost"]["parts"]["dit"]
+    tiled = planned("--set", "vae_tile=32")
+    assert tiled["cost"]["parts"]["vae"]["flops"] > film["cost"]["parts"]["vae"]["flops"]
+    assert tiled["cost"]["parts"]["vae"]["working_bytes"] <= film["cost"]["parts"]["vae"]["working_bytes"]
     alone = planned("--set", "ar_guidance_scale=1")
     assert alone["cost"]["parts"]["ar"]["flops"] < film["cost"]["parts"]["ar"]["flops"]
     picture = planned("--num-frames", "1")

@@ -257,6 +257,8 @@ def test_preparing_creates_nothing(tiny_model: Path, tmp_path: Path) -> None:
             "vae_blend_frames must be between 0 and 7 with the chunks of this model's VAE, got 8",
         ),
         ({"vae_blend_frames": -1}, "vae_blend_frames must be 0 or more, got -1"),
+        ({"vae_tile": 24}, "vae_tile must be a multiple of 8 pixels and at least 32, got 24"),
+        ({"vae_tile": 36}, "vae_tile must be a multiple of 8 pixels and at least 32, got 36"),
     ],
 )
 def test_wrong_settings_are_refused(
@@ -272,6 +274,13 @@ def test_blended_frames_are_told_where_there_are_any(tiny_model: Path, tmp_path:
     assert blended.record["settings"]["vae_blend_frames"] == 2
     inputs = [next(film_requests(film.job)).write.inputs for film in (plain, blended)]
     assert [values.get("vae_blend_frames") for values in inputs] == [None, 2]
+
+
+def test_tiles_are_told_where_there_are_any(tiny_model: Path, tmp_path: Path) -> None:
+    plain, tiled = (prepared_film(tiny_model, tmp_path / "a.mp4", settings={"vae_tile": n}) for n in (None, 32))
+    assert "vae_tile" not in plain.record["settings"]
+    assert tiled.record["settings"]["vae_tile"] == 32
+    assert next(film_requests(tiled.job)).write.inputs["vae_tile"] == 32
 
 
 def test_a_model_says_how_many_frames_are_blended(tiny_model: Path) -> None:

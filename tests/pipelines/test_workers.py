@@ -231,6 +231,16 @@ def test_blending_changes_frames_at_chunk_borders_inside_a_segment_alone(
         assert changed, "blending has no effect"
 
 
+@torch.no_grad()
+def test_a_segment_is_decoded_in_tiles(chain: Chain, refine_worker: RefineWorker) -> None:
+    vae = VideoVAE.from_pretrained(Path(chain.job.model_path) / "vae")
+    tiling = DecodeWorker(replace(chain.job, settings=replace(chain.job.settings, vae_tile=32)))
+    refined = chain.refine_all(refine_worker)[0]
+    frames = tiling.run(DecodeRequest(num_frames=51, refined=refined)).frames
+    assert torch.from_numpy(frames).equal(torch.from_numpy(video_to_frames(vae.decode(refined.latent, 51, tile=32)[0])))
+    assert not torch.from_numpy(frames).equal(torch.from_numpy(video_to_frames(vae.decode(refined.latent, 51)[0])))
+
+
 def test_frames_are_the_nearest_levels() -> None:
     video = torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0, 0.5]).view(1, 1, 2, 3).expand(3, 1, 2, 3)
     frames = video_to_frames(video)
