@@ -18,6 +18,8 @@ from benchmarks.paper.tables import accuracy_by_shot, cost, figure_shares, to_ma
 from benchmarks.prompt_accuracy import load_model
 from pipelines.requests import CodeResult
 
+pytestmark = pytest.mark.slow
+
 
 def record(shape: float | None, seconds: float, shots: list[dict[str, float | None]]) -> conditions.Record:
     return {

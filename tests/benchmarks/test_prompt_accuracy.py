@@ -22,6 +22,8 @@ from pipelines.storyboard import parse_storyboard
 from pipelines.workers import video_to_frames
 from tests.pipelines.tiny_model import FPS, HEIGHT, WIDTH, make_tiny_model
 
+pytestmark = pytest.mark.slow
+
 SECONDS = [51 / FPS, 34 / FPS]
 
 

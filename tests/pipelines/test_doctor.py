@@ -22,6 +22,8 @@ from pipelines.plan import Plan, make_plan, resolve_storyboard
 from pipelines.storyboard import parse_storyboard
 from tests.pipelines import tiny_model as tiny
 
+pytestmark = pytest.mark.slow
+
 
 def arlon(*arguments: object) -> Result:
     return CliRunner().invoke(app, [str(argument) for argument in arguments])

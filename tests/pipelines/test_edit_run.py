@@ -14,6 +14,8 @@ from pipelines.runs.run_folder import RunFolder
 from pipelines.storyboard import Storyboard, StoryboardError, UsageError, parse_storyboard
 from tests.pipelines.films import SHOTS, prepared_film
 
+pytestmark = pytest.mark.slow
+
 CUT = {"prompt": "a red square", "duration": "51f", "transition": "cut"}
 FOUR = (*SHOTS, {"prompt": "a blue circle moves right", "duration": "34f"}, CUT)
 """Takes of the shots (0, 1), (2, 3) and (4); a segment a shot."""

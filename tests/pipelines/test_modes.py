@@ -30,6 +30,8 @@ from pipelines.storyboard import Storyboard, StoryboardError, UsageError, parse_
 from pipelines.workers import DecodeWorker, RefineWorker
 from tests.pipelines.tiny_model import HEIGHT, WIDTH
 
+pytestmark = pytest.mark.slow
+
 
 def board(**values: Any) -> Storyboard:
     shots = [{"prompt": "a red circle", "duration": "51f"}, {"prompt": "a blue square", "duration": "34f"}]
