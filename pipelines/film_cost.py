@@ -21,11 +21,10 @@ from arlon.diffusion import samplers
 from arlon.grids import ceil_div
 from pipelines.model import GenerationDefaults, ModelConfigs, read_configs
 from pipelines.plan import Plan, Segment
-from pipelines.requests import code_schedule, segment_blend, text_request
+from pipelines.requests import Settings, code_schedule, segment_blend, text_request
 
 if TYPE_CHECKING:
     from arlon.checkpoint import ModelFolder
-    from pipelines.requests import Settings
 
 HEADROOM = 1.75
 """What a process takes over computed working memory, for kernels and allocator: 1.3 to 1.75 times at the larger sizes

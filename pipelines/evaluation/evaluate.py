@@ -234,7 +234,7 @@ def _at_once(
     """Measure several at a time. A process that ends takes its pool with it: what was not measured then is measured
     again, each film in a process of its own, so that only the film that ends it is to blame."""
     left = list(tasks)
-    with _pool(sources, device, num_workers) as pool:
+    with suppress(BrokenProcessPool), _pool(sources, device, num_workers) as pool:  # it may break before all are in it
         futures = {pool.submit(_measure_here, task): task for task in tasks}
         for future in as_completed(futures):
             with suppress(BrokenProcessPool):

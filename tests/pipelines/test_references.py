@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from arlon.models.video_vae import VideoVAE
 from arlon.models.vqvae import LatentVQVAE
 from pipelines.generate import Prepared, generate, prepare
 from pipelines.graph import GraphConfig
-from pipelines.references import check_references
+from pipelines.references import check_references, encode_references
 from pipelines.runs.edit_run import begin_change, change_run, fork_run, with_shot_changed, with_shots_added
 from pipelines.runs.resume import continue_run, open_run
 from pipelines.runs.run_folder import REFERENCES_NAME, RunFolder, RunFolderError
@@ -77,6 +78,23 @@ def test_an_image_is_the_first_latent_frame_and_another_the_last(
     assert torch.equal(first[:, :, :1], still[:, :, :1])
     assert torch.equal(last[:, :, -1:], still[:, :, -1:])
     assert not torch.equal(first[:, :, -1:], still[:, :, -1:]), "only the last segment of the shot ends on it"
+
+
+def test_a_picture_is_encoded_in_tiles_where_the_film_is_decoded_in_them(
+    tiny_model: Path, tmp_path: Path, picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    encode = VideoVAE.encode
+    monkeypatch.setattr(
+        VideoVAE, "encode", lambda vae, video, **options: asked.append(options) or encode(vae, video, **options)
+    )
+    prepared = film(tiny_model, tmp_path / "a.mp4", PROMPT | {"image": str(picture)})
+    for tile in (None, 32):
+        job = replace(prepared.job, settings=replace(prepared.job.settings, vae_tile=tile))
+        asked.clear()
+        encode_references(job, prepared.references)
+        assert asked
+        assert all(options == {"tile": tile} for options in asked)
 
 
 def test_a_film_goes_on_from_the_last_frames_of_a_video_at_its_own_rate(
