@@ -64,7 +64,10 @@ class Settings:
     Borders inside a segment only: those between segments stay as they are, since the frames before them are committed.
     """
     vae_tile: int | None = None
-    """Side in pixels of the tiles that the VAE works on, where frames do not fit into memory; None: whole frames."""
+    """Side in pixels of the tiles that the VAE works on, where frames do not fit into memory; None: whole frames.
+
+    Smaller than the frames that the VAE was trained on, they change the picture: its group norms see one tile at a time.
+    """
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_threads <= MAX_THREADS:
