@@ -66,7 +66,7 @@ class Settings:
     vae_tile: int | None = None
     """Side in pixels of the tiles that the VAE works on, where frames do not fit into memory; None: whole frames.
 
-    Smaller than the frames that the VAE was trained on, they change the picture: its group norms see one tile at a time.
+    Smaller than the frames that the VAE was trained on, they spoil the picture: group norms see one tile at a time.
     """
 
     def __post_init__(self) -> None:
