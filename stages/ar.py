@@ -8,7 +8,7 @@ with the new caption as prefix: that is what generation asks for.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import numpy as np
@@ -16,19 +16,44 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from arlon.data.datasets import ShapesTakesConfig
 from arlon.data.latent_cache import CodeCache, LatentCache, TextCache
-from arlon.data.windows import CodeWindows, Sample
+from arlon.data.windows import CodeWindows, FixedBatches, Sample
 from arlon.diffusion.samplers import address_seed
 from arlon.grids import ceil_div, num_latent_frames
 from arlon.models.ar import CodeTransformer, CodeTransformerConfig, code_loss
 from arlon.models.code_stream import PromptSpan, SamplingConfig, generate_codes
 from arlon.models.video_vae import VideoVAE
 from arlon.models.vqvae import LatentVQVAE
-from stages.common import Stage, StageParts, init_model, load_codes, load_data, load_frozen, trim_text, window_parts
+from stages.common import (
+    Stage,
+    StageParts,
+    init_model,
+    load_codes,
+    load_data,
+    load_frozen,
+    mix_in,
+    trim_text,
+    window_parts,
+)
 from stages.config import DataConfig, OptimConfig, RunConfig
 from stages.dit import picture_of_pairs
 
 NUM_PICTURES = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class BesideTakesConfig:
+    """Other rendered takes that some of the steps are made with, such as longer ones with more prompt switches."""
+
+    shapes: ShapesTakesConfig = field(default_factory=ShapesTakesConfig)
+    """What they are like."""
+    share: float = 0.5
+    """Share of the steps, in (0, 1)."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share < 1:
+            raise ValueError(f"beside: share must be in (0, 1), got {self.share}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +68,8 @@ class ARStageConfig:
     code_noise: float = 0.0
     """Share of the codes before the one to learn that are replaced by any code, [0, 1): a model that has only seen true
     codes goes astray behind its own mistakes, and learns few films by heart."""
+    beside: tuple[BesideTakesConfig, ...] = ()
+    """What the steps that are not made with the takes of `data` are made with."""
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: RunConfig = field(default_factory=RunConfig)
@@ -50,6 +77,8 @@ class ARStageConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.code_noise < 1:
             raise ValueError(f"code_noise must be in [0, 1), got {self.code_noise}")
+        if sum(part.share for part in self.beside) >= 1:
+            raise ValueError("the shares of beside leave no step for the takes of data: their sum must be below 1")
 
 
 @dataclass(frozen=True)
@@ -176,24 +205,29 @@ def build(config: ARStageConfig) -> StageParts:
     Raises:
         ValueError: If the transformer does not fit the VQ-VAE.
     """
+    vqvae = load_frozen(LatentVQVAE, config.vqvae, "vqvae")
     data = load_data(config.data, with_text=True)
     assert data.texts is not None
-    vqvae = load_frozen(LatentVQVAE, config.vqvae, "vqvae")
-    train_codes = load_codes(config.data, data.train, vqvae, config.vqvae)
     val_codes = load_codes(config.data, data.val, vqvae, config.vqvae)
-    check_fit(config, vqvae, train_codes)
+    check_fit(config, vqvae, val_codes)
     ratio = vqvae.config.ratio[0]
-    train, val = (
-        CodeWindows(
+
+    def windows(cache: LatentCache, texts: TextCache) -> CodeWindows:
+        return CodeWindows(
             cache,
-            codes,
-            texts=data.texts,
+            load_codes(config.data, cache, vqvae, config.vqvae),
+            texts=texts,
             num_frames=config.ar.max_code_frames,
             time_ratio=ratio,
             seed=config.train.seed,
         )
-        for cache, codes in ((data.train, train_codes), (data.val, val_codes))
-    )
+
+    train, val = windows(data.train, data.texts), windows(data.val, data.texts)
+    beside = []
+    for part in config.beside:
+        other = load_data(replace(config.data, manifest=None, shapes=part.shapes), with_text=True)
+        assert other.texts is not None
+        beside.append(FixedBatches(windows(other.train, other.texts), config.train.batch_size))
     torch.manual_seed(config.train.seed)
     num_frames = val_codes.code_shape[0]
     stage = ARStage(
@@ -210,7 +244,8 @@ def build(config: ARStageConfig) -> StageParts:
             for i in range(min(NUM_PICTURES, len(data.val)))
         ],
     )
-    return window_parts(stage, train, val, config.train)
+    parts = window_parts(stage, train, val, config.train)
+    return mix_in(parts, beside, [part.share for part in config.beside])
 
 
 def check_fit(config: ARStageConfig, vqvae: LatentVQVAE, codes: CodeCache) -> None:

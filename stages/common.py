@@ -29,7 +29,7 @@ from arlon.data.latent_cache import (
     build_code_cache,
     build_latent_cache,
 )
-from arlon.data.windows import BatchSet, BatchStream, FixedBatches, Sample, SampleSet, Shard
+from arlon.data.windows import BatchSet, BatchStream, FixedBatches, MixedBatches, Sample, SampleSet, Shard
 from arlon.diffusion.samplers import address_seed
 from arlon.models.video_vae import VideoVAE
 from arlon.precision import fast_dtype, has_fast_bfloat16
@@ -148,6 +148,14 @@ def window_parts(stage: Stage, train: SampleSet, val: SampleSet, run: RunConfig)
     """Parts of a stage whose samples have one size: `train.batch_size` of them a batch."""
     train_batches, val_batches = (FixedBatches(samples, run.batch_size) for samples in (train, val))
     return StageParts(stage, train_batches, BatchStream(val_batches, num_batches=run.val_batches))
+
+
+def mix_in(parts: StageParts, beside: Sequence[BatchSet], shares: Sequence[float]) -> StageParts:
+    """The same parts, with a share of the steps made with each of the other sets."""
+    if not beside:
+        return parts
+    sets, seed = [parts.train, *beside], parts.stage.config.train.seed
+    return replace(parts, train=MixedBatches(sets, [1 - sum(shares), *shares], seed))
 
 
 # --- data ----------------------------------------------------------------------------------------

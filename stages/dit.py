@@ -24,7 +24,6 @@ from arlon.data.windows import (
     FixedBatches,
     LatentWindows,
     MaskSampler,
-    MixedBatches,
     Sample,
     WindowConfig,
     stack_samples,
@@ -41,6 +40,7 @@ from stages.common import (
     load_encoder,
     load_frozen,
     load_texts,
+    mix_in,
     picture_of_videos,
     trim_text,
     window_parts,
@@ -188,15 +188,11 @@ def _build_windows(config: DiTStageConfig) -> StageParts:
     vae = load_frozen(VideoVAE, config.data.vae, "data.vae")
     stage = DiTStage(config, _make_model(config), vae, example_batch(val))
     parts = window_parts(stage, windows(data.train, config.flow), val, config.train)
-    if not config.beside:
-        return parts
     beside = [
         FixedBatches(windows(data.train, config.flows[part.windows.latent_frames]), part.batch_size)
         for part in config.beside
     ]
-    shares = [part.share for part in config.beside]
-    mixed = MixedBatches([parts.train, *beside], [1 - sum(shares), *shares], config.train.seed)
-    return replace(parts, train=mixed)
+    return mix_in(parts, beside, [part.share for part in config.beside])
 
 
 def _build_buckets(config: DiTStageConfig) -> StageParts:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stages.ar import ARStageConfig, replace_codes
+from arlon.data.windows import MixedBatches
+from stages.ar import ARStageConfig, build, replace_codes
+from tests.stages.conftest import StageConfigs
 
 
 def test_the_asked_share_of_codes_is_replaced_by_codes_of_the_codebook():
@@ -29,3 +31,26 @@ def test_without_code_noise_codes_stay_and_nothing_is_drawn():
 def test_an_impossible_share_is_refused(share):
     with pytest.raises(ValueError, match=r"code_noise must be in \[0, 1\)"):
         ARStageConfig(code_noise=share)
+
+
+LONG = "beside=[{shapes: {num_takes: 4, num_frames: 85, height: 16, width: 16, switch_prob: 1.0, seed: 7}, share: 0.5}]"
+
+
+def test_a_share_of_the_steps_is_made_with_the_other_takes(stage_config: StageConfigs) -> None:
+    parts = build(stage_config("ar", LONG))
+    plain = build(stage_config("ar"))
+    assert isinstance(parts.train, MixedBatches)
+    ours = [parts.train.batch(number) for number in range(24)]
+    same = [
+        all(torch.equal(batch[name], other[name]) for name in batch)
+        for batch, other in ((batch, plain.train.batch(number)) for number, batch in enumerate(ours))
+    ]
+    assert 6 <= sum(same) <= 18, "half of the steps are those of the takes of data"
+    assert {batch["codes"].shape[1] for batch in ours} == {6 * 4}
+
+
+def test_beside_must_leave_steps_for_the_takes_of_data(stage_config: StageConfigs) -> None:
+    with pytest.raises(ValueError, match=r"share must be in \(0, 1\)"):
+        stage_config("ar", "beside=[{share: 1.0}]")
+    with pytest.raises(ValueError, match="must be below 1"):
+        stage_config("ar", "beside=[{share: 0.5}, {share: 0.5}]")
