@@ -298,7 +298,7 @@ def fit_lines(fit: Fit, rates: dict[str, float]) -> list[tuple[str, str]]:
 
 def mode_line(geometry: ModelGeometry) -> str:
     """With or without codes, and at which sizes, in words."""
-    any_size = f"at any size in multiples of {geometry.size_multiple} pixels"
+    any_size = "at any even size"
     if not geometry.has_codes:
         return f"without codes, {any_size}"
     defaults = geometry.defaults

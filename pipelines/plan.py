@@ -79,7 +79,8 @@ class Plan:
 
     storyboard: Storyboard
     """Resolved: of the film-level values, only the model's name, `use_codes` where the model decides, and names of a
-    size may be None. `height` and `width` are those of the film; it is computed at the size of `frame_fit`."""
+    size may be None. `height` and `width` are those of the film; it is computed at the size of `frame_fit`, the next
+    that the model makes, and its centre is cut out."""
     geometry: ModelGeometry
     shots: tuple[ShotSpan, ...]
     takes: tuple[Take, ...]
@@ -147,9 +148,8 @@ def resolve_storyboard(storyboard: Storyboard, defaults: GenerationDefaults, see
 def with_frame_size(storyboard: Storyboard, geometry: ModelGeometry) -> Storyboard:
     """The storyboard with the frame size that its aspect and resolution name.
 
-    A resolution names an exact size, less a row or column where that is odd, which H.264 does not take. Where the model
-    does not make it, the names stay beside the size: the film is computed at the next size up, and its centre is cut
-    out. An aspect alone gives a size that the model makes, of about as many pixels as its own.
+    A resolution names an exact size, less a row or column where that is odd, which H.264 does not take. An aspect alone
+    gives a size that the model makes, of about as many pixels as its own.
 
     Raises:
         StoryboardError: If it has both a name and another size, or the resolution has no such aspect.
@@ -169,9 +169,7 @@ def with_frame_size(storyboard: Storyboard, geometry: ModelGeometry) -> Storyboa
         raise StoryboardError([str(error)]) from error
     if (storyboard.height, storyboard.width) not in ((None, None), (height, width)):
         raise StoryboardError(["give either height and width, or aspect and resolution"])
-    if aspects.fit_frame(height, width, multiple).is_exact:
-        return replace(storyboard, height=height, width=width, aspect=None, resolution=None)
-    return replace(storyboard, height=height, width=width)
+    return replace(storyboard, height=height, width=width, aspect=None, resolution=None)
 
 
 def make_plan(storyboard: Storyboard, geometry: ModelGeometry) -> Plan:
@@ -297,24 +295,17 @@ def _take_groups(shots: tuple[Shot, ...]) -> Iterator[list[tuple[int, Shot]]]:
 
 
 def _frame_fit(storyboard: Storyboard, geometry: ModelGeometry) -> aspects.FrameFit:
-    """Sizes of a film; those of names are computed at the next multiple of what the model needs."""
+    """Sizes of a film; it is computed at the next multiple of what the model needs."""
     return aspects.fit_frame(storyboard.height or 0, storyboard.width or 0, geometry.size_multiple)
 
 
 def _check_size(storyboard: Storyboard, geometry: ModelGeometry) -> None:
-    multiple, problems = geometry.size_multiple, []
     sizes = {"height": storyboard.height or 0, "width": storyboard.width or 0}
-    is_named = storyboard.resolution is not None  # see `with_frame_size`
-    for name, size in sizes.items():
-        if is_named and size > 0 and size % 2 == 0:
-            continue
-        if size % multiple or not size:
-            near = sorted({max(multiple, size // multiple * multiple), ceil_div(size, multiple) * multiple})
-            patch = max(geometry.patch_size[1:])
-            problems.append(
-                f"{name} ({size}) must be a multiple of {multiple} (VAE {geometry.space_stride} x patch {patch}); "
-                f"nearest {'is' if len(near) == 1 else 'are'} {' and '.join(map(str, near))}"
-            )
+    problems = [
+        f"{name} ({size}) must be even, as H.264 needs it: nearest are {max(2, size - 1)} and {size + 1}"
+        for name, size in sizes.items()
+        if size % 2 or not size
+    ]
     if problems:
         raise StoryboardError(problems)
     fit = _frame_fit(storyboard, geometry)
@@ -322,13 +313,13 @@ def _check_size(storyboard: Storyboard, geometry: ModelGeometry) -> None:
     codes = code_grid((1, *latent), geometry.code_ratio)[1:]
     if geometry.code_grid not in (None, codes):
         defaults = geometry.defaults
-        problems.append(
-            f"this model makes films of {defaults.width} x {defaults.height} (width x height), "
-            f"got {sizes['width']} x {sizes['height']}: leave height and width out, or make it with the base alone "
-            "(--base-only)"
+        raise StoryboardError(
+            [
+                f"this model makes films of {defaults.width} x {defaults.height} (width x height), "
+                f"got {sizes['width']} x {sizes['height']}: leave height and width out, or make it with the base alone "
+                "(--base-only)"
+            ]
         )
-    if problems:
-        raise StoryboardError(problems)
 
 
 def _check_length(storyboard: Storyboard, geometry: ModelGeometry) -> None:

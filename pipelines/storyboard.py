@@ -132,8 +132,7 @@ class Storyboard:
     aspect: str | None = None
     """Height:width of the frame such as "9:16", or landscape, portrait, square; instead of height and width."""
     resolution: str | None = None
-    """Size of the frame by name, such as "240p"; None: as many pixels as the model's own. It stays beside a height and
-    width that the model computes larger and cuts, see `pipelines.plan.with_frame_size`."""
+    """Size of the frame by name, such as "240p"; None: as many pixels as the model's own."""
     use_codes: bool | None = None
     """False: the base alone makes the film, without codes, at any frame size; None: as the model is."""
 

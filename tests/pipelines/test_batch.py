@@ -189,7 +189,7 @@ def test_retries_end_and_what_cannot_pass_is_not_tried_again(
     first, second = run_batch_local(tasks, options)
     assert (first.state, first.num_attempts, first.error) == ("failed", 2, "no space left")
     assert (second.state, second.num_attempts) == ("failed", 1)
-    assert "height (3) must be a multiple" in (second.error or "")
+    assert "height (3) must be even" in (second.error or "")
 
 
 def test_a_film_in_use_is_left_alone(tiny_model: Path, tmp_path: Path) -> None:

@@ -120,13 +120,21 @@ def test_open_values_come_from_the_model_and_given_ones_stay() -> None:
 
 
 def test_size_problems_name_the_nearest_sizes() -> None:
-    with pytest.raises(StoryboardError, match=r"height \(250\) must be a multiple of 16 .*nearest are 240 and 256"):
-        plan_of("a", height=250)
+    with pytest.raises(StoryboardError, match=r"height \(251\) must be even.* nearest are 250 and 252"):
+        plan_of("a", height=251)
     with pytest.raises(StoryboardError, match="has 2 problems"):
-        plan_of("a", height=250, width=250)
+        plan_of("a", height=251, width=251)
     with pytest.raises(StoryboardError, match=r"this model makes films of 64 x 64 .* got 64 x 128"):
         plan_of("a", height=128)
     assert plan_of("a", height=128, geometry=make_geometry(code_grid=None)).storyboard.height == 128
+
+
+def test_a_size_that_the_model_does_not_make_is_computed_at_the_next_and_cut() -> None:
+    plan = plan_of("a", height=250, width=256, geometry=make_geometry(code_grid=None))
+    assert plan.to_plain()["computed_at"] == [256, 256]
+    assert (plan.storyboard.height, plan.storyboard.width) == (250, 256)
+    inside = plan_of("a", height=60, width=50)
+    assert inside.to_plain()["computed_at"] == [64, 64], "codes of 64 x 64, of which the centre is shown"
 
 
 def test_absurdly_long_films_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
