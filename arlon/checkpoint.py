@@ -77,6 +77,8 @@ RELEASED_KINDS = {
     "t5": "text_encoder",
 }
 """Component that a folder holds, by the kind that its `config.json` states."""
+RELEASED_DEFAULTS = {"aesthetic_score": 6.5}
+"""How released components are used, where that is not what `pipelines.model.GenerationDefaults` says by itself."""
 CACHE_VARIABLE = "ARLON_CACHE"
 """Environment variable with the folder where models of model files are put together. Default: ~/.cache/arlon."""
 
@@ -378,7 +380,7 @@ def _whole_folder(folder: Path, download: bool) -> Path:
             "STDiT3, VAE and T5 folders side by side in it, or name them in a model file such as "
             "configs/opensora_v1_2/base.yaml"
         )
-    return _combined(ModelSources(**found), folder, folder, download)
+    return _combined(ModelSources(**found, defaults=RELEASED_DEFAULTS), folder, folder, download)
 
 
 def _released_components(folder: Path) -> dict[str, str]:

@@ -41,6 +41,7 @@ from pipelines.storyboard import (
     load_storyboard,
     parse_duration,
     parse_storyboard,
+    storyboard_from_prompts,
     with_overrides,
 )
 
@@ -188,9 +189,8 @@ def _read_storyboard(values: Mapping[str, Any], folder: Path) -> Storyboard:
         source = [source] if isinstance(source, str) else source
         if isinstance(source, list) and all(isinstance(prompt, str) for prompt in source):
             join = values.get("transition", "continue")
-            source = [{"prompt": prompt, "transition": join} for prompt in source]
-        else:
-            raise UsageError(f"prompts must be a list of texts, got {shown(source)}")
+            return storyboard_from_prompts(source, duration=duration, transition=join)
+        raise UsageError(f"prompts must be a list of texts, got {shown(source)}")
     return parse_storyboard({"shots": source}, default_duration=duration)
 
 

@@ -58,6 +58,8 @@ class GenerationDefaults:
     ar_top_p: float = 0.95
     ar_guidance_scale: float = 3.0
     """Text guidance of the code model; 1 turns it off."""
+    aesthetic_score: float | None = None
+    """Said after every prompt; released weights were trained on captions with scores. None: it is not said."""
     vae_blend_frames: int = 0
     """Frames blended on each side of the VAE's chunk borders; see `pipelines.requests.Settings`."""
 

@@ -19,7 +19,7 @@ import numpy as np
 from pipelines.film_file import film_tags
 from pipelines.generate import film_record, make_settings, open_for_film
 from pipelines.output import check_output_folder, slug
-from pipelines.plan import Plan
+from pipelines.plan import clip_plan
 from pipelines.references import reference_names
 from pipelines.requests import Job, TextRequest, fill, film_requests
 from pipelines.runs.durable import make_folder, write_bytes
@@ -86,7 +86,7 @@ def prepare_picture(
     if kinds := reference_names(storyboard):
         raise UsageError(f"a picture is made from its prompt alone: leave out {', '.join(kinds)}")
     plan, identity, folder = open_for_film(storyboard, model)
-    plan = picture_plan(plan)
+    plan = clip_plan(plan, 1)
     checked = make_settings(plan.geometry, settings or {})
     film = plan.storyboard
     path = Path("outputs") / f"{slug(film.shots[0].prompt)}-{film.seed}{SUFFIX}" if output is None else Path(output)
@@ -105,17 +105,6 @@ def prepare_picture(
         tags=film_tags(record, film.shots[0].prompt) if metadata else {},
     )
     return PreparedPicture(job=job, path=path, record=record)
-
-
-def picture_plan(plan: Plan) -> Plan:
-    """The plan of one frame, from the plan of a film of one shot."""
-    span, take, segment = plan.shots[0], plan.takes[0], plan.segments[0]
-    return replace(
-        plan,
-        shots=(replace(span, num_frames=1, num_segments=1, num_code_frames=1),),
-        takes=(replace(take, num_latents=1, num_code_frames=1, spans=((0, 1),)),),
-        segments=(replace(segment, num_latents=1, num_frames=1, start_code_frame=0, num_code_frames=1),),
-    )
 
 
 def make_picture(prepared: PreparedPicture) -> PictureResult:

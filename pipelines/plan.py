@@ -16,7 +16,7 @@ from itertools import accumulate, pairwise
 from typing import Any
 
 from arlon.data import aspect as aspects
-from arlon.grids import ceil_div, code_grid
+from arlon.grids import SegmentGrid, ceil_div, code_grid, num_latent_frames
 from pipelines.model import GenerationDefaults, ModelGeometry
 from pipelines.storyboard import Shot, Storyboard, StoryboardError
 
@@ -140,7 +140,7 @@ class Plan:
 
 def resolve_storyboard(storyboard: Storyboard, defaults: GenerationDefaults, seed: int) -> Storyboard:
     """Fill in what the storyboard leaves open: the model's values, and `seed` if it names none."""
-    names = ("fps", "height", "width", "guidance_scale", "num_inference_steps", "solver")
+    names = ("fps", "height", "width", "guidance_scale", "num_inference_steps", "solver", "aesthetic_score")
     filled = {name: getattr(defaults, name) for name in names if getattr(storyboard, name) is None}
     return replace(storyboard, seed=seed if storyboard.seed is None else storyboard.seed, **filled)
 
@@ -186,6 +186,7 @@ def make_plan(storyboard: Storyboard, geometry: ModelGeometry) -> Plan:
         raise StoryboardError(["use_codes is true, but the model is a base alone, without codes: leave it out"])
     if storyboard.use_codes is False:
         geometry = geometry.without_codes()
+    geometry = _with_segments(storyboard, geometry)
     _check_size(storyboard, geometry)
     _check_length(storyboard, geometry)
     spans: list[ShotSpan] = []
@@ -197,13 +198,53 @@ def make_plan(storyboard: Storyboard, geometry: ModelGeometry) -> Plan:
         takes.append(new.take())
         spans += new.spans()
         segments += new.segments()
-    return Plan(
+    plan = Plan(
         storyboard=storyboard,
         geometry=geometry,
         shots=tuple(spans),
         takes=tuple(takes),
         segments=tuple(segments),
     )
+    only = storyboard.shots[0]
+    is_one_pass = len(segments) == 1 and not geometry.has_codes and not only.video and only.duration.segments is None
+    return clip_plan(plan, spans[0].asked_frames) if is_one_pass and spans[0].asked_frames < plan.num_frames else plan
+
+
+def clip_plan(plan: Plan, num_frames: int) -> Plan:
+    """The plan of a film of one segment, cut to fewer frames than a segment has: exactly so many are made.
+
+    A base alone makes any length in one pass, as Open-Sora v1.2 does; a picture is such a film of one frame.
+    """
+    grid, ratio = plan.geometry.grid, plan.geometry.code_ratio[0]
+    span, take, segment = plan.shots[0], plan.takes[0], plan.segments[0]
+    latents = num_latent_frames(num_frames, grid.chunk_frames, grid.time_stride)
+    codes = ceil_div(latents, ratio)
+    return replace(
+        plan,
+        shots=(replace(span, num_frames=num_frames, num_segments=1, num_code_frames=codes),),
+        takes=(replace(take, num_latents=latents, num_code_frames=codes, spans=((0, codes),)),),
+        segments=(
+            replace(segment, num_latents=latents, num_frames=num_frames, start_code_frame=0, num_code_frames=codes),
+        ),
+    )
+
+
+def _with_segments(storyboard: Storyboard, geometry: ModelGeometry) -> ModelGeometry:
+    """The geometry with the segments that the storyboard asks for."""
+    names = ("segment", "overlap")
+    given = {name: getattr(storyboard, name) for name in names if getattr(storyboard, name) is not None}
+    try:
+        return replace(geometry, grid=replace(geometry.grid, **given)) if given else geometry
+    except ValueError as error:
+        raise StoryboardError([str(error)]) from error
+
+
+def _asked_frames(shot: Shot, fps: float, grid: SegmentGrid, *, first: bool) -> int:
+    """Frames that a shot asks for; `first`: it starts a take."""
+    if shot.duration.segments is None:
+        return shot.duration.num_frames(fps)
+    later = shot.duration.segments - first
+    return first * grid.segment_frames + later * grid.stride_frames
 
 
 @dataclass(frozen=True)
@@ -222,10 +263,14 @@ class _TakeLayout:
     @property
     def counts(self) -> list[int]:
         """Segments of every shot."""
-        return [
-            self.geometry.grid.num_segments_for(shot.duration.num_frames(self.fps), first=number == 0)
-            for number, (_, shot) in enumerate(self.group)
-        ]
+        grid = self.geometry.grid
+        return [grid.num_segments_for(asked, first=number == 0) for number, asked in enumerate(self.asked_frames)]
+
+    @cached_property
+    def asked_frames(self) -> list[int]:
+        """Frames that every shot asks for."""
+        grid = self.geometry.grid
+        return [_asked_frames(shot, self.fps, grid, first=number == 0) for number, (_, shot) in enumerate(self.group)]
 
     @property
     def code_counts(self) -> list[int]:
@@ -249,14 +294,14 @@ class _TakeLayout:
         grid = self.geometry.grid
         counts, code_counts = self.counts, self.code_counts
         ends = [grid.take_frames(total) for total in accumulate(counts)]
-        for number, (shot_index, shot) in enumerate(self.group):
+        for number, (shot_index, _) in enumerate(self.group):
             start = ends[number - 1] if number else 0
             yield ShotSpan(
                 shot=shot_index,
                 take=self.index,
                 start_frame=self.first_frame + start,
                 num_frames=ends[number] - start,
-                asked_frames=shot.duration.num_frames(self.fps),
+                asked_frames=self.asked_frames[number],
                 num_segments=counts[number],
                 num_code_frames=code_counts[number],
             )
@@ -324,8 +369,9 @@ def _check_size(storyboard: Storyboard, geometry: ModelGeometry) -> None:
 
 def _check_length(storyboard: Storyboard, geometry: ModelGeometry) -> None:
     """Refuse a film that is too long, before its segments are laid out."""
+    grid, fps = geometry.grid, storyboard.fps
     total = sum(
-        geometry.grid.num_segments_for(shot.duration.num_frames(storyboard.fps), first=number == 0)
+        grid.num_segments_for(_asked_frames(shot, fps, grid, first=number == 0), first=number == 0)
         for group in _take_groups(storyboard.shots)
         for number, (_, shot) in enumerate(group)
     )

@@ -3,6 +3,7 @@
     image        the first frame of a shot that starts a take
     video        a shot that starts a take goes on from the end of a video, whose last frames it begins with
     end_image    the last frames of a shot
+    references   pictures and videos that a mask strategy places in the take that a shot starts; starts snap to chunks
 
 Each is scaled until it covers the frame and cut to its centre, never stretched, and encoded once, before a run starts.
 Its latent frames are kept in the run folder (`references.safetensors`), so that a film can be gone on with, changed and
@@ -17,24 +18,30 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pipelines.plan import Plan
+from arlon.grids import SegmentGrid, num_latent_frames
+from pipelines.plan import Plan, Segment
 from pipelines.runs.run_folder import RunFolder
 from pipelines.storyboard import REFERENCE_KINDS, Storyboard, StoryboardError
 
 if TYPE_CHECKING:
     from arlon.data.transforms import CoverFit
+    from arlon.diffusion.references import Placement
     from pipelines.requests import Job
 
-Kind = Literal["image", "end_image", "video"]
+Kind = Literal["image", "end_image", "video", "references"]
 CODES = "codes"
 """Name, beside those of `Kind`, under which the code frames are kept that a take begins with."""
 MAX_PIXELS = 100_000_000
+MAX_REFERENCE_FRAMES = 816
+"""Of a video among `references`, all of which is encoded: the longest clip Open-Sora v1.2 has a name for."""
+HEAD_ONLY = "0"
+"""Mask strategy where none is given: the first latent frame of the first reference at the head."""
 MARGIN_FRAMES = 8
 """How much more of the end of a video is read than is needed: its frames are counted by its mean rate."""
 
@@ -51,11 +58,20 @@ class Reference:
     """Frames of a video at the rate of the film; 1 of an image."""
     note: str = ""
     """How much of a video is used, in words."""
+    is_video: bool = False
+    number: int | None = None
+    """Place among the `references` of its shot, from 0; None: of another kind."""
+
+    @property
+    def name(self) -> str:
+        """Under which its latent frames are kept."""
+        return _name(self.shot, self.kind, self.number)
 
     def describe(self) -> str:
         """What becomes of it, in words."""
         note = f", {self.note}" if self.note else ""
-        return f"shot {self.shot + 1} {self.kind}: {self.path.name}, {self.fit.describe()}{note}"
+        what = self.kind if self.number is None else f"reference {self.number}"
+        return f"shot {self.shot + 1} {what}: {self.path.name}, {self.fit.describe()}{note}"
 
 
 def check_references(plan: Plan, *, first_shot: int = 0) -> tuple[Reference, ...]:
@@ -66,17 +82,58 @@ def check_references(plan: Plan, *, first_shot: int = 0) -> tuple[Reference, ...
     """
     problems = reference_problems(plan.storyboard)
     found = []
-    for shot, kind, path in _named(plan.storyboard):
+    for shot, kind, number, path in _named(plan.storyboard):
         if shot < first_shot:
             continue
         try:
-            found.append(_check(plan, shot, kind, Path(path).expanduser()))
+            found.append(_check(plan, shot, kind, number, Path(path).expanduser()))
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or str(error)
             problems.append(f"shots[{shot}].{kind} '{path}': {reason}")
+    if not problems:
+        problems += _strategy_problems(plan, found)
     if problems:
         raise StoryboardError(problems)
     return tuple(found)
+
+
+def _strategy_problems(plan: Plan, found: Sequence[Reference]) -> list[str]:
+    """What is wrong with the mask strategies of the shots whose references were found."""
+    from arlon.diffusion.references import condition_segment
+
+    grid, problems = plan.geometry.grid, []
+    for shot in dict.fromkeys(given.shot for given in found if given.number is not None):
+        lengths = [
+            num_latent_frames(given.num_frames, grid.chunk_frames, grid.time_stride)
+            for given in found
+            if given.shot == shot and given.number is not None
+        ]
+        dry = Given(references=tuple(torch.zeros(1, 1, n, 1, 1) for n in lengths), placements=_placements(plan, shot))
+        take = next(span.take for span in plan.shots if span.shot == shot)
+        segments = [segment for segment in plan.segments if segment.take == take]
+        for group in dry.placements:
+            if group.segment >= len(segments):
+                problems.append(
+                    f"shots[{shot}].mask_strategy names segment {group.segment}, but the take that the shot starts has "
+                    f"{len(segments)} (counted from 0)"
+                )
+        try:
+            for segment in segments:
+                if (placed := dry.placed(segment, grid)) is None:
+                    continue
+                tail = torch.zeros(1, 1, 1, 1, 1) if plan.storyboard.shots[segment.shot].end_image else None
+                head = torch.zeros(1, 1, segment.overlap, 1, 1) if segment.overlap else None
+                condition_segment((1, 1, segment.num_latents, 1, 1), head=head, tail=tail, placed=placed)
+        except ValueError as error:
+            problems.append(f"shots[{shot}].mask_strategy: {error}")
+    return problems
+
+
+def _placements(plan: Plan, shot: int) -> tuple[Placement, ...]:
+    from arlon.diffusion.references import parse_mask_strategy
+
+    of_shot = plan.storyboard.shots[shot]
+    return parse_mask_strategy(of_shot.mask_strategy or HEAD_ONLY) if of_shot.references else ()
 
 
 def reference_problems(storyboard: Storyboard) -> list[str]:
@@ -86,7 +143,9 @@ def reference_problems(storyboard: Storyboard) -> list[str]:
         starts_take = index == 0 or shot.transition == "cut"
         if shot.image and shot.video:
             problems.append(f"shots[{index}] has an image and a video to begin with: give one of them")
-        for kind in ("image", "video"):
+        if shot.references and (shot.image or shot.video):
+            problems.append(f"shots[{index}] has references and an image or video: put all in `references`")
+        for kind in ("image", "video", "references"):
             if getattr(shot, kind) and not starts_take:
                 problems.append(
                     f"shots[{index}].{kind}: this shot goes on from the one before it; "
@@ -97,19 +156,23 @@ def reference_problems(storyboard: Storyboard) -> list[str]:
 
 def reference_names(storyboard: Storyboard) -> list[str]:
     """Keys of the files that a storyboard names, each once."""
-    return list(dict.fromkeys(kind for _, kind, _ in _named(storyboard)))
+    return list(dict.fromkeys(kind for _, kind, _, _ in _named(storyboard)))
 
 
-def _named(storyboard: Storyboard) -> list[tuple[int, Kind, str]]:
-    return [
-        (index, kind, path)
-        for index, shot in enumerate(storyboard.shots)
-        for kind in REFERENCE_KINDS
-        if (path := getattr(shot, kind)) is not None
-    ]
+def _named(storyboard: Storyboard) -> list[tuple[int, Kind, int | None, str]]:
+    """Shot, kind, place among the references of the shot, and path of every file."""
+    named: list[tuple[int, Kind, int | None, str]] = []
+    for index, shot in enumerate(storyboard.shots):
+        named += [(index, kind, None, path) for kind in REFERENCE_KINDS if (path := getattr(shot, kind)) is not None]
+        named += [(index, "references", number, path) for number, path in enumerate(shot.references)]
+    return named
 
 
-def _check(plan: Plan, shot: int, kind: Kind, path: Path) -> Reference:
+def _name(shot: int, kind: str, number: int | None = None) -> str:
+    return f"{shot}/{kind}" if number is None else f"{shot}/{kind}/{number}"
+
+
+def _check(plan: Plan, shot: int, kind: Kind, number: int | None, path: Path) -> Reference:
     from arlon.data.transforms import plan_cover
     from arlon.data.video_io import probe
     from arlon.diffusion.references import given_span
@@ -117,19 +180,35 @@ def _check(plan: Plan, shot: int, kind: Kind, path: Path) -> Reference:
     target = (plan.frame_fit.made_height, plan.frame_fit.made_width)
     if not path.is_file():
         raise FileNotFoundError("there is no such file" if not path.exists() else "this is no file")
-    if kind != "video":
+    if kind in ("image", "end_image") or (kind == "references" and is_picture_file(path)):
         fit = plan_cover(read_picture(path).shape[1:3], target)
-        return Reference(shot=shot, kind=kind, path=path, fit=fit, num_frames=1)
+        return Reference(shot=shot, kind=kind, number=number, path=path, fit=fit, num_frames=1)
     info = probe(path)
     num_frames = max(1, int(info.num_frames / info.fps * plan.fps + 1e-6))
+    if kind == "references" and num_frames > MAX_REFERENCE_FRAMES:
+        raise ValueError(f"a reference has at most {MAX_REFERENCE_FRAMES} frames, got {num_frames}: cut it")
+    is_end = kind == "video"
     return Reference(
         shot=shot,
         kind=kind,
+        number=number,
         path=path,
         fit=plan_cover((info.height, info.width), target),
         num_frames=num_frames,
-        note=given_span(num_frames, plan.geometry.grid).describe(num_frames),
+        note=given_span(num_frames, plan.geometry.grid).describe(num_frames) if is_end else f"{num_frames} frames",
+        is_video=True,
     )
+
+
+def is_picture_file(path: Path) -> bool:
+    """Whether a file is a picture, as far as its first bytes tell."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path):
+            return True
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError):
+        return False
 
 
 def read_picture(path: Path) -> np.ndarray:
@@ -157,7 +236,7 @@ def read_picture(path: Path) -> np.ndarray:
 @torch.inference_mode()
 def encode_references(job: Job, references: Sequence[Reference]) -> dict[str, Tensor]:
     """Latent frames (1, C, n, H, W) float32 by `SHOT/KIND`, and code frames (1, n, cH, cW) int64 by `SHOT/codes`."""
-    from arlon.diffusion.references import encode_continued, encode_end_image, encode_image
+    from arlon.diffusion.references import encode_continued, encode_end_image, encode_image, encode_reference
     from arlon.models.video_vae import VideoVAE
     from pipelines.workers import torch_threads
 
@@ -180,12 +259,28 @@ def encode_references(job: Job, references: Sequence[Reference]) -> dict[str, Te
                 latent = encode_image(encode, video, grid)
                 still = encode(video.expand(-1, grid.chunk_frames, -1, -1)[None])
                 codes = _codes(job, still, 1)
+            elif given.kind == "references":
+                latent, codes = encode_reference(encode, video, grid), None
             else:
                 latent, codes = encode_end_image(encode, video, grid), None
-            tensors[f"{given.shot}/{given.kind}"] = latent.float().cpu().contiguous()
+            tensors[given.name] = latent.float().cpu().contiguous()
             if codes is not None:
-                tensors[f"{given.shot}/{CODES}"] = codes.cpu().contiguous()
+                tensors[_name(given.shot, CODES)] = codes.cpu().contiguous()
+        for shot in dict.fromkeys(given.shot for given in references if given.kind == "references"):
+            if (codes := _codes_of_head(job, shot, tensors)) is not None:
+                tensors[_name(shot, CODES)] = codes.cpu().contiguous()
     return tensors
+
+
+def _codes_of_head(job: Job, shot: int, tensors: Mapping[str, Tensor]) -> Tensor | None:
+    """Code frames of the frames that the references of a shot keep at the head of its take; None if too few."""
+    given, grid = _given_of(job.plan, shot, tensors), job.plan.geometry.grid
+    first = next(segment for segment in job.plan.segments if segment.shot == shot)
+    if (placed := given.placed(first, grid)) is None:
+        return None
+    latent, edit_ratio = placed
+    kept = int((edit_ratio[0] == 0).long().cumprod(0).sum())
+    return _codes(job, latent[:, :, :kept].to(job.settings.device), kept // job.plan.geometry.code_ratio[0])
 
 
 def _pixels(given: Reference, plan: Plan) -> Tensor:
@@ -195,8 +290,10 @@ def _pixels(given: Reference, plan: Plan) -> Tensor:
     from arlon.diffusion.references import given_span
 
     size = {"height": plan.frame_fit.made_height, "width": plan.frame_fit.made_width}
-    if given.kind != "video":
+    if not given.is_video:
         return resize_and_crop(read_picture(given.path), **size, filter="bicubic")
+    if given.kind == "references":
+        return resize_and_crop(read_video(given.path, fps=plan.fps)[: given.num_frames], **size)
     needed = given_span(given.num_frames, plan.geometry.grid).frames
     start = max(0, given.num_frames - needed - MARGIN_FRAMES)
     return resize_and_crop(read_video(given.path, start=start, fps=plan.fps)[-needed:], **size)
@@ -222,6 +319,29 @@ class Given:
     """Its last latent frames, (1, C, n, H, W)."""
     codes: Tensor | None = None
     """The code frames that its take begins with, (1, n, cH, cW) int64."""
+    references: tuple[Tensor, ...] = ()
+    """What is placed in its take, (1, C, n, H, W) each."""
+    placements: tuple[Placement, ...] = ()
+    """Where."""
+
+    def placed(self, segment: Segment, grid: SegmentGrid) -> tuple[Tensor, Tensor] | None:
+        """What a segment of the take is given: latent (1, C, T, H, W), zero where free, and edit ratio (1, T).
+
+        Raises:
+            ValueError: If a placement names a reference or a frame that is not there.
+        """
+        from arlon.diffusion.references import place_references
+
+        if all(group.segment != segment.index_in_take for group in self.placements):
+            return None
+        _, channels, _, *size = self.references[0].shape
+        return place_references(
+            torch.zeros(1, channels, segment.num_latents, *size),
+            [[latent[0] for latent in self.references]],
+            [self.placements],
+            segment=segment.index_in_take,
+            align=grid.chunk_latents,
+        )
 
 
 NOTHING = Given()
@@ -237,16 +357,18 @@ def read_given(job: Job) -> Mapping[int, Given]:
     if not named:
         return {}
     tensors = RunFolder(job.run_dir).read_references()
-    shots = dict.fromkeys(shot for shot, _, _ in named)
+    return {shot: _given_of(job.plan, shot, tensors) for shot in dict.fromkeys(shot for shot, *_ in named)}
 
-    def of(shot: int, name: str) -> Any:
-        return tensors.get(f"{shot}/{name}")
 
-    return {
-        shot: Given(
-            head=of(shot, "image") if of(shot, "video") is None else of(shot, "video"),
-            tail=of(shot, "end_image"),
-            codes=of(shot, CODES),
-        )
-        for shot in shots
-    }
+def _given_of(plan: Plan, shot: int, tensors: Mapping[str, Tensor]) -> Given:
+    def of(kind: str) -> Tensor | None:
+        return tensors.get(_name(shot, kind))
+
+    count = len(plan.storyboard.shots[shot].references)
+    return Given(
+        head=of("image") if of("video") is None else of("video"),
+        tail=of("end_image"),
+        codes=of(CODES),
+        references=tuple(tensors[_name(shot, "references", number)] for number in range(count)),
+        placements=_placements(plan, shot),
+    )

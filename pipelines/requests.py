@@ -21,9 +21,11 @@ from torch import Tensor
 
 from arlon.models.code_stream import SamplingConfig, blend_weight
 from arlon.text.encoders import TextFeatures
+from arlon.text.prompts import add_scores
 from pipelines.plan import Plan, Segment, Take
 from pipelines.runs.durable import hash_tensor
 from pipelines.runs.look import Drift
+from pipelines.storyboard import Storyboard
 
 R = TypeVar("R")
 MAX_THREADS = 512
@@ -231,6 +233,8 @@ class RefineRequest:
     """Latent frames (1, C, n, H, W) that a take begins with; None where it begins with none."""
     tail: Tensor | None = None
     """Latent frames (1, C, n, H, W) that the segment ends on."""
+    placed: tuple[Tensor, Tensor] | None = None
+    """Latent (1, C, T, H, W) of what a mask strategy places in the segment, and its edit ratio (1, T)."""
     text: TextResult | None = None
     codes: CodeResult | None = None
     before: RefineResult | None = None
@@ -328,7 +332,7 @@ class SegmentRequests:
 def text_request(plan: Plan) -> TextRequest:
     """All prompts of a film, each once, in order of appearance."""
     film = plan.storyboard
-    prompts = dict.fromkeys(shot.prompt for shot in film.shots)
+    prompts = dict.fromkeys(spoken_prompt(film, index) for index in range(len(film.shots)))
     if film.negative_prompt:
         prompts[film.negative_prompt] = None
     return TextRequest(prompts=tuple(prompts))
@@ -352,6 +356,7 @@ def film_requests(job: Job) -> Iterator[SegmentRequests]:
             refine,
             head=begins_with.head if is_take_start else None,
             tail=given.get(segment.shot, NOTHING).tail if ends_shot else None,
+            placed=begins_with.placed(segment, plan.geometry.grid),
         )
         yield SegmentRequests(
             segment=segment,
@@ -373,9 +378,9 @@ def film_requests(job: Job) -> Iterator[SegmentRequests]:
 
 def code_schedule(plan: Plan, take: Take) -> Schedule:
     """Prompt, seed, blend and code frames of every shot of a take that owns any."""
-    shots = plan.storyboard.shots
+    film = plan.storyboard
     return Schedule(
-        (shots[shot].prompt, _seed_of(plan, shot), (shots[shot].blend or 0) if place else 0, count)
+        (spoken_prompt(film, shot), _seed_of(plan, shot), (film.shots[shot].blend or 0) if place else 0, count)
         for place, (shot, count) in enumerate(take.spans)
     )
 
@@ -395,7 +400,18 @@ def segment_blend(plan: Plan, segment: Segment, take: Take) -> Blend | None:
     weights = tuple(blend_weight(max(0, latent // ratio - switch), blend) for latent in latents)
     if min(weights[segment.overlap :]) == 1:
         return None
-    return Blend(prompt=plan.storyboard.shots[take.spans[place - 1][0]].prompt, weights=weights)
+    return Blend(prompt=spoken_prompt(plan.storyboard, take.spans[place - 1][0]), weights=weights)
+
+
+def spoken_prompt(film: Storyboard, shot: int) -> str:
+    """What the text encoder is told of a shot: its prompt, and the scores and camera motion that are asked for."""
+    of_shot = film.shots[shot]
+    return add_scores(
+        of_shot.prompt,
+        aesthetic=film.aesthetic_score or None,
+        motion=film.motion_score or None,
+        camera=of_shot.camera_motion or film.camera_motion,
+    )
 
 
 def _seed_of(plan: Plan, shot: int) -> int:
@@ -415,7 +431,7 @@ def _refine_request(plan: Plan, segment: Segment, take: Take) -> RefineRequest:
     return RefineRequest(
         segment=segment,
         take=take,
-        prompt=shot.prompt,
+        prompt=spoken_prompt(film, segment.shot),
         negative_prompt=film.negative_prompt,
         seed=_seed_of(plan, segment.shot),
         guidance_scale=scale if shot.guidance_scale is None else shot.guidance_scale,
@@ -454,6 +470,7 @@ def _inputs(job: Job, refine: RefineRequest) -> dict[str, Any]:
         **{name: getattr(refine, name) for name in names},
         **{name: getattr(settings, name) for name in ("dtype", "num_threads", "device", "crf", "preset")},
         **{name: hash_tensor(latent) for name, latent in given.items() if latent is not None},
+        **({} if refine.placed is None else {"placed": [hash_tensor(part) for part in refine.placed]}),
     }
 
 

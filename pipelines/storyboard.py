@@ -6,16 +6,17 @@ A storyboard is a YAML or JSON file:
     fps: 8                     # absent film-level values are the model's own
     shots:
       - prompt: a red circle moves left on a black background
-        duration: 6            # seconds; "48f" counts frames
+        duration: 6            # seconds; "48f" counts frames, "2 segments" what the model makes in one pass
       - prompt: a green circle moves left on a black background
         transition: continue   # carries the last frames over (default); `cut` starts afresh
 
 Film-level keys: seed, fps, height, width, model, negative_prompt, guidance_scale, num_inference_steps, solver,
-aspect, resolution, use_codes, shots.
-Shot keys: prompt, duration, transition, blend, seed, guidance_scale, notes, and files that the shot begins with or ends
-on: image, video, end_image, whose relative paths start at the storyboard. A plain text file is a storyboard too: one
-shot a line, `prompt` or `duration | prompt`; an empty line before a shot is a cut, lines that start with `#` are
-comments.
+aspect, resolution, use_codes, segment, overlap, aesthetic_score, motion_score, camera_motion, shots.
+Shot keys: prompt, duration, transition, blend, seed, guidance_scale, camera_motion, notes, and files that the shot
+begins with or ends on: image, video, end_image, or `references` that `mask_strategy` places anywhere in a take (see
+`arlon.diffusion.references`). Relative paths start at the storyboard. A plain text file is a storyboard too: one shot a
+line, `prompt` or `duration | prompt`; an empty line before a shot is a cut, lines that start with `#` are comments.
+Prompts given one by one may use the grammar of Open-Sora (`arlon.text.prompts`) instead of keys.
 
 Reading never stops at the first problem: one StoryboardError lists them all, one a line.
 """
@@ -32,12 +33,14 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from arlon.text.prompts import add_scores, is_script, parse_prompt
 from pipelines.markup import MAX_SHOWN, parse_json, parse_yaml, read_text, shown
 
 Transition = Literal["continue", "cut"]
 
 DEFAULT_DURATION_S = 5.0
 MAX_DURATION_S = 3600.0
+MAX_DURATION_SEGMENTS = 20_000
 MAX_PROMPT_LENGTH = 2000
 MAX_SHOTS = 10_000
 MAX_BLEND = 64
@@ -50,6 +53,7 @@ MAX_LISTED = 20
 """How many problems a message lists."""
 REFERENCE_KINDS = ("image", "end_image", "video")
 """Shot keys that name a file; see `pipelines.references`."""
+MAX_SCORE = 100.0
 
 
 class UsageError(ValueError):
@@ -77,17 +81,20 @@ class StoryboardError(UsageError):
 
 @dataclass(frozen=True, kw_only=True)
 class Duration:
-    """A length of time, in seconds or in frames: exactly one of the two is set."""
+    """A length of time, in seconds, frames or segments: exactly one of them is set."""
 
     seconds: float | None = None
     frames: int | None = None
+    segments: int | None = None
 
     def num_frames(self, fps: float) -> int:
-        """Nearest number of frames at `fps`, at least 1."""
+        """Nearest number of frames at `fps`, at least 1; a length in segments has one on the grid of a model only."""
         return self.frames if self.frames is not None else max(1, round((self.seconds or 0.0) * fps))
 
     def to_plain(self) -> float | str:
-        """The value as it stands in a storyboard file: 4.5 or "36f"."""
+        """The value as it stands in a storyboard file: 4.5, "36f" or "2 segments"."""
+        if self.segments is not None:
+            return f"{self.segments} segments"
         return f"{self.frames}f" if self.frames is not None else float(self.seconds or 0.0)
 
 
@@ -111,6 +118,12 @@ class Shot:
     """Picture file that the shot ends on."""
     video: str | None = None
     """Video file whose end the shot goes on from; it starts a take."""
+    references: tuple[str, ...] = ()
+    """Picture and video files that `mask_strategy` places in the take that the shot starts."""
+    mask_strategy: str = ""
+    """Where they go, in the grammar of Open-Sora, segments counted in the take; empty: the first one at the head."""
+    camera_motion: str | None = None
+    """Said after the prompt; None: the film's."""
     notes: str = ""
     """For the reader; not used."""
 
@@ -135,6 +148,16 @@ class Storyboard:
     """Size of the frame by name, such as "240p"; None: as many pixels as the model's own."""
     use_codes: bool | None = None
     """False: the base alone makes the film, without codes, at any frame size; None: as the model is."""
+    segment: int | None = None
+    """Latent frames that the diffusion transformer makes in one pass, those carried over included."""
+    overlap: int | None = None
+    """Latent frames carried over from the segment before."""
+    aesthetic_score: float | None = None
+    """Said after every prompt in the words of the training captions (Open-Sora v1.2: 6.5); 0: it is not said."""
+    motion_score: float | None = None
+    """Likewise; about 5 is calm."""
+    camera_motion: str | None = None
+    """Likewise, such as "pan left"; see `arlon.text.prompts`."""
 
     def to_plain(self) -> dict[str, Any]:
         """Plain values for JSON or YAML, without those that are not set; `parse_storyboard` reads them back."""
@@ -149,7 +172,8 @@ def _shot_to_plain(shot: Shot) -> dict[str, Any]:
     plain["duration"] = shot.duration.to_plain()
     for kind in REFERENCE_KINDS:  # the name alone: where it lies on this machine concerns nobody else
         plain[kind] = None if plain[kind] is None else Path(plain[kind]).name
-    return {name: value for name, value in plain.items() if value not in (None, "")}
+    plain["references"] = [Path(path).name for path in shot.references]
+    return {name: value for name, value in plain.items() if value not in (None, "", [])}
 
 
 def random_seed() -> int:
@@ -184,7 +208,11 @@ def load_storyboard(path: str | Path, *, default_duration: Duration | None = Non
 def _anchored(shot: Shot, folder: Path) -> Shot:
     """The shot with the paths of its files as seen from here."""
     given = {kind: getattr(shot, kind) for kind in REFERENCE_KINDS}
-    return replace(shot, **{kind: str(folder / Path(name).expanduser()) for kind, name in given.items() if name})
+    return replace(
+        shot,
+        references=tuple(str(folder / Path(name).expanduser()) for name in shot.references),
+        **{kind: str(folder / Path(name).expanduser()) for kind, name in given.items() if name},
+    )
 
 
 def _parse_markup(text: str, source: str, *, is_json: bool) -> Any:
@@ -232,18 +260,41 @@ def parse_storyboard(data: Any, *, source: str = "storyboard", default_duration:
 def storyboard_from_prompts(
     prompts: Sequence[str], *, duration: Duration | None = None, transition: Transition = "continue"
 ) -> Storyboard:
-    """A storyboard of plain prompts, one shot each.
+    """A storyboard of prompts, a shot each, or several where a prompt names segments as Open-Sora's do.
 
     Args:
         prompts: At least one.
-        duration: Of every shot. Default: 5 seconds.
-        transition: Between any two shots.
+        duration: Of every shot that its prompt gives no length. Default: 5 seconds.
+        transition: Between any two prompts.
 
     Raises:
         StoryboardError: If there is no prompt or one is unusable.
     """
-    shots = [{"prompt": prompt, "transition": transition} for prompt in prompts]
+    shots: list[Mapping[str, Any]] = []
+    for prompt in prompts:
+        try:
+            first, *rest = scripted_shots(prompt)
+        except ValueError as error:
+            raise StoryboardError([str(error)], "prompts") from error
+        shots += [{**first, "transition": transition}, *rest]
     return parse_storyboard({"shots": shots}, source="prompts", default_duration=duration)
+
+
+def scripted_shots(prompt: str) -> list[dict[str, Any]]:
+    """Shots, as plain values, of a prompt that may use the grammar of Open-Sora; see `arlon.text.prompts`.
+
+    Raises:
+        ValueError: If it uses it wrongly.
+    """
+    if not is_script(prompt):
+        return [{"prompt": prompt}]
+    script = parse_prompt(prompt)
+    starts = [first for first, _ in script.texts]
+    shots: list[dict[str, Any]] = [{"prompt": text, "transition": "continue"} for _, text in script.texts]
+    for shot, start, stop in zip(shots, starts, starts[1:], strict=False):
+        shot["duration"] = Duration(segments=stop - start).to_plain()
+    shots[0] |= {"references": list(script.reference_paths), "mask_strategy": script.mask_strategy}
+    return shots
 
 
 def with_overrides(storyboard: Storyboard, values: Mapping[str, Any], source: str = "options") -> Storyboard:
@@ -283,26 +334,35 @@ def with_shot(storyboard: Storyboard, index: int, values: Mapping[str, Any]) -> 
 
 
 def parse_duration(value: Any) -> Duration:
-    """Read a duration: a number or "4.5" or "4.5s" in seconds, "36f" in frames.
+    """Read a duration: a number or "4.5" or "4.5s" in seconds, "36f" in frames, "2 segments".
 
     Raises:
         ValueError: If it is not a duration, not positive, or longer than an hour.
     """
-    match = re.fullmatch(r"\s*([^\s]+?)\s*(s|f|frames)?\s*", str(value).lower())
+    match = re.fullmatch(r"\s*([^\s]+?)\s*(s|f|frames|segments?)?\s*", str(value).lower())
     try:
         if isinstance(value, bool) or match is None:
             raise ValueError
         number = float(match[1])
-        is_frames = match[2] in ("f", "frames")
-        if is_frames and not number.is_integer():
+        unit = _UNITS.get(match[2], "seconds")
+        if unit != "seconds" and not number.is_integer():
             raise ValueError
     except (ValueError, OverflowError):
-        raise ValueError(f'must be seconds such as 4.5, or frames such as "36f", got {shown(value)}') from None
+        raise ValueError(
+            f'must be seconds such as 4.5, frames such as "36f", or "2 segments", got {shown(value)}'
+        ) from None
     if not number > 0:
         raise ValueError(f"must be more than 0, got {shown(value)}")
-    if number > (MAX_DURATION_S * MAX_FPS if is_frames else MAX_DURATION_S):
+    if unit == "segments":
+        if number > MAX_DURATION_SEGMENTS:
+            raise ValueError(f"must be at most {MAX_DURATION_SEGMENTS} segments, got {shown(value)}")
+        return Duration(segments=int(number))
+    if number > (MAX_DURATION_S * MAX_FPS if unit == "frames" else MAX_DURATION_S):
         raise ValueError(f"must be at most one hour ({MAX_DURATION_S:.0f} s), got {shown(value)}")
-    return Duration(frames=int(number)) if is_frames else Duration(seconds=number)
+    return Duration(frames=int(number)) if unit == "frames" else Duration(seconds=number)
+
+
+_UNITS = {"f": "frames", "frames": "frames", "segment": "segments", "segments": "segments"}
 
 
 def _read_shots(data: Any, default_duration: Duration | None, problems: list[str]) -> list[Shot]:
@@ -325,6 +385,8 @@ def _read_shots(data: Any, default_duration: Duration | None, problems: list[str
             problems.append(f"{where}.prompt is missing")
         elif values.get("blend") and values.get("transition") == "cut":
             problems.append(f"{where}.blend needs transition 'continue': behind a cut there is nothing to blend with")
+        elif values.get("mask_strategy") and not values.get("references"):
+            problems.append(f"{where}.mask_strategy places references: name them in {where}.references")
         elif "prompt" in values:
             shots.append(Shot(**({"duration": default_duration} if default_duration else {}) | values))
     return shots
@@ -407,6 +469,36 @@ def _prompt(value: Any) -> str:
     return text
 
 
+def _shot_prompt(value: Any) -> str:
+    text = _prompt(value)
+    if is_script(text):
+        raise ValueError(
+            "holds segment marks or references of Open-Sora: give every text a shot of its own with `duration: 2 "
+            "segments`, files in `references` and their places in `mask_strategy`"
+        )
+    return text
+
+
+def _file_names(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise ValueError(f"must be a list of files, got {shown(value)}")
+    return tuple(_file_name(name) for name in value)
+
+
+def _mask_strategy(value: Any) -> str:
+    from arlon.diffusion.references import parse_mask_strategy
+
+    text = _text(str(value) if isinstance(value, int) and not isinstance(value, bool) else value)
+    parse_mask_strategy(text)
+    return text
+
+
+def _camera_motion(value: Any) -> str:
+    text = _prompt(value)
+    add_scores("", camera=text)
+    return text
+
+
 def _file_name(value: Any) -> str:
     if not isinstance(value, str) or not value.strip() or "\0" in value:
         raise ValueError(f"must be the path of a file, got {shown(value)}")
@@ -441,7 +533,7 @@ def _film_seed(value: Any) -> int | None:
 
 
 _SHOT_READERS: dict[str, Callable[[Any], Any]] = {
-    "prompt": _prompt,
+    "prompt": _shot_prompt,
     "duration": parse_duration,
     "transition": _transition,
     "blend": _whole(0, MAX_BLEND),
@@ -450,6 +542,9 @@ _SHOT_READERS: dict[str, Callable[[Any], Any]] = {
     "image": _file_name,
     "end_image": _file_name,
     "video": _file_name,
+    "references": _file_names,
+    "mask_strategy": _mask_strategy,
+    "camera_motion": _camera_motion,
     "notes": _text,
 }
 _FILM_READERS: dict[str, Callable[[Any], Any]] = {
@@ -465,4 +560,9 @@ _FILM_READERS: dict[str, Callable[[Any], Any]] = {
     "aspect": _aspect,
     "resolution": _resolution,
     "use_codes": _flag,
+    "segment": _whole(1, MAX_DURATION_SEGMENTS),
+    "overlap": _whole(1, MAX_DURATION_SEGMENTS),
+    "aesthetic_score": _number(0.0, MAX_SCORE),
+    "motion_score": _number(0.0, MAX_SCORE),
+    "camera_motion": _camera_motion,
 }

@@ -208,13 +208,17 @@ class RefineWorker:
         rows, columns = self.geometry.latent_size(request.height, request.width)
         shape = (1, self.dit.config.in_channels, segment.num_latents, rows, columns)
         noise = samplers.draw_noise(shape, request.seed, "dit", segment.index)
-        given = condition_segment(shape, head=request.head if carried is None else carried, tail=request.tail)
-        frame_mask = given.frame_mask
-        noise = conditioning.place_clean(noise, given.latent, frame_mask)
-        velocity = conditioning.hold_clean(
-            self._velocity(request, coarse, frame_mask.to(device)), frame_mask.to(device)
+        given = condition_segment(
+            shape, head=request.head if carried is None else carried, tail=request.tail, placed=request.placed
         )
-        latent = samplers.sample(velocity, noise.to(device), self._times(request), request.solver).cpu()
+        latent = conditioning.sample_with_edits(
+            self._velocity(request, coarse),
+            conditioning.place_clean(noise, given.latent, given.is_free).to(device),
+            given.edit_ratio.to(device),
+            self._times(request),
+            lambda step: samplers.draw_noise(shape, request.seed, "dit", segment.index, "edit", step),
+            solver=request.solver,
+        ).cpu()
         return RefineResult(
             latent=latent[:, :, segment.overlap :].contiguous(),
             overlap_hash=None if carried is None else hash_tensor(carried),
@@ -260,22 +264,30 @@ class RefineWorker:
         )
         return samplers.make_times(request.num_inference_steps, shift)
 
-    def _velocity(self, request: RefineRequest, coarse: Tensor | None, frame_mask: Tensor) -> samplers.VelocityFn:
+    def _velocity(self, request: RefineRequest, coarse: Tensor | None) -> conditioning.MaskedVelocityFn:
         """Guided velocity of a segment; the coarse features are in both halves of the guidance."""
         inject = None
         if self.injection is not None and coarse is not None:
             with _precision(self.settings):
                 inject = self.injection.condition(coarse)
-        velocity = self._guided(request, request.prompt, frame_mask, inject)
-        if request.blend is not None:
-            weights = torch.tensor(request.blend.weights, device=frame_mask.device)
-            velocity = _blended(self._guided(request, request.blend.prompt, frame_mask, inject), velocity, weights)
+        under_mask: dict[tuple[bool, ...], samplers.VelocityFn] = {}
 
-        def in_precision(x: Tensor, t: Tensor) -> Tensor:
+        def velocity(x: Tensor, t: Tensor, frame_mask: Tensor) -> Tensor:
+            key = tuple(frame_mask[0].tolist())
+            if key not in under_mask:
+                under_mask[key] = self._under_mask(request, frame_mask, inject)
             with _precision(self.settings):
-                return velocity(x, t)
+                return under_mask[key](x, t)
 
-        return in_precision
+        return velocity
+
+    def _under_mask(self, request: RefineRequest, frame_mask: Tensor, inject: Any) -> samplers.VelocityFn:
+        """Guided velocity while frames are kept by a mask (1, T); text is prepared once for it."""
+        velocity = self._guided(request, request.prompt, frame_mask, inject)
+        if request.blend is None:
+            return velocity
+        weights = torch.tensor(request.blend.weights, device=frame_mask.device)
+        return _blended(self._guided(request, request.blend.prompt, frame_mask, inject), velocity, weights)
 
     def _guided(self, request: RefineRequest, prompt: str, frame_mask: Tensor, inject: Any) -> samplers.VelocityFn:
         """Guided velocity under a prompt."""

@@ -20,7 +20,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from arlon.grids import SegmentGrid
+from arlon.grids import SegmentGrid, num_latent_frames
 
 EncodeFn = Callable[[Tensor], Tensor]
 """Video (1, 3, pT, pH, pW) in [-1, 1] -> latent (1, C, T, H, W), such as `VideoVAE.encode`."""
@@ -261,6 +261,13 @@ def encode_end_image(encode: EncodeFn, image: Tensor, grid: SegmentGrid) -> Tens
     return encode(_whole_chunks(_checked_image(image), grid))[:, :, -1:]
 
 
+@torch.no_grad()
+def encode_reference(encode: EncodeFn, video: Tensor, grid: SegmentGrid) -> Tensor:
+    """Latent frames (1, C, n, H, W) of a picture or video (3, pT, pH, pW) in [-1, 1], for a mask strategy."""
+    latents = num_latent_frames(video.shape[1], grid.chunk_frames, grid.time_stride)
+    return encode(_whole_chunks(video, grid))[:, :, :latents]
+
+
 def _whole_chunks(video: Tensor, grid: SegmentGrid) -> Tensor:
     """A video (3, pT, pH, pW) held at its last frame until its last chunk is full, with a batch axis.
 
@@ -283,44 +290,59 @@ class SegmentCondition:
 
     Attributes:
         latent: Clean latent, (B, C, T, H, W); zeros on frames that are to be made.
-        frame_mask: (B, T), bool, True = noisy, to be made.
+        edit_ratio: (B, T), in [0, 1]: 0 on frames that are kept, 1 on those that are made from noise, between them on
+            frames that are changed; see `conditioning.sample_with_edits`.
     """
 
     latent: Tensor
-    frame_mask: Tensor
+    edit_ratio: Tensor
+
+    @property
+    def is_free(self) -> Tensor:
+        """(B, T), bool, True = made from noise."""
+        return self.edit_ratio == 1
 
 
 def condition_segment(
-    shape: Sequence[int], *, head: Tensor | None = None, tail: Tensor | None = None
+    shape: Sequence[int],
+    *,
+    head: Tensor | None = None,
+    tail: Tensor | None = None,
+    placed: tuple[Tensor, Tensor] | None = None,
 ) -> SegmentCondition:
-    """Lay given latent frames at the two ends of a segment.
+    """Lay given latent frames at the two ends of a segment, over those that a mask strategy placed.
 
     Args:
         shape: (B, C, T, H, W) of the segment.
         head: Its first latent frames, (B, C, n, H, W): an image, the end of a video, or what is carried over.
         tail: Its last latent frames, (B, C, m, H, W): an end image.
+        placed: Latent (B, C, T, H, W) and edit ratio (B, T) of `place_references`.
 
     Returns:
-        For `conditioning.place_clean` and `conditioning.hold_clean`.
+        For `conditioning.place_clean` and `conditioning.sample_with_edits`.
 
     Raises:
         ValueError: If sizes differ, or nothing is left to make.
     """
     given = [part for part in (head, tail) if part is not None]
-    for part in given:
+    for part in [*given, *([] if placed is None else placed[:1])]:
         expected = (*shape[:2], part.shape[2], *shape[3:])
         if tuple(part.shape) != expected:
             got = tuple(part.shape)
             raise ValueError(f"given frames must fit the segment: expected (B, C, n, H, W) = {expected}, got {got}")
+    if placed is not None:
+        latent, edit_ratio = (part.clone() for part in placed)
+    else:
+        latent = torch.zeros(*shape, device=given[0].device if given else None)
+        edit_ratio = torch.ones(shape[0], shape[2], device=latent.device)
     num_given = sum(part.shape[2] for part in given)
-    if num_given >= shape[2]:
-        raise ValueError(f"{num_given} of {shape[2]} latent frames of a segment are given: nothing is left to make")
-    latent = torch.zeros(*shape, device=given[0].device if given else None)
-    frame_mask = torch.ones(shape[0], shape[2], dtype=torch.bool, device=latent.device)
-    if head is not None:
+    if head is not None and num_given < shape[2]:
         latent[:, :, : head.shape[2]] = head
-        frame_mask[:, : head.shape[2]] = False
-    if tail is not None:
+        edit_ratio[:, : head.shape[2]] = 0
+    if tail is not None and num_given < shape[2]:
         latent[:, :, -tail.shape[2] :] = tail
-        frame_mask[:, -tail.shape[2] :] = False
-    return SegmentCondition(latent, frame_mask)
+        edit_ratio[:, -tail.shape[2] :] = 0
+    if num_given >= shape[2] or not bool(edit_ratio.any(dim=1).all()):
+        kept = max(num_given, int((edit_ratio == 0).sum(dim=1).max()))
+        raise ValueError(f"{kept} of {shape[2]} latent frames of a segment are given: nothing is left to make")
+    return SegmentCondition(latent, edit_ratio)

@@ -3,7 +3,8 @@
     |0|a calm sea|2|a storm{"reference_path": "sea.png;storm.mp4", "mask_strategy": "0;2,1,-5,0,5"}
 
 A loop of the original is a segment here. At inference a text goes through `parse_prompt`, then each of its texts
-through `add_scores`, then through `arlon.text.cleaning` (an encoder that needs it cleans by itself).
+through `add_scores`, then through `arlon.text.cleaning` (an encoder that needs it cleans by itself). Prompts without
+segment marks and without `{"` are plain text.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ CAMERA_MOTIONS = ("pan left", "pan right", "tilt up", "tilt down", "zoom in", "z
 """Camera motions the training captions of the released model name; few clips have one."""
 _TAIL_KEYS = ("reference_path", "mask_strategy")
 _SEGMENT_MARK = re.compile(r"\|\s*(\d+)\s*\|")
+_TAIL_START = re.compile(r"\{\s*\"")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +38,11 @@ class PromptScript:
         if segment < 0:
             raise ValueError(f"segments count from 0, got {segment}")
         return next(text for first, text in reversed(self.texts) if first <= segment)
+
+
+def is_script(text: str) -> bool:
+    """Whether a text uses the grammar: it starts with a segment mark, or holds the beginning of a JSON object."""
+    return bool(_SEGMENT_MARK.match(text.lstrip()) or _TAIL_START.search(text))
 
 
 def parse_prompt(text: str) -> PromptScript:

@@ -55,7 +55,10 @@ SeedOption = Annotated[int | None, typer.Option("--seed", help="Seed of the film
 DurationOption = Annotated[
     str | None, typer.Option("--duration", help='Length of shots that give none: seconds, or "36f" frames.')
 ]
-FramesOption = Annotated[int | None, typer.Option("--num-frames", help="The same in frames; 1 makes a picture.")]
+FramesOption = Annotated[
+    str | None,
+    typer.Option("--num-frames", help="The same in frames, or by Open-Sora's name such as 2x; 1 makes a picture."),
+]
 JoinOption = Annotated[TransitionOption, typer.Option("--transition", help="How shots given by --prompt join.")]
 FpsOption = Annotated[float | None, typer.Option("--fps", help="Frames a second.")]
 HeightOption = Annotated[int | None, typer.Option("--height", help="Frame height in pixels.")]

@@ -145,10 +145,11 @@ def generate(
         )
         film, settings = read_film_options(options)
         if is_picture(film, output):
+            _refuse_for_picture({"--executor": executor is not Executor.local, "--sheet": sheet, "--hls": hls})
             checked = prepare_picture(
                 film, model=model, output=output, overwrite=overwrite, settings=settings, metadata=metadata
             )
-            _print_picture(checked, executor, as_json=as_json)
+            _print_picture(checked, as_json=as_json)
             return
         prepared = prepare(
             film, model=model, output=output, overwrite=overwrite, settings=settings, metadata=metadata, hls=hls
@@ -187,7 +188,8 @@ def plan(
     with reported():
         from pipelines.generate import make_settings, open_for_film
         from pipelines.options import FilmOptions, read_film_options
-        from pipelines.picture import is_picture, picture_plan
+        from pipelines.picture import is_picture
+        from pipelines.plan import clip_plan
         from pipelines.references import check_references
 
         options = FilmOptions(
@@ -218,7 +220,7 @@ def plan(
         references = check_references(film_plan)
         chosen = make_settings(film_plan.geometry, settings)
         if is_picture(film, None):
-            film_plan = picture_plan(film_plan)
+            film_plan = clip_plan(film_plan, 1)
         if as_json:
             plain = film_plan.to_plain() | {"references": [given.describe() for given in references]}
             plain |= {"cost": _cost(film_plan, folder, chosen).to_plain()}
@@ -235,23 +237,32 @@ def plan(
             _print_cost(_cost(film_plan, folder, chosen))
 
 
-def _length(duration: str | None, num_frames: int | None) -> str | None:
+def _length(duration: str | None, num_frames: str | None) -> str | None:
     """Length of shots that give none, from the two options that say it."""
+    from arlon.data.aspect import NUM_FRAMES
     from pipelines.storyboard import UsageError
 
     if num_frames is None:
         return duration
     if duration is not None:
         raise UsageError("give either --duration or --num-frames, not both")
-    return f"{num_frames}f"
+    named = {name: frames for name, frames in NUM_FRAMES.items() if name.endswith("x")}
+    if num_frames not in named and not num_frames.isdecimal():
+        raise UsageError(f"--num-frames must be a whole number or one of {', '.join(named)}, got '{num_frames}'")
+    return f"{named.get(num_frames, num_frames)}f"
 
 
-def _print_picture(prepared: PreparedPicture, executor: Executor, *, as_json: bool) -> None:
-    from pipelines.picture import make_picture
+def _refuse_for_picture(options: dict[str, bool]) -> None:
+    """Refuse options that would do nothing where one frame is made."""
     from pipelines.storyboard import UsageError
 
-    if executor is not Executor.local:
-        raise UsageError("a picture is made in one process: leave --executor out")
+    if given := [name for name, is_given in options.items() if is_given]:
+        raise UsageError(f"a picture is one frame, made in one process: leave out {', '.join(given)}")
+
+
+def _print_picture(prepared: PreparedPicture, *, as_json: bool) -> None:
+    from pipelines.picture import make_picture
+
     say(f"seed {prepared.job.plan.storyboard.seed}, model {prepared.record['model']['name']}")
     with only_results_on_stdout():
         result = make_picture(prepared)

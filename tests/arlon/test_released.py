@@ -327,6 +327,7 @@ def test_a_folder_of_released_parts_is_a_model(released: Path, parts: Path, tmp_
     model, identity = open_model(str(released), required=BASE_COMPONENTS)
     assert set(model.components) == set(BASE_COMPONENTS)
     assert identity["name"] == "Open-Sora-v1.2"
+    assert model.defaults["aesthetic_score"] == 6.5
     assert read_config(VideoVAE, model.component("vae")).temporal == read_config(VideoVAE, parts / "vae").temporal
     for name, kind, source in (("dit", STDiT3, "dit"), ("vae", VideoVAE, "vae")):
         module = kind.from_pretrained(model.component(name))
@@ -357,6 +358,9 @@ def test_a_folder_of_released_parts_generates_in_every_mode(released: Path, tmp_
         info = probe(made)
         assert (info.height, info.width, info.num_frames) == (64, 48, 119)
         assert made.read_bytes() != first.read_bytes()
+    placed = {"references": [str(picture), str(first)], "mask_strategy": "0;0,1,0,5,5,0.5;1,0,0,-1"}
+    assert probe(film("placed.mp4", text | placed)).num_frames == 119
+    assert probe(film("short.mp4", still | {"duration": "9f"})).num_frames == 9
 
 
 def test_a_folder_that_lacks_a_part_says_which(released: Path) -> None:

@@ -20,8 +20,8 @@ from pipelines.cli import app
 from pipelines.film_file import read_film_record
 from pipelines.generate import Progress, generate, prepare
 from pipelines.local import KeptWorkers
-from pipelines.picture import is_picture, make_picture, picture_plan, prepare_picture
-from pipelines.plan import with_frame_size
+from pipelines.picture import is_picture, make_picture, prepare_picture
+from pipelines.plan import clip_plan, with_frame_size
 from pipelines.requests import carried_on, fill, film_requests
 from pipelines.runs.resume import continue_run, open_run
 from pipelines.runs.run_folder import RunFolder
@@ -273,14 +273,24 @@ def test_a_picture_takes_no_reference_and_no_cluster(tiny_model: Path, tmp_path:
     with pytest.raises(UsageError, match="leave out image"):
         prepare_picture(film, model=str(tiny_model), output=tmp_path / "a.png")
     common = ["generate", "--model", str(tiny_model), "--prompt", "a", "--num-frames", "1", "--output"]
-    result = CliRunner().invoke(app, [*common, str(tmp_path / "a.png"), "--executor", "ray"])
+    result = CliRunner().invoke(app, [*common, str(tmp_path / "a.png"), "--executor", "ray", "--sheet", "--hls"])
     assert result.exit_code == 2
-    assert "one process" in result.output
+    assert "made in one process: leave out --executor, --sheet, --hls" in result.output
+
+
+def test_lengths_have_the_names_of_the_original(tiny_model: Path) -> None:
+    common = ["plan", "--model", str(tiny_model), "--prompt", "a", "--base-only", "--json", "--num-frames"]
+    named = CliRunner().invoke(app, [*common, "2x", "--set", "segment=30"])
+    assert json.loads(named.output)["num_frames"] == 102
+    assert len(json.loads(named.output)["segments"]) == 1
+    refused = CliRunner().invoke(app, [*common, "3x"])
+    assert refused.exit_code == 2
+    assert "--num-frames must be a whole number or one of 1x, 2x, 4x, 8x, 16x, got '3x'" in refused.output
 
 
 def test_the_plan_of_a_picture_is_one_frame_on_every_grid(tiny_model: Path, tmp_path: Path) -> None:
     from pipelines.generate import open_for_film
 
-    plan = picture_plan(open_for_film(picture_board(), str(tiny_model))[0])
+    plan = clip_plan(open_for_film(picture_board(), str(tiny_model))[0], 1)
     (segment,) = plan.segments
     assert (plan.num_frames, segment.num_latents, segment.num_code_frames, plan.takes[0].num_latents) == (1, 1, 1, 1)

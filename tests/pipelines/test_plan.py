@@ -146,6 +146,40 @@ def test_absurdly_long_films_are_refused(monkeypatch: pytest.MonkeyPatch) -> Non
         plan_of(*shots * 30, fps=240)
 
 
+def test_lengths_in_segments_are_exact() -> None:
+    plan = plan_of({"prompt": "a", "duration": "2 segments"}, {"prompt": "b", "duration": "1 segment"}, "c")
+    assert [span.num_segments for span in plan.shots[:2]] == [2, 1]
+    assert [(span.asked_frames, span.num_frames) for span in plan.shots[:2]] == [(85, 85), (34, 34)]
+    assert plan.storyboard.to_plain()["shots"][0]["duration"] == "2 segments"
+
+
+@pytest.mark.parametrize(("num_frames", "latents"), [(2, 1), (9, 3), (16, 4), (17, 5), (18, 6), (34, 10), (50, 14)])
+def test_a_base_alone_makes_a_short_film_of_exactly_the_frames_asked_for(num_frames: int, latents: int) -> None:
+    plan = plan_of({"prompt": "a", "duration": f"{num_frames}f"}, use_codes=False)
+    (segment,), (span,), (take,) = plan.segments, plan.shots, plan.takes
+    assert plan.num_frames == segment.num_frames == span.num_frames == num_frames
+    assert segment.num_latents == take.num_latents == latents
+    assert timeline_rows(plan)[0]["rounded"] == "exact"
+    assert plan_of({"prompt": "a", "duration": f"{num_frames}f"}).num_frames == 51, "codes come in whole segments"
+
+
+@pytest.mark.parametrize("num_frames", [51, 102, 204, 408])
+def test_a_clip_of_any_length_is_one_pass_where_segments_are_that_long(num_frames: int) -> None:
+    plan = plan_of({"prompt": "a", "duration": f"{num_frames}f"}, use_codes=False, segment=num_frames // 17 * 5)
+    assert [(segment.num_latents, segment.num_frames) for segment in plan.segments] == [
+        (num_frames // 17 * 5, num_frames)
+    ]
+
+
+def test_segments_that_cannot_be_are_refused() -> None:
+    with pytest.raises(StoryboardError, match="multiples of 5"):
+        plan_of("a", segment=12)
+    with pytest.raises(StoryboardError, match="overlap <= segment / 2"):
+        plan_of("a", segment=15, overlap=10)
+    plan = plan_of({"prompt": "a", "duration": "3 segments"}, segment=20, overlap=10)
+    assert [segment.start_latent for segment in plan.segments] == [0, 10, 20]
+
+
 def test_timeline_says_what_rounding_does() -> None:
     rows = timeline_rows(plan_of({"prompt": "a", "duration": 6}, {"prompt": "b", "duration": "34f"}))
     assert [row["frames"] for row in rows] == ["0-50", "51-84"]
@@ -172,7 +206,10 @@ def test_a_model_is_named_without_its_path(tiny_model: Path) -> None:
 def test_storyboard_of_a_plan_is_resolved() -> None:
     film: Storyboard = plan_of("a").storyboard
     unset = [f.name for f in dataclasses.fields(film) if getattr(film, f.name) is None]
-    assert unset == ["model", "aspect", "resolution", "use_codes"]
+    assert unset == [
+        *("model", "aspect", "resolution", "use_codes"),
+        *("segment", "overlap", "aesthetic_score", "motion_score", "camera_motion"),
+    ]
 
 
 def test_ten_thousand_shots_are_planned_in_seconds() -> None:

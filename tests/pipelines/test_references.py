@@ -14,16 +14,24 @@ from PIL import Image
 
 from arlon.data.transforms import resize_and_crop
 from arlon.data.video_io import VideoWriter, read_video
+from arlon.diffusion.guidance import guide
+from arlon.diffusion.references import parse_mask_strategy
+from arlon.diffusion.samplers import draw_noise
+from arlon.diffusion.take import sample_take
+from arlon.models.stdit import STDiT3
 from arlon.models.video_vae import VideoVAE
 from arlon.models.vqvae import LatentVQVAE
+from arlon.text.encoders import load_text_encoder
 from pipelines.generate import Prepared, generate, prepare
 from pipelines.graph import GraphConfig
 from pipelines.references import check_references, encode_references
+from pipelines.requests import film_requests
 from pipelines.runs.edit_run import begin_change, change_run, fork_run, with_shot_changed, with_shots_added
 from pipelines.runs.resume import continue_run, open_run
 from pipelines.runs.run_folder import REFERENCES_NAME, RunFolder, RunFolderError
 from pipelines.runs.verify import replay_segment, verify_run
 from pipelines.storyboard import StoryboardError, load_storyboard, parse_storyboard
+from pipelines.workers import RefineWorker
 from tests.pipelines.tiny_model import FPS, HEIGHT, WIDTH
 
 PROMPT = {"prompt": "a red circle moves left", "duration": "85f"}
@@ -270,3 +278,116 @@ def test_a_picture_too_large_to_hold_is_refused(
 def test_check_looks_at_shots_from_one_on(tiny_model: Path, tmp_path: Path, picture: Path) -> None:
     prepared = film(tiny_model, tmp_path / "a.mp4", PROMPT | {"image": str(picture)})
     assert check_references(prepared.plan, first_shot=1) == ()
+
+
+# --- mask strategies -------------------------------------------------------------------------------------------
+
+
+def placed_film(model: Path, output: Path, picture: Path, clip: Path, strategy: str, **values: Any) -> Prepared:
+    shot = PROMPT | {"references": [str(picture), str(clip)], "mask_strategy": strategy}
+    return film(model, output, shot, num_inference_steps=4, **values)
+
+
+def test_a_mask_strategy_films_what_the_loop_of_the_original_samples(
+    tiny_model: Path, tmp_path: Path, picture: Path, clip: Path
+) -> None:
+    strategy = "0;0,1,0,5,3,0.6;1,1,-6,-5,2"
+    prepared = placed_film(tiny_model, tmp_path / "a.mp4", picture, clip, strategy, use_codes=False)
+    assert [given.describe() for given in prepared.references] == [
+        "shot 1 reference 0: start here.png, 96 x 64, scaled to 48 x 32",
+        "shot 1 reference 1: clip.mp4, 48 x 32, used as it is, 20 frames",
+    ]
+    generate(prepared)
+    first, second = latents(prepared)
+
+    board = prepared.plan.storyboard
+    sources = [
+        encoded(tiny_model, np.array(Image.open(picture))[None])[0, :, :1],
+        encoded(tiny_model, read_video(clip, fps=FPS)[:20])[0, :, :6],
+    ]
+    dit = STDiT3.from_pretrained(tiny_model / "dit")
+    text = load_text_encoder(tiny_model / "text_encoder").encode([board.shots[0].prompt])
+
+    def velocity(x: torch.Tensor, t: torch.Tensor, frame_mask: torch.Tensor) -> torch.Tensor:
+        guided = guide(
+            dit,
+            text.tokens,
+            dit.null_text(text.tokens.shape[1]),
+            guidance_scale=board.guidance_scale,
+            text_mask=text.mask,
+            frame_mask=frame_mask,
+            fps=FPS,
+            height=float(HEIGHT),
+            width=float(WIDTH),
+        )
+        return guided(x, t)
+
+    def draw(segment: int, number: int) -> torch.Tensor:
+        address = () if number == 0 else ("edit", number - 1)
+        return draw_noise((1, 4, 15, HEIGHT // 8, WIDTH // 8), board.seed, "dit", segment, *address)
+
+    expected = []
+    for number in range(2):  # times are shifted by the frames of a segment, which is the same for both
+        worker = RefineWorker(prepared.job)
+        times = worker._times(next(r.refine for r in film_requests(prepared.job) if r.segment.index == number))
+        expected.append(times)
+    assert torch.equal(*expected)
+    taken = list(
+        sample_take(
+            lambda k: velocity,
+            draw,
+            expected[0],
+            num_segments=2,
+            references=[sources],
+            placements=[parse_mask_strategy(strategy)],
+            solver=board.solver,
+        )
+    )
+    torch.testing.assert_close(first, taken[0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(second, taken[1], rtol=0, atol=1e-5)
+    assert torch.equal(first[:, :, :1], sources[0][None])
+    assert not torch.equal(first[:, :, 5:8], sources[1][None, :, :3]), "an edit ratio of 0.6 changes them"
+    assert torch.equal(second[:, :, 5:7], sources[1][None, :, 0:2]), "-6 is snapped to the first frame, -5 is a chunk"
+
+
+def test_a_film_with_a_mask_strategy_goes_on_is_verified_and_names_its_references(
+    tiny_model: Path, tmp_path: Path, picture: Path, clip: Path
+) -> None:
+    prepared = placed_film(tiny_model, tmp_path / "a.mp4", picture, clip, "0,1,0,0,5;1,0,0,10,1,0.5")
+    generate(prepared)
+    run = open_run(prepared.paths.run_dir)
+    assert not list(verify_run(run))
+    assert [list(replay_segment(run, index)) for index in (0, 1)] == [[], []]
+    stored = run.folder.read_references()
+    assert set(stored) == {"0/references/0", "0/references/1", "0/codes"}
+    vqvae = LatentVQVAE.from_pretrained(tiny_model / "vqvae").eval()
+    with torch.inference_mode():
+        assert torch.equal(stored["0/codes"], vqvae.encode(stored["0/references/1"][:, :, :5])[:, :2])
+    assert run.plan.storyboard.shots[0].references == ("start here.png", "clip.mp4")
+
+
+@pytest.mark.parametrize(
+    ("strategy", "message"),
+    [
+        ("0,2", "names reference 2, but there are 2"),
+        ("2", "names segment 2, but the take that the shot starts has 2"),
+        ("0,0,0,15", "target start 15 of the mask strategy is outside of 15"),
+        ("0,1,6", "reference start 6 of the mask strategy is outside of 6"),
+        ("0,1,0,0,5;0,1,0,5,5;0,1,0,10,5", "nothing is left to make"),
+    ],
+)
+def test_a_mask_strategy_that_cannot_be_is_refused_before_any_work(
+    tiny_model: Path, tmp_path: Path, picture: Path, clip: Path, strategy: str, message: str
+) -> None:
+    with pytest.raises(StoryboardError, match=message):
+        placed_film(tiny_model, tmp_path / "a.mp4", picture, clip, strategy)
+
+
+def test_references_and_an_image_do_not_go_together(tiny_model: Path, tmp_path: Path, picture: Path) -> None:
+    shot = PROMPT | {"references": [str(picture)]}
+    with pytest.raises(StoryboardError, match="put all in `references`"):
+        film(tiny_model, tmp_path / "a.mp4", shot | {"image": str(picture)})
+    with pytest.raises(StoryboardError, match=r"shots\[1\].references: this shot goes on"):
+        film(tiny_model, tmp_path / "a.mp4", PROMPT, shot)
+    with pytest.raises(StoryboardError, match="there is no such file"):
+        film(tiny_model, tmp_path / "a.mp4", shot | {"references": [str(tmp_path / "none.png")]})

@@ -212,3 +212,48 @@ def test_the_demo_storyboard_has_the_shots_it_promises() -> None:
     assert [shot.transition for shot in film.shots[1:]].count("cut") == 1
     assert [shot.transition for shot in film.shots[1:]].count("continue") == 2
     assert sum(shot.duration.num_frames(8) for shot in film.shots) >= 20 * 8
+
+
+def test_a_prompt_in_the_grammar_of_open_sora_is_several_shots() -> None:
+    tail = '{"reference_path": "sea.png; storm.mp4", "mask_strategy": "0;2,1,-5,0,5,0.3"}'
+    film = storyboard_from_prompts([f"|0| a calm sea |2| a storm |3| a wreck{tail}", "the end"], transition="cut")
+    assert [(shot.prompt, shot.transition, shot.duration.to_plain()) for shot in film.shots] == [
+        ("a calm sea", "cut", "2 segments"),
+        ("a storm", "continue", "1 segments"),
+        ("a wreck", "continue", 5.0),
+        ("the end", "cut", 5.0),
+    ]
+    assert film.shots[0].references == ("sea.png", "storm.mp4")
+    assert film.shots[0].mask_strategy == "0;2,1,-5,0,5,0.3"
+    assert parse_storyboard(film.to_plain()) == film
+    plain = storyboard_from_prompts(["a | b", "a {curly} thing"])
+    assert [shot.prompt for shot in plain.shots] == ["a | b", "a {curly} thing"]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("|1|a", "must start with |0| and rise"),
+        ('a{"mask_strategy": ', "one JSON object"),
+        ('a{"mask_strategy": "0"}', "mask_strategy places references"),
+        ('a{"reference_path": "x.png", "mask_strategy": "0,0,0,0,0"}', "mask strategy group '0,0,0,0,0'"),
+        ("|0||2|b", "is empty"),
+    ],
+)
+def test_a_prompt_that_uses_the_grammar_wrongly_is_refused(prompt: str, message: str) -> None:
+    with pytest.raises(StoryboardError) as caught:
+        storyboard_from_prompts([prompt])
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("prompt", ["|0|a|2|b", 'a{"reference_path": "x.png"}'])
+def test_a_shot_says_with_keys_what_the_grammar_says_with_marks(prompt: str) -> None:
+    with pytest.raises(StoryboardError, match="give every text a shot of its own"):
+        parse_storyboard({"shots": [{"prompt": prompt}]})
+
+
+def test_scores_and_camera_motions_are_checked() -> None:
+    film = parse_storyboard({"aesthetic_score": 6.5, "shots": [{"prompt": "a", "camera_motion": "pan left"}]})
+    assert (film.aesthetic_score, film.shots[0].camera_motion) == (6.5, "pan left")
+    with pytest.raises(StoryboardError, match="unknown camera motion 'pan lft', did you mean 'pan left'"):
+        parse_storyboard({"camera_motion": "pan lft", "shots": ["a"]})

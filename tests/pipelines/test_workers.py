@@ -16,6 +16,7 @@ from arlon.models.stdit import STDiT3
 from arlon.models.video_vae import VideoVAE
 from arlon.models.vqvae import LatentVQVAE
 from arlon.text.encoders import TextFeatures
+from pipelines.generate import prepare
 from pipelines.requests import (
     CodeResult,
     DecodeRequest,
@@ -28,6 +29,7 @@ from pipelines.requests import (
     text_request,
 )
 from pipelines.runs.run_folder import RunFolder
+from pipelines.storyboard import parse_storyboard
 from pipelines.workers import CodeWorker, DecodeWorker, RefineWorker, TextWorker, WriteWorker, video_to_frames
 from tests.pipelines import tiny_model as tiny
 from tests.pipelines.films import prepared_film
@@ -82,6 +84,27 @@ def chain(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Chain:
 @pytest.fixture(scope="module")
 def refine_worker(chain: Chain) -> RefineWorker:
     return RefineWorker(chain.job)
+
+
+def test_scores_and_camera_motion_are_said_to_the_encoder_and_stand_in_the_records(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    shots = [{"prompt": "a red circle"}, {"prompt": "a blue square", "camera_motion": "zoom in", "blend": 1}]
+    film = {"aesthetic_score": 6.5, "camera_motion": "pan left", "negative_prompt": "blurry"}
+    board = parse_storyboard({"seed": 1, "shots": shots, **film})
+    job = prepare(board, model=str(tiny_model), output=tmp_path / "a.mp4").job
+    first = "a red circle aesthetic score: 6.5. camera motion: pan left."
+    second = "a blue square aesthetic score: 6.5. camera motion: zoom in."
+    assert text_request(job.plan).prompts == (first, second, "blurry")
+    requests = list(film_requests(job))
+    assert requests[0].code.schedule.prompts(0, 9) == (first, second)
+    assert [requests[0].refine.prompts, requests[-1].refine.prompt] == [(first, "blurry"), second]
+    blends = [request.refine.blend for request in requests if request.refine.blend]
+    assert [blend.prompt for blend in blends] == [first]
+    assert requests[-1].write.inputs["prompt"] == second
+    silent = replace(board, aesthetic_score=0.0, camera_motion=None)
+    plan = prepare(silent, model=str(tiny_model), output=tmp_path / "b.mp4").job.plan
+    assert text_request(plan).prompts[0] == "a red circle"
 
 
 def test_every_prompt_is_encoded_once_and_alone(chain: Chain) -> None:

@@ -261,10 +261,10 @@ def test_images_decode_to_themselves_inside_a_video_where_the_released_way_loses
 def test_given_frames_stand_at_both_ends_of_a_segment():
     head, tail = torch.randn(1, 4, 5, 2, 3), torch.randn(1, 4, 1, 2, 3)
     condition = references.condition_segment((1, 4, 15, 2, 3), head=head, tail=tail)
-    assert condition.frame_mask.tolist() == [[False] * 5 + [True] * 9 + [False]]
+    assert condition.edit_ratio.tolist() == [[0.0] * 5 + [1.0] * 9 + [0.0]]
     torch.testing.assert_close(condition.latent, torch.cat((head, torch.zeros(1, 4, 9, 2, 3), tail), 2), rtol=0, atol=0)
     free = references.condition_segment((1, 4, 15, 2, 3))
-    assert free.frame_mask.all()
+    assert free.is_free.all()
     assert not free.latent.any()
 
 
