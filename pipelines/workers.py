@@ -121,6 +121,8 @@ class CodeWorker:
         self.model: CodeTransformer | None = None
         if job.plan.geometry.has_codes:
             self.model = CodeTransformer.from_pretrained(job.component("ar"), dropout=0.0).to(job.settings.device)
+            if torch.device(job.settings.device).type == "cpu":
+                self.model.lay_out_for_steps()
         self._stream: tuple[tuple[Any, ...], CodeStream] | None = None
 
     def run(self, request: CodeRequest) -> CodeResult:

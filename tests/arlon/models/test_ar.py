@@ -154,6 +154,15 @@ def test_cached_decoding_equals_the_full_forward(num_known):
         model.step(codes[:, 0], cache)
 
 
+def test_laid_out_for_steps_it_is_the_same_model():
+    model, other = make_ar(), make_ar().lay_out_for_steps()
+    codes, text, mask = make_inputs()
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True))
+    assert all(block.mlp.down.weight.t().is_contiguous() for block in other.blocks)
+    with torch.inference_mode():
+        torch.testing.assert_close(other(codes, text, mask), model(codes, text, mask), rtol=0, atol=1e-5)
+
+
 def test_dropped_text_is_the_null_text():
     model = make_ar()
     codes, text, mask = make_inputs()
