@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+FORMAT = 3
+"""Of the definitions, and of what is kept of a film: with another one, films are measured again."""
 Better = Literal["higher", "lower", "zero", "one", ""]
 
 
@@ -94,8 +96,8 @@ FIGURES: Mapping[str, Figure] = {
     ),
     "seam_strength": Figure(
         group="long",
-        meaning="Frame difference where segments of one shot join, over that of all other frames; 1: not to be seen. "
-        "What the encoder does at a join counts too.",
+        meaning="Frame difference where segments of one shot join, over that of all other frames, each at least a "
+        "tenth of a level of 256; 1: not to be seen. What the encoder does at a join counts too.",
         better="one",
     ),
     "seam_strength_switch": Figure(

@@ -147,7 +147,9 @@ class _Film:
         for name, chosen in kinds.items():
             if not chosen:
                 self.skip("no segments of this film join there", name)
-            elif len({*joins, *cuts}) < len(steps):
+            elif len({*joins, *cuts}) == len(steps):
+                self.skip("every frame of this film is a join or a cut: nothing to compare with", name)
+            else:
                 self.values[name] = metrics.seam_ratio(steps, chosen, leave_out=sorted({*joins, *cuts} - {*chosen}))
 
     def _draw_curves(self, statistics: FrameStatistics) -> None:

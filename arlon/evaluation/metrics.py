@@ -16,6 +16,8 @@ from torch import Tensor
 
 VIDEO_RANGE = 2.0
 """Largest minus smallest value of a video in [-1, 1]."""
+STILL = 0.1 / 255
+"""Frame difference that counts as none, in units of the full range: a tenth of a level of 256, on average."""
 
 
 def psnr(video: Tensor, reference: Tensor, *, data_range: float = VIDEO_RANGE) -> float:
@@ -148,7 +150,9 @@ def seam_strength(video: Tensor, joins: Sequence[int]) -> float:
 
 
 def seam_ratio(steps: Tensor, joins: Sequence[int], *, leave_out: Sequence[int] = ()) -> float:
-    """Mean frame difference across the joins over the mean of all other frame differences.
+    """Mean frame difference across the joins over the mean of all other frame differences, each at least `STILL`.
+
+    So a film that stands still has a ratio too: 1 if nothing changes at its joins either.
 
     Args:
         steps: Frame differences, (pT - 1,); see `frame_differences`.
@@ -156,8 +160,7 @@ def seam_ratio(steps: Tensor, joins: Sequence[int], *, leave_out: Sequence[int] 
         leave_out: Frames, counted likewise, whose change is neither a join nor anything to compare with: cuts.
 
     Returns:
-        1 where a join cannot be told from other frames; infinity if only the joins change; NaN if nothing
-        does.
+        1 where a join cannot be told from other frames; always finite and above 0.
 
     Raises:
         ValueError: If there is no join, a frame is outside the video, or nothing is left to compare with.
@@ -171,9 +174,7 @@ def seam_ratio(steps: Tensor, joins: Sequence[int], *, leave_out: Sequence[int] 
     inner[[frame - 1 for frame in leave_out]] = False
     if not inner.any():
         raise ValueError(f"every one of the {len(steps)} frame changes is a join: nothing to compare with")
-    seam, usual = steps[at_join].mean().item(), steps[inner].mean().item()
-    if usual == 0:
-        return math.inf if seam > 0 else math.nan
+    seam, usual = (max(STILL, steps[chosen].mean().item()) for chosen in (at_join, inner))
     return seam / usual
 
 

@@ -28,7 +28,7 @@ from PIL import Image
 
 from arlon.data.video_io import probe, read_video
 from arlon.evaluation import suite
-from arlon.evaluation.figures import FIGURES
+from arlon.evaluation.figures import FIGURES, FORMAT
 from arlon.evaluation.film import measure_film
 from arlon.evaluation.vbench import Backbone, load_backbone
 from pipelines.evaluation.film_set import Film, Problem, add_prompts, find_films, outline_of, prompt_of_name
@@ -38,8 +38,6 @@ from pipelines.sheet import SheetRow, evenly_spaced, frames_to_sheet
 from pipelines.storyboard import UsageError
 from pipelines.version import version
 
-FORMAT = 2
-"""Of the files; and of the figures: a change of a definition changes it, so that films are measured again."""
 RESULT_NAME = "evaluation.json"
 PAGE_NAME = "index.html"
 FILMS_NAME = "films"

@@ -121,6 +121,16 @@ def test_seams_are_told_from_prompt_switches_and_cuts():
     assert figures["seam_strength_switch"] == pytest.approx(10)
 
 
+def test_no_seam_is_dropped_where_nothing_else_moves():
+    frames = np.zeros((30, 8, 8, 3), np.uint8)
+    shots = outline("", length=30, segment_starts=(0, 10, 20))
+    assert measure_film(frames, shots, fps=FPS)["figures"]["seam_strength"] == 1
+    frames[10:] = 5
+    assert measure_film(frames, shots, fps=FPS)["figures"]["seam_strength"] == pytest.approx(25)
+    found = measure_film(frames[:2], outline("", length=2, segment_starts=(0, 1)), fps=FPS)
+    assert "nothing to compare with" in found["skipped"]["seam_strength"]
+
+
 def test_seams_need_known_segments(switch):
     found = measure_film(switch, outline(RED_LEFT, length=48), fps=FPS)
     assert "where its segments join" in found["skipped"]["seam_strength"]

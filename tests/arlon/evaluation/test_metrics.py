@@ -64,7 +64,14 @@ def test_seam_strength_is_the_ratio_of_steps():
     video = (levels - 1).view(1, 7, 1, 1).expand(3, 7, 4, 5)
     assert metrics.seam_strength(video, [3, 6]) == pytest.approx(4, abs=1e-5)
     assert metrics.seam_strength(video, [1]) < 1
-    assert metrics.seam_strength(torch.cat([video[:, :1], -video[:, :1], -video[:, :1]], 1), [1]) == math.inf
+
+
+def test_a_still_film_has_a_seam_too():
+    steps = torch.zeros(5)
+    assert metrics.seam_ratio(steps, [3]) == 1
+    steps[2] = 1 / 255
+    assert metrics.seam_ratio(steps, [3]) == pytest.approx(10), "a level at the join, none elsewhere"
+    assert metrics.seam_ratio(steps, [1]) == pytest.approx(metrics.STILL / (0.25 / 255))
 
 
 @pytest.mark.parametrize("joins", [[], [0], [7], [1, 2, 3, 4, 5, 6]])
