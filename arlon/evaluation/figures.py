@@ -28,6 +28,7 @@ class Figure:
 
 GROUPS: Mapping[str, str] = {
     "prompt": "Prompt accuracy (shapes world)",
+    "quarters": "Prompt accuracy from the first to the last quarter (shapes world)",
     "switch": "Across a prompt switch (shapes world)",
     "long": "Long film",
     "motion": "Motion",
@@ -37,6 +38,21 @@ GROUPS: Mapping[str, str] = {
 
 _CONSISTENCY = "Mean over frames of (likeness to the frame before + likeness to the first frame) / 2, "
 _QUARTERS = ("first", "second", "third", "last")
+_ATTRIBUTES = ("colour", "shape", "size", "motion", "direction", "speed", "background", "count")
+
+
+def _quarters_of(name: str) -> dict[str, Figure]:
+    """Figures of an attribute at both ends of a film."""
+    meanings = {
+        "first": f"`prompt_{name}` in shots of the first quarter of the film.",
+        "last": f"`prompt_{name}` in shots of the last quarter.",
+        "change": "The last quarter minus the first.",
+    }
+    return {
+        f"prompt_{name}_{end}": Figure(group="quarters", meaning=text, better="zero" if end == "change" else "higher")
+        for end, text in meanings.items()
+    }
+
 
 FIGURES: Mapping[str, Figure] = {
     "temporal_flickering": Figure(
@@ -126,6 +142,7 @@ FIGURES: Mapping[str, Figure] = {
     "prompt_speed": Figure(group="prompt", meaning="Moving objects of the stated speed."),
     "prompt_background": Figure(group="prompt", meaning="Shots on the stated background."),
     "prompt_count": Figure(group="prompt", meaning="Shots with as many objects as stated."),
+    **{key: figure for name in _ATTRIBUTES for key, figure in _quarters_of(name).items()},
     "switch_appears": Figure(group="switch", meaning="Changed attributes whose new value the second shot shows."),
     "kept_colour": Figure(group="switch", meaning="Objects that keep their colour where no colour is changed."),
     "kept_shape": Figure(group="switch", meaning="Objects that keep their shape where no shape is changed."),

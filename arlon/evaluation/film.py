@@ -26,6 +26,8 @@ CHUNK_FRAMES = 16
 DRIFT_SHARE = 0.15
 """Part of the film at each end between which drift is measured."""
 QUARTERS = ("first", "second", "third", "last")
+PROMPT_GROUPS = ("prompt", "quarters", "switch")
+"""Groups of the figures that the oracle gives."""
 NUM_CURVE_POINTS = 60
 _KEPT = ("colour", "shape", "background")
 """What a prompt may change, and must stay if it does not."""
@@ -191,7 +193,7 @@ class _Film:
         ]
         scores = self._score_shots(asked, readings)
         self._score_joins(asked, readings)
-        names = [name for name, figure in FIGURES.items() if figure.group in ("prompt", "switch")]
+        names = [name for name, figure in FIGURES.items() if figure.group in PROMPT_GROUPS]
         if not any(asked):
             known = any(shot.prompt for shot in self.outline.shots)
             self.skip("no prompt is of the shapes world" if known else "its prompts are not known", *names)
@@ -199,20 +201,25 @@ class _Film:
         if not self.joins:
             reason = "no two shots, with prompts of the shapes world, go on from one another"
             self.skip(reason, *(name for name in names if FIGURES[name].group == "switch"))
+        self._average("prompt_accuracy", {index: _accuracy(score) for index, score in scores.items()})
         for name in suite.PROMPT_ATTRIBUTES:
-            self.values[f"prompt_{name}"] = _mean(score[name] for score in scores.values())
-        accuracy = {index: _accuracy(score) for index, score in scores.items()}
-        self.values["prompt_accuracy"] = _mean(accuracy.values())
-        quarters = [
-            _mean(value for index, value in accuracy.items() if self._quarter(index) == number)
-            for number in range(len(QUARTERS))
-        ]
-        self.values |= {f"prompt_accuracy_{name}": value for name, value in zip(QUARTERS, quarters, strict=True)}
-        self.values["prompt_accuracy_change"] = quarters[-1] - quarters[0]
+            self._average(f"prompt_{name}", {index: score[name] for index, score in scores.items()})
         for name in {name for join in self.joins for name in join["scores"]}:
             self.values[name] = _mean(join["scores"][name] for join in self.joins)
         for entry in (*self.shots, *self.joins):
             entry["scores"] = {name: plain_number(value) for name, value in entry["scores"].items()}
+
+    def _average(self, name: str, values: Mapping[int, float]) -> None:
+        """A figure of values by shot: over the film, over each quarter of it, and how the last differs from the first.
+
+        Values that are no figures of their own are left out of the result.
+        """
+        quarters = [
+            _mean(value for index, value in values.items() if self._quarter(index) == number)
+            for number in range(len(QUARTERS))
+        ]
+        self.values |= {f"{name}_{end}": value for end, value in zip(QUARTERS, quarters, strict=True)}
+        self.values |= {name: _mean(values.values()), f"{name}_change": quarters[-1] - quarters[0]}
 
     def _read(self, shot: FilmShot) -> Reading:
         return oracle.read_clip(self.frames[shot.start_frame : shot.start_frame + shot.num_frames], fps=self.fps)

@@ -24,10 +24,12 @@ LONG_SHOTS = 12
 SCORES = ("colour", "shape", "size", "motion", "direction", "background", "count")
 PROMPT_FIGURES = ("prompt_accuracy", *(f"prompt_{name}" for name in SCORES))
 PICTURE_FIGURES = ("dynamic_degree_lk", "flow_speed", "temporal_flickering")
+QUARTER_FIGURES = tuple(f"prompt_{name}_{end}" for name in SCORES for end in ("first", "last", "change"))
 LONG_FIGURES = (
     *("prompt_accuracy", "prompt_accuracy_first", "prompt_accuracy_last", "prompt_accuracy_change"),
     *("switch_appears", "kept_colour", "kept_shape", "kept_background", "kept_place"),
     *("seam_strength_switch", "drift_colour", "drift_contrast", "drift_sharpness", "dynamic_degree_lk"),
+    *QUARTER_FIGURES,
 )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from arlon.evaluation.figures import FIGURES
 from arlon.evaluation.suite import Share, summarise
 from benchmarks.paper.conditions import Record
 from benchmarks.paper.experiments import Experiment
@@ -74,20 +75,38 @@ def to_markdown(experiment: Experiment, results: Results, model: Mapping[str, st
         "",
         *_figure_table(experiment, results),
     ]
+    if any(FIGURES[name].group == "quarters" for name in experiment.figures):
+        lines += ["", "Each attribute in the first and in the last quarter of the film:", ""]
+        lines += _quarter_table(experiment, results)
     if experiment.num_shots > 1:
         lines += ["", "Prompt accuracy by position of the shot:", "", *_shot_table(results)]
     return "\n".join(lines) + "\n"
 
 
 def _figure_table(experiment: Experiment, results: Results) -> list[str]:
-    names = [name.removeprefix("prompt_").replace("_", " ") for name in experiment.figures]
+    figures = [name for name in experiment.figures if FIGURES[name].group != "quarters"]
+    names = [name.removeprefix("prompt_").replace("_", " ") for name in figures]
     header = ["", *names, "s per s of film", "of it AR", "DiT calls"]
     lines = [_row(header), _row(["---"] * len(header))]
     for condition, records in results.items():
-        shares = figure_shares(records, experiment.figures)
+        shares = figure_shares(records, figures)
         spent = cost(records)
         ends = [f"{spent['seconds_per_second']:.2f}", f"{spent['ar_share']:.0%}", str(spent["dit_calls"])]
-        lines.append(_row([condition, *(_cell(shares[name]) for name in experiment.figures), *ends]))
+        lines.append(_row([condition, *(_cell(shares[name]) for name in figures), *ends]))
+    return lines
+
+
+def _quarter_table(experiment: Experiment, results: Results) -> list[str]:
+    """A row an attribute and condition."""
+    ends = ("first", "last", "change")
+    figures = [name for name in experiment.figures if FIGURES[name].group == "quarters"]
+    attributes = dict.fromkeys(name.removeprefix("prompt_").rsplit("_", 1)[0] for name in figures)
+    shares = {condition: figure_shares(records, figures) for condition, records in results.items()}
+    lines = [_row(["", "", *ends]), _row(["---"] * (2 + len(ends)))]
+    for attribute in attributes:
+        for condition, found in shares.items():
+            cells = [_cell(found[f"prompt_{attribute}_{end}"]) for end in ends]
+            lines.append(_row([attribute, condition, *cells]))
     return lines
 
 

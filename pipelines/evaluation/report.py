@@ -17,7 +17,7 @@ from pipelines.evaluation.plots import Estimate, curves_plot, estimates_plot, in
 
 SEAM_RULES = (1.0, 1.2)
 """No seam, and what still passes."""
-SHARES = ("prompt", "switch")
+SHARES = ("prompt", "quarters", "switch")
 """Groups whose figures are shares in [0, 1]."""
 CARD_FIGURES = ("prompt_accuracy", "temporal_flickering", "flow_speed", "seam_strength", "drift_contrast")
 
@@ -118,7 +118,7 @@ def _row(name: str, record: Mapping[str, Any]) -> str:
         reasons = ", ".join(record["skipped"].get(name, {})) or "no film"
         return f'<tr class="none"><td>{label}</td><td colspan="4">not measured: {escape(reasons)}</td></tr>'
     mean, low, high = share["mean"], share["low"], share["high"]
-    is_share = figure.group in SHARES and name != "prompt_accuracy_change"
+    is_share = figure.group in SHARES and not name.endswith("_change")
     bar = interval_bar(mean, low, high) if is_share else ""
     cells = (f"{mean:.3f}", f"{low:.3f} to {high:.3f}", bar, str(share["count"]))
     kinds = (' class="n"', ' class="n"', "", ' class="n"')

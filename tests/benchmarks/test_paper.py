@@ -13,7 +13,7 @@ import torch
 from benchmarks.paper import conditions
 from benchmarks.paper.__main__ import main, parse_args
 from benchmarks.paper.conditions import Condition, flip_codes, run_condition
-from benchmarks.paper.experiments import EXPERIMENTS, Experiment
+from benchmarks.paper.experiments import EXPERIMENTS, QUARTER_FIGURES, Experiment
 from benchmarks.paper.tables import accuracy_by_shot, cost, figure_shares, to_markdown
 from benchmarks.prompt_accuracy import load_model
 from pipelines.requests import CodeResult
@@ -74,6 +74,16 @@ def test_table_has_a_row_a_condition_and_a_column_a_figure() -> None:
     rows = [line for line in table.splitlines() if line.startswith("| a") or line.startswith("| b")]
     assert rows[0] == "| a | 0.50 [0.00, 1.00] | 3.00 | 25% | 10 |"
     assert rows[2:] == ["| a | 0.67 | 0.50 |", "| b | 1.00 | 0.50 |"]
+
+
+def test_quarters_have_a_table_of_their_own() -> None:
+    figures = ("prompt_shape", "prompt_shape_first", "prompt_shape_last", "prompt_shape_change")
+    films = [{**r, "figures": r["figures"] | dict.fromkeys(figures[1:], 0.25)} for r in RECORDS]
+    experiment = Experiment(title="T", claim="C", conditions=(), figures=figures)
+    table = to_markdown(experiment, {"a": films}, {"name": "m", "hash": "h"}, "run me")
+    assert "| a | 0.50 [0.00, 1.00] | 3.00 | 25% | 10 |" in table
+    assert f"| shape | a |{' 0.25 [0.25, 0.25] |' * 3}" in table
+    assert set(QUARTER_FIGURES) < set(EXPERIMENTS["long"].figures)
 
 
 def test_films_are_made_once_and_the_same_ones_under_every_condition(

@@ -69,6 +69,9 @@ def test_the_last_quarter_is_set_against_the_first():
     quarters = [figures[f"prompt_accuracy_{name}"] for name in ("first", "second", "third", "last")]
     assert quarters == pytest.approx([1, 1, 1, 6 / 7])
     assert figures["prompt_accuracy_change"] == pytest.approx(-1 / 7)
+    ends = ("first", "last", "change")
+    assert [figures[f"prompt_colour_{end}"] for end in ends] == [1, 0, -1]
+    assert [figures[f"prompt_shape_{end}"] for end in ends] == [1, 1, 0]
 
 
 def test_identity_that_is_lost_at_a_join_is_seen():
@@ -176,6 +179,8 @@ def test_every_figure_has_a_value_or_a_reason(switch):
     assert {name for name, value in found["figures"].items() if value is None} == set(found["skipped"])
     assert {figure.group for figure in FIGURES.values()} == set(GROUPS)
     assert {f"prompt_{name}" for name in suite.PROMPT_ATTRIBUTES} < set(FIGURES)
+    ends = {f"prompt_{name}_{end}" for name in suite.PROMPT_ATTRIBUTES for end in ("first", "last", "change")}
+    assert ends == {name for name, figure in FIGURES.items() if figure.group == "quarters"}
     assert not any(isinstance(v, float) and math.isnan(v) for shot in found["shots"] for v in shot["scores"].values())
 
 
