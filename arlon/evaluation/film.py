@@ -29,8 +29,8 @@ QUARTERS = ("first", "second", "third", "last")
 PROMPT_GROUPS = ("prompt", "quarters", "switch")
 """Groups of the figures that the oracle gives."""
 NUM_CURVE_POINTS = 60
-_KEPT = ("colour", "shape", "background")
-"""What a prompt may change, and must stay if it does not."""
+_KEPT = ("colour", "shape", "motion")
+"""What a prompt may change of an object, and must stay if it does not."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,8 +278,8 @@ def score_join(before: AskedShot, after: AskedShot, seen: Reading, then: Reading
         then: Reading of the shot after.
 
     Returns:
-        By figure, shares in [0, 1] or NaN: `switch_appears`, and `kept_...` for what the switch does not change.
-        Without an object in the shot before, nothing of it is kept.
+        By figure, shares in [0, 1] or NaN: `switch_appears`, and `kept_...` of the objects of which the switch does
+        not change it, each found in the shot before by what was asked of it. One that is not there keeps nothing.
     """
     same_cast = len(before.objects) == len(after.objects)
     pairs = list(zip(before.objects, after.objects, strict=True)) if same_cast else []
@@ -294,12 +294,15 @@ def score_join(before: AskedShot, after: AskedShot, seen: Reading, then: Reading
     if None not in (before.background, after.background) and before.background != after.background:
         appears.append(found.background)
     kept = oracle.identity_kept(seen, then)
-    values = {name: kept.share(name) if kept.objects else 0.0 for name in ("colour", "shape", "place", "size")}
-    values["background"] = float(kept.background)
-    same = {name: same_cast and all(getattr(a, name) == getattr(b, name) for a, b in pairs) for name in _KEPT[:2]}
-    same["background"] = before.background == after.background
+    match = oracle.match_objects(seen, before.objects)
+    values: dict[str, list[bool]] = {name: [] for name in (*_KEPT, "place", "size")}
+    for index, (old, new) in zip(match, pairs, strict=False):
+        same = [name for name in _KEPT if getattr(old, name) is not None and getattr(old, name) == getattr(new, name)]
+        for name in (*same, "place", "size"):
+            values[name].append(index is not None and getattr(kept.objects[index], name))
+    values["background"] = [kept.background] if before.background == after.background else []
     return {"switch_appears": _mean(map(float, appears))} | {
-        f"kept_{name}": value if same.get(name, same_cast) else math.nan for name, value in values.items()
+        f"kept_{name}": _mean(map(float, stays)) for name, stays in values.items()
     }
 
 

@@ -104,6 +104,7 @@ class ObjectKept:
     colour: bool
     shape: bool
     size: bool
+    motion: bool
 
 
 @dataclass(frozen=True)
@@ -112,10 +113,6 @@ class IdentityKept:
 
     background: bool
     objects: tuple[ObjectKept, ...]
-
-    def share(self, attribute: str) -> float:
-        """Share of objects that kept `attribute`, [0, 1]; NaN without objects."""
-        return sum(getattr(o, attribute) for o in self.objects) / len(self.objects) if self.objects else math.nan
 
 
 # --- reading ------------------------------------------------------------------------------------------------
@@ -236,14 +233,25 @@ def score_clip(
     background = expected.background if is_shot else None
     if not looks:
         raise ValueError("nothing is expected of this clip: give a shot or at least one object")
-    found = reading.objects[: len(looks) + 2]
-    agreement = np.array([[_agreement(look, seen) for seen in found] for look in looks]).reshape(len(looks), len(found))
-    match = dict(zip(*(i.tolist() for i in linear_sum_assignment(-agreement)), strict=True))
+    match = match_objects(reading, looks)
+    found = [None if index is None else reading.objects[index] for index in match]
     return Score(
         background=None if background is None else reading.background == background,
         count=len(reading.objects) == len(looks),
-        objects=tuple(_score_object(look, found[match[i]] if i in match else None) for i, look in enumerate(looks)),
+        objects=tuple(_score_object(look, seen) for look, seen in zip(looks, found, strict=True)),
     )
+
+
+def match_objects(reading: Reading, looks: Sequence[world.ObjectLook | AskedObject]) -> tuple[int | None, ...]:
+    """Which object of a reading stands for each expected one, so that most agrees, colour before shape before the rest.
+
+    Returns:
+        Index into `reading.objects` of each of `looks`; None where fewer objects were seen.
+    """
+    found = reading.objects[: len(looks) + 2]
+    agreement = np.array([[_agreement(look, seen) for seen in found] for look in looks]).reshape(len(looks), len(found))
+    match = dict(zip(*(i.tolist() for i in linear_sum_assignment(-agreement)), strict=True))
+    return tuple(match.get(index) for index in range(len(looks)))
 
 
 def _agreement(look: world.ObjectLook | AskedObject, seen: ObjectReading) -> float:
@@ -275,7 +283,7 @@ def identity_kept(before: Reading, after: Reading) -> IdentityKept:
     distance = distance.reshape(len(before.objects), len(after.objects))
     match = dict(zip(*(i.tolist() for i in linear_sum_assignment(distance)), strict=True))
     kept = [
-        _keep(a, after.objects[match[i]], distance[i, match[i]]) if i in match else ObjectKept(*[False] * 4)
+        _keep(a, after.objects[match[i]], distance[i, match[i]]) if i in match else ObjectKept(*[False] * 5)
         for i, a in enumerate(before.objects)
     ]
     return IdentityKept(before.background == after.background, tuple(kept))
@@ -288,6 +296,7 @@ def _keep(a: ObjectReading, b: ObjectReading, distance: float) -> ObjectKept:
         colour=a.colour == b.colour,
         shape=a.shape is not None and a.shape == b.shape,
         size=bool(1 / SAME_RADIUS < ratio < SAME_RADIUS),
+        motion=a.motion is not None and a.motion == b.motion,
     )
 
 

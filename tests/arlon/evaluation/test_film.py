@@ -80,6 +80,40 @@ def test_identity_that_is_lost_at_a_join_is_seen():
     assert (kept["kept_shape"], kept["kept_size"], kept["kept_colour"], kept["kept_background"]) == (0, 0, 1, 1)
 
 
+TWO = "a large red square moves left slowly and a large {} circle stays still on a grey background"
+
+
+def render_two(*seconds: world.ObjectLook) -> np.ndarray:
+    """A red square above a still circle, which is green and then as given."""
+    circle = look(shape="circle", colour="green", motion="still")
+    shots = tuple(world.Shot(objects=(look(), one), background="grey", seconds=3.0) for one in (circle, *seconds))
+    scene = world.Scene(shots=shots, start=((0.9, 0.25), (0.6, 0.75)), phase=(0.0, 0.0))
+    return world.render_scene(scene, height=48, width=64, fps=FPS, num_frames=24 * len(shots)).frames
+
+
+def test_of_two_objects_each_is_held_against_what_is_asked_of_it():
+    circle = look(shape="circle", colour="blue", motion="still")
+    prompts = outline(TWO.format("green"), TWO.format("blue"))
+    kept = {name: 1.0 for name in FIGURES if name.startswith("kept_")}
+
+    def measure(second: world.ObjectLook) -> dict[str, float]:
+        figures = measure_film(render_two(second), prompts, fps=FPS)["figures"]
+        return {name: figures[name] for name in kept} | {"switch_appears": figures["switch_appears"]}
+
+    assert measure(circle) == kept | {"switch_appears": 1.0}, "the red one is to stay red"
+    moves = measure(replace(circle, motion="right"))
+    assert moves == kept | {"switch_appears": 1.0, "kept_motion": 0.5}
+    assert measure(replace(circle, colour="white"))["switch_appears"] == 0
+    other_way = measure_film(render_two(circle), outline(TWO.format("green"), TWO.format("green")), fps=FPS)
+    assert other_way["figures"]["kept_colour"] == 0.5
+
+
+def test_an_object_that_was_never_there_keeps_nothing():
+    found = measure_film(render(look(), look()), outline(*[TWO.format("green")] * 2), fps=FPS)["figures"]
+    assert [found[f"kept_{name}"] for name in ("colour", "shape", "motion", "place", "size")] == [0.5] * 5
+    assert found["kept_background"] == 1
+
+
 def test_nothing_is_asked_of_what_a_cut_keeps(switch):
     found = measure_film(switch, outline(RED_LEFT, BLUE_LEFT, cuts=(1,)), fps=FPS)
     assert found["joins"] == []

@@ -180,12 +180,13 @@ def test_identity_survives_a_motion_change_and_a_colour_change_is_seen():
     first = world.Shot(objects=(look(shape="star"),), background="navy", seconds=34 / 8)
     turned = replace(first, objects=(look(shape="star", motion="up"),))
     painted = replace(first, objects=(look(shape="star", colour="cyan"),))
-    for second, colour_kept in ((turned, True), (painted, False)):
+    for second, colour_kept, motion_kept in ((turned, True, False), (painted, False, True)):
         spec = world.Scene(shots=(first, second), start=((0.5, 0.5),), phase=(0.0,))
         frames = world.render_scene(spec, num_frames=68).frames
         kept = oracle.identity_kept(oracle.read_clip(frames[:34]), oracle.read_clip(frames[34:]))
         assert kept.background
-        assert kept.objects == (oracle.ObjectKept(place=True, colour=colour_kept, shape=True, size=True),)
+        expected = {"place": True, "colour": colour_kept, "shape": True, "size": True, "motion": motion_kept}
+        assert kept.objects == (oracle.ObjectKept(**expected),)
     elsewhere = world.render_scene(scene(look(shape="star"), start=((0.1, 0.9),)), num_frames=34).frames
     kept = oracle.identity_kept(oracle.read_clip(frames[:34]), oracle.read_clip(elsewhere))
     assert not kept.objects[0].place
