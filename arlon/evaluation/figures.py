@@ -142,6 +142,12 @@ FIGURES: Mapping[str, Figure] = {
     "prompt_speed": Figure(group="prompt", meaning="Moving objects of the stated speed."),
     "prompt_background": Figure(group="prompt", meaning="Shots on the stated background."),
     "prompt_count": Figure(group="prompt", meaning="Shots with as many objects as stated."),
+    "prompt_both_colours": Figure(
+        group="prompt", meaning="Shots that ask for two objects and show each in its colour."
+    ),
+    "prompt_both_objects": Figure(
+        group="prompt", meaning="Shots that ask for two objects and show each in its colour and its shape."
+    ),
     **{key: figure for name in _ATTRIBUTES for key, figure in _quarters_of(name).items()},
     "switch_appears": Figure(group="switch", meaning="Changed attributes whose new value the second shot shows."),
     "kept_colour": Figure(group="switch", meaning="Objects that keep their colour where it is not changed."),

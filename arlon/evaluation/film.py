@@ -25,6 +25,7 @@ from arlon.evaluation.oracle import Reading
 CHUNK_FRAMES = 16
 DRIFT_SHARE = 0.15
 """Part of the film at each end between which drift is measured."""
+_BOTH = ("both_colours", "both_objects")
 QUARTERS = ("first", "second", "third", "last")
 PROMPT_GROUPS = ("prompt", "quarters", "switch")
 """Groups of the figures that the oracle gives."""
@@ -204,6 +205,8 @@ class _Film:
         self._average("prompt_accuracy", {index: _accuracy(score) for index, score in scores.items()})
         for name in suite.PROMPT_ATTRIBUTES:
             self._average(f"prompt_{name}", {index: score[name] for index, score in scores.items()})
+        for name in _BOTH:
+            self.values[f"prompt_{name}"] = _mean(score[name] for score in scores.values())
         for name in {name for join in self.joins for name in join["scores"]}:
             self.values[name] = _mean(join["scores"][name] for join in self.joins)
         for entry in (*self.shots, *self.joins):
@@ -241,6 +244,8 @@ class _Film:
                 scores[index] = suite.score_prompt(reading, wanted)
                 if not has_size:
                     scores[index]["size"] = math.nan
+                both = suite.score_both(reading, wanted)
+                scores[index] |= dict(zip(_BOTH, both.values(), strict=True))
                 has_size = has_size and all(o.motion not in ("grow", "shrink") for o in wanted.objects)
                 entry |= {"asked": asdict(wanted), "read": plain_reading(reading), "scores": scores[index]}
             self.shots.append(entry)
@@ -320,7 +325,7 @@ def plain_number(value: float) -> float | None:
 
 def _accuracy(score: Mapping[str, float]) -> float:
     """Mean of all attributes; direction is part of motion."""
-    return _mean(value for name, value in score.items() if name != "direction")
+    return _mean(score[name] for name in suite.PROMPT_ATTRIBUTES if name != "direction")
 
 
 def _mean(values: Any) -> float:

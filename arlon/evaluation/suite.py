@@ -151,8 +151,8 @@ def score_prompt(reading: Reading, shot: world.Shot | AskedShot) -> dict[str, fl
     return {name: values[name] for name in PROMPT_ATTRIBUTES}
 
 
-def score_both(reading: Reading, shot: world.Shot) -> dict[str, float]:
-    """Whether all objects are right where two are asked for; NaN where one is.
+def score_both(reading: Reading, shot: world.Shot | AskedShot) -> dict[str, float]:
+    """Whether all objects are right where two or more are asked for; NaN where one is.
 
     Returns:
         `both colours`: each is there in its colour. `both objects`: each is there in its colour and its shape.

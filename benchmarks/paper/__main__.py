@@ -2,6 +2,7 @@
 
     python -m benchmarks.paper short                     # base, codes alone, ARLON at 5, 10, 30 steps
     python -m benchmarks.paper long --films 8            # twelve shots, by position of the shot
+    python -m benchmarks.paper two_objects               # both right? base, ARLON, codes of the true scene
     python -m benchmarks.paper flips                     # accuracy against the share of codes flipped at random
     python -m benchmarks.paper injection                 # adaptive norm, MLP adapter, ControlNet; first, last half, all
     python -m benchmarks.paper resilience                # fine or coarser codes, kinds of noise, against flipped codes

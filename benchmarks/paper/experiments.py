@@ -23,6 +23,7 @@ LONG_SHOTS = 12
 """Shots of a long film: about a minute at the small model's segments."""
 SCORES = ("colour", "shape", "size", "motion", "direction", "background", "count")
 PROMPT_FIGURES = ("prompt_accuracy", *(f"prompt_{name}" for name in SCORES))
+BOTH_FIGURES = ("prompt_both_colours", "prompt_both_objects")
 PICTURE_FIGURES = ("dynamic_degree_lk", "flow_speed", "temporal_flickering")
 QUARTER_FIGURES = tuple(f"prompt_{name}_{end}" for name in SCORES for end in ("first", "last", "change"))
 LONG_FIGURES = (
@@ -45,6 +46,8 @@ class Experiment:
     num_shots: int = 1
     num_segments: int = 1
     """Of a shot."""
+    two_objects_prob: float = 0.0
+    """Share of films with two objects; only for films of one shot."""
     default_cases: int = 64
 
     def cases(self, count: int, geometry: ModelGeometry) -> list[Case]:
@@ -54,7 +57,9 @@ class Experiment:
         seconds = [self.num_segments * later_s] * self.num_shots
         seconds[0] += first_s - later_s
         aspect = defaults.width / defaults.height
-        return suite.sample_cases(count, seconds=seconds, seed=SUITE_SEED, aspect=aspect)
+        return suite.sample_cases(
+            count, seconds=seconds, seed=SUITE_SEED, two_objects_prob=self.two_objects_prob, aspect=aspect
+        )
 
 
 def _parts(steps: Sequence[int]) -> tuple[Condition, ...]:
@@ -84,6 +89,17 @@ EXPERIMENTS: dict[str, Experiment] = {
         figures=LONG_FIGURES,
         num_shots=LONG_SHOTS,
         default_cases=8,
+    ),
+    "two_objects": Experiment(
+        title="Two objects in one picture",
+        claim="(Not in the paper.)",
+        conditions=(
+            Condition(name="base 30 steps", mode="base", steps=30),
+            Condition(name="arlon 5 steps", steps=FEW_STEPS),
+            Condition(name="true codes 5 steps", steps=FEW_STEPS, mode="true_codes", video="as asked"),
+        ),
+        figures=PROMPT_FIGURES + BOTH_FIGURES,
+        two_objects_prob=1.0,
     ),
     "flips": Experiment(
         title="Codes flipped at random",

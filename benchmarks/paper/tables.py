@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from arlon.evaluation.figures import FIGURES
-from arlon.evaluation.suite import Share, summarise
+from arlon.evaluation.suite import PROMPT_ATTRIBUTES, Share, summarise
 from benchmarks.paper.conditions import Record
 from benchmarks.paper.experiments import Experiment
 
@@ -28,8 +28,9 @@ def accuracy_by_shot(records: Sequence[Record]) -> list[Share]:
     """
     rows = []
     for position in range(min(len(record["shots"]) for record in records)):
-        of_shot = [r["shots"][position].items() for r in records]
-        scores = [[value for name, value in pairs if value is not None and name != "direction"] for pairs in of_shot]
+        of_shot = [record["shots"][position] for record in records]
+        names = [name for name in PROMPT_ATTRIBUTES if name != "direction"]
+        scores = [[shot[name] for name in names if shot.get(name) is not None] for shot in of_shot]
         means = [{"accuracy": sum(values) / len(values) if values else math.nan} for values in scores]
         rows.append(summarise(means)["accuracy"])
     return rows
@@ -68,7 +69,8 @@ def to_markdown(experiment: Experiment, results: Results, model: Mapping[str, st
         "",
         f"The paper: {experiment.claim}",
         "",
-        f"{count} films of {experiment.num_shots} shot{'s' * (experiment.num_shots > 1)}, held-out phrasings, held-out "
+        f"{count} films of {experiment.num_shots} shot{'s' * (experiment.num_shots > 1)}"
+        f"{' and two objects' * (experiment.two_objects_prob == 1)}, held-out phrasings, held-out "
         f"attribute pairs{' at the start' * (experiment.num_shots > 1)}, the same ones under every condition; model "
         f"{model['name']} ({model['hash'][:12]}). Mean and "
         f"95 % bootstrap interval over films. Made by `{command}`.",

@@ -19,6 +19,7 @@ SHOWN_FIGURES = (
     "prompt_colour",
     "prompt_shape",
     "prompt_direction",
+    "prompt_both_objects",
     "switch_appears",
     "temporal_flickering",
     "dynamic_degree_lk",

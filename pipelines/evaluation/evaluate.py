@@ -298,7 +298,8 @@ def _sheet(frames: np.ndarray, shots: Sequence[Mapping[str, Any]]) -> bytes:
     """Contact sheet as PNG, a row a shot, what is wrong with it in its title."""
     rows = []
     for number, shot in enumerate(shots, start=1):
-        wrong = [name for name, value in shot["scores"].items() if value is not None and value < 1]
+        scores = {name: shot["scores"].get(name) for name in suite.PROMPT_ATTRIBUTES}
+        wrong = [name for name, value in scores.items() if value is not None and value < 1]
         title = f"{number}. {shot['prompt']}" + (f"   (not as asked: {', '.join(wrong)})" if wrong else "")
         picked = frames[evenly_spaced(shot["start_frame"], shot["num_frames"], SHEET_COLUMNS)]
         rows.append(SheetRow(title=title, frames=np.stack([_reduced(frame) for frame in picked])))

@@ -13,9 +13,10 @@ import torch
 from benchmarks.paper import conditions
 from benchmarks.paper.__main__ import main, parse_args
 from benchmarks.paper.conditions import Condition, flip_codes, run_condition
-from benchmarks.paper.experiments import EXPERIMENTS, QUARTER_FIGURES, Experiment
+from benchmarks.paper.experiments import EXPERIMENTS, QUARTER_FIGURES, SUITE_SEED, Experiment
 from benchmarks.paper.tables import accuracy_by_shot, cost, figure_shares, to_markdown
-from benchmarks.prompt_accuracy import load_model
+from benchmarks.prompt_accuracy import load_model, make_cases
+from benchmarks.prompt_accuracy import parse_args as parse_suite
 from pipelines.requests import CodeResult
 
 pytestmark = pytest.mark.slow
@@ -31,7 +32,9 @@ def record(shape: float | None, seconds: float, shots: list[dict[str, float | No
 
 
 RECORDS = [
-    record(1.0, 4.0, [{"colour": 1.0, "speed": None, "direction": 0.0}, {"colour": 0.0, "shape": 1.0}]),
+    record(
+        1.0, 4.0, [{"colour": 1.0, "speed": None, "direction": 0.0, "both_objects": 0.0}, {"colour": 0.0, "shape": 1.0}]
+    ),
     record(None, 8.0, [{"colour": 0.0}, {"colour": 0.0, "shape": 0.0}]),
     record(0.0, 6.0, [{"colour": 1.0}, {"colour": 1.0, "shape": 1.0}]),
 ]
@@ -167,6 +170,14 @@ def test_a_shot_of_some_segments_is_made_of_as_many(tiny_model: Path) -> None:
         plan = model.job(experiment.cases(1, model.geometry)[0]).plan
         assert [span.num_segments for span in plan.shots] == [segments] * shots
         assert all(span.num_frames == span.asked_frames for span in plan.shots)
+
+
+def test_two_objects_are_those_of_the_suite_with_its_seed(tiny_model: Path) -> None:
+    geometry = load_model(str(tiny_model)).geometry
+    cases = EXPERIMENTS["two_objects"].cases(3, geometry)
+    assert all(len(case.scene.shots[0].objects) == 2 for case in cases)
+    options = ["--prompts", "3", "--switches", "0", "--two-objects", "1", "--seed", str(SUITE_SEED)]
+    assert make_cases(parse_suite(options), geometry)["prompts"] == cases
 
 
 def test_unknown_conditions_are_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -48,7 +48,8 @@ def test_a_film_that_shows_what_was_asked_has_full_marks(switch):
     found = measure_film(switch, outline(RED_LEFT, BLUE_LEFT), fps=FPS)
     names = [name for name, figure in FIGURES.items() if figure.group in ("prompt", "switch")]
     values = {name: found["figures"][name] for name in names if not name.startswith("prompt_accuracy_")}
-    values.pop("kept_colour")  # it is what changes
+    for name in ("kept_colour", "prompt_both_colours", "prompt_both_objects"):  # what changes, and what is not asked
+        assert values.pop(name) is None
     assert values == dict.fromkeys(values, 1.0)
     assert "kept_colour" in found["skipped"]
     assert [shot["read"]["objects"][0]["colour"] for shot in found["shots"]] == ["red", "blue"]
@@ -106,6 +107,15 @@ def test_of_two_objects_each_is_held_against_what_is_asked_of_it():
     assert measure(replace(circle, colour="white"))["switch_appears"] == 0
     other_way = measure_film(render_two(circle), outline(TWO.format("green"), TWO.format("green")), fps=FPS)
     assert other_way["figures"]["kept_colour"] == 0.5
+
+
+def test_both_objects_must_be_right():
+    frames = render_two(look(shape="circle", colour="blue", motion="still"))
+    shots = outline(TWO.format("green"), TWO.format("blue").replace("circle", "star"))
+    found = measure_film(frames, shots, fps=FPS)
+    assert (found["figures"]["prompt_both_colours"], found["figures"]["prompt_both_objects"]) == (1, 0.5)
+    assert [shot["scores"]["both_objects"] for shot in found["shots"]] == [1, 0]
+    assert found["figures"]["prompt_accuracy"] == pytest.approx((1 + 6.5 / 7) / 2), "both count as attributes do not"
 
 
 def test_an_object_that_was_never_there_keeps_nothing():
