@@ -21,19 +21,20 @@ def figure_shares(records: Sequence[Record], names: Sequence[str]) -> dict[str, 
     return summarise([{name: _number(record["figures"][name]) for name in names} for record in records])
 
 
-def accuracy_by_shot(records: Sequence[Record]) -> list[Share]:
-    """Prompt accuracy at each position of a shot: the mean of what a prompt states, then over films.
+def accuracy_by_shot(records: Sequence[Record]) -> dict[str, list[Share]]:
+    """Prompt accuracy at each position of a shot, over films: of each attribute, and as `accuracy` of all together.
 
-    Direction is part of motion, as in the figure `prompt_accuracy`.
+    That is the mean of what a prompt states; direction is part of motion, as in the figure `prompt_accuracy`.
     """
-    rows = []
-    for position in range(min(len(record["shots"]) for record in records)):
-        of_shot = [record["shots"][position] for record in records]
-        names = [name for name in PROMPT_ATTRIBUTES if name != "direction"]
-        scores = [[shot[name] for name in names if shot.get(name) is not None] for shot in of_shot]
-        means = [{"accuracy": sum(values) / len(values) if values else math.nan} for values in scores]
-        rows.append(summarise(means)["accuracy"])
-    return rows
+    positions = range(min(len(record["shots"]) for record in records))
+    shares = [summarise([_shot_scores(record["shots"][position]) for record in records]) for position in positions]
+    return {name: [of_shot[name] for of_shot in shares] for name in shares[0]}
+
+
+def _shot_scores(shot: Mapping[str, float | None]) -> dict[str, float]:
+    scores = {name: _number(shot.get(name)) for name in PROMPT_ATTRIBUTES}
+    stated = [value for name, value in scores.items() if name != "direction" and not math.isnan(value)]
+    return {"accuracy": sum(stated) / len(stated) if stated else math.nan} | scores
 
 
 def cost(records: Sequence[Record]) -> dict[str, float]:
@@ -52,7 +53,7 @@ def to_json(experiment: Experiment, results: Results, model: Mapping[str, str]) 
         shares = figure_shares(records, experiment.figures)
         rows[name] = {
             "figures": {key: _plain(share) for key, share in shares.items()},
-            "by_shot": [_plain(share) for share in accuracy_by_shot(records)],
+            "by_shot": {key: [_plain(share) for share in row] for key, row in accuracy_by_shot(records).items()},
             "cost": cost(records),
             "films": [
                 _rounded({**r, "figures": {key: r["figures"][key] for key in experiment.figures}}) for r in records
@@ -81,7 +82,8 @@ def to_markdown(experiment: Experiment, results: Results, model: Mapping[str, st
         lines += ["", "Each attribute in the first and in the last quarter of the film:", ""]
         lines += _quarter_table(experiment, results)
     if experiment.num_shots > 1:
-        lines += ["", "Prompt accuracy by position of the shot:", "", *_shot_table(results)]
+        lines += ["", "By position of the shot, mean and interval over the films whose shot there states it:"]
+        lines += _shot_tables(results)
     return "\n".join(lines) + "\n"
 
 
@@ -112,12 +114,17 @@ def _quarter_table(experiment: Experiment, results: Results) -> list[str]:
     return lines
 
 
-def _shot_table(results: Results) -> list[str]:
-    tables = {name: accuracy_by_shot(records) for name, records in results.items()}
-    length = min(len(rows) for rows in tables.values())
+def _shot_tables(results: Results) -> list[str]:
+    """A table an attribute: a row a condition, a column a position."""
+    tables = {condition: accuracy_by_shot(records) for condition, records in results.items()}
+    length = min(len(table["accuracy"]) for table in tables.values())
     header = ["", *(str(position + 1) for position in range(length))]
-    rows = [[name, *(f"{share.mean:.2f}" for share in table[:length])] for name, table in tables.items()]
-    return [_row(header), _row(["---"] * len(header)), *(_row(row) for row in rows)]
+    lines: list[str] = []
+    for name in ("accuracy", *PROMPT_ATTRIBUTES):
+        rows = [[condition, *map(_cell, table[name][:length])] for condition, table in tables.items()]
+        if any(cell for row in rows for cell in row[1:]):
+            lines += ["", f"**{name}**", "", _row(header), _row(["---"] * len(header)), *map(_row, rows)]
+    return lines
 
 
 def _row(cells: Sequence[str]) -> str:

@@ -7,14 +7,16 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from arlon.evaluation import suite
 from benchmarks.paper import conditions
 from benchmarks.paper.__main__ import main, parse_args
 from benchmarks.paper.conditions import Condition, flip_codes, run_condition
 from benchmarks.paper.experiments import EXPERIMENTS, QUARTER_FIGURES, SUITE_SEED, Experiment
-from benchmarks.paper.tables import accuracy_by_shot, cost, figure_shares, to_markdown
+from benchmarks.paper.tables import accuracy_by_shot, cost, figure_shares, to_json, to_markdown
 from benchmarks.prompt_accuracy import load_model, make_cases
 from benchmarks.prompt_accuracy import parse_args as parse_suite
 from pipelines.requests import CodeResult
@@ -62,9 +64,23 @@ def test_figures_leave_out_what_a_film_does_not_show() -> None:
 
 
 def test_accuracy_by_shot_is_the_mean_of_what_a_prompt_states() -> None:
-    first, second = accuracy_by_shot(RECORDS)
+    first, second = accuracy_by_shot(RECORDS)["accuracy"]
     assert first.mean == pytest.approx(2 / 3)
     assert second.mean == pytest.approx((0.5 + 0 + 1) / 3)
+
+
+def test_every_attribute_has_its_interval_at_each_position() -> None:
+    rows = accuracy_by_shot(RECORDS)
+    assert [share.mean for share in rows["colour"]] == pytest.approx([2 / 3, 1 / 3])
+    assert (rows["colour"][0].low, rows["colour"][0].high) == suite.bootstrap_interval(np.array([1.0, 0.0, 1.0]))
+    assert [share.count for share in rows["shape"]] == [0, 3]
+    experiment = Experiment(title="T", claim="C", conditions=(), figures=("prompt_shape",), num_shots=2)
+    named = {"name": "m", "hash": "h"}
+    table = to_markdown(experiment, {"a": RECORDS}, named, "run me")
+    assert "**shape**\n\n|  | 1 | 2 |\n| --- | --- | --- |\n| a |  | 0.67 [0.00, 1.00] |\n" in table
+    assert "**speed**" not in table, "no prompt states it"
+    stored = to_json(experiment, {"a": RECORDS}, named)["conditions"]["a"]["by_shot"]
+    assert stored["shape"][1]["count"] == 3
 
 
 def test_cost_is_that_of_the_middle_film() -> None:
@@ -76,7 +92,10 @@ def test_table_has_a_row_a_condition_and_a_column_a_figure() -> None:
     table = to_markdown(experiment, {"a": RECORDS, "b": RECORDS[:1]}, {"name": "m", "hash": "h"}, "run me")
     rows = [line for line in table.splitlines() if line.startswith("| a") or line.startswith("| b")]
     assert rows[0] == "| a | 0.50 [0.00, 1.00] | 3.00 | 25% | 10 |"
-    assert rows[2:] == ["| a | 0.67 | 0.50 |", "| b | 1.00 | 0.50 |"]
+    assert rows[2:4] == [
+        "| a | 0.67 [0.00, 1.00] | 0.50 [0.00, 1.00] |",
+        "| b | 1.00 [1.00, 1.00] | 0.50 [0.50, 0.50] |",
+    ]
 
 
 def test_quarters_have_a_table_of_their_own() -> None:
