@@ -24,10 +24,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from arlon.checkpoint import ModelFolder
 from benchmarks.paper.conditions import Condition, run_condition
 from benchmarks.paper.experiments import EXPERIMENTS
 from benchmarks.paper.tables import to_json, to_markdown
-from benchmarks.paper.variants import DEFAULT_OUTPUT, variant_model
+from benchmarks.paper.variants import DEFAULT_OUTPUT, shared_training, variant_model
 from benchmarks.prompt_accuracy import ProgressLine, load_model
 from pipelines.requests import CodeResult
 from pipelines.runs.durable import write_bytes, write_json
@@ -54,15 +55,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def with_model(condition: Condition, folder: Path) -> Condition:
-    """A condition with the model of its variant, if it has one.
+def with_models(conditions: Sequence[Condition], folder: Path, model: ModelFolder) -> list[Condition]:
+    """Conditions with the model of their variant, if they have one.
 
     Raises:
         FileNotFoundError: If that has not been trained.
+        ValueError: If it was trained on another base than `model`.
     """
-    if condition.variant is None:
-        return condition
-    return replace(condition, model=str(variant_model(folder, condition.variant)))
+    paths = {c.variant: str(variant_model(folder, c.variant, model)) for c in conditions if c.variant is not None}
+    return [replace(c, model=paths[c.variant]) if c.variant else c for c in conditions]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -72,11 +73,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         model = load_model(args.model)
         cases = experiment.cases(args.films or experiment.default_cases, model.geometry)
-        conditions = [
-            with_model(condition, args.variants)
-            for condition in experiment.conditions
-            if args.only is None or condition.name in args.only
-        ]
+        chosen = [c for c in experiment.conditions if args.only is None or c.name in args.only]
+        conditions = with_models(chosen, args.variants, ModelFolder.open(model.path, required=(), verify=False))
+        names = list(dict.fromkeys(c.variant for c in chosen if c.variant is not None))
+        training = shared_training(args.variants, names) if names else None
         written: dict[str, CodeResult] = {}
         results = {
             condition.name: run_condition(
@@ -93,9 +93,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         command = f"python -m benchmarks.paper {args.experiment} --films {len(cases)}"
         if args.only:
             command += " --only " + shlex.join(args.only)
-        table = to_markdown(experiment, results, identity, command)
+        table = to_markdown(experiment, results, identity, command, training)
         args.output.mkdir(parents=True, exist_ok=True)
-        write_json(args.output / f"{args.experiment}.json", to_json(experiment, results, identity))
+        write_json(args.output / f"{args.experiment}.json", to_json(experiment, results, identity, training))
         write_bytes(args.output / f"{args.experiment}.md", table.encode())
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -19,6 +19,7 @@ import torch
 from arlon.checkpoint import read_json
 from arlon.data import shapes_world as world
 from arlon.diffusion import samplers
+from arlon.evaluation.figures import FORMAT
 from arlon.evaluation.film import FilmShot, Outline, measure_film
 from arlon.evaluation.suite import Case
 from benchmarks.prompt_accuracy import FilmMaker, Mode, Model, SceneEncoder, load_model
@@ -194,7 +195,8 @@ def _outline(prompts: Sequence[str], lengths: Sequence[int], segment_starts: Seq
 
 
 def _key(condition: Condition, case: Case, model: Model) -> str:
-    what = {**asdict(condition), "model": model.model_hash, "prompts": case.prompts, "seed": case.seed}
+    what = {"figures": FORMAT, **asdict(condition), "model": model.model_hash}
+    what |= {"prompts": case.prompts, "seed": case.seed}
     return json.dumps(what, sort_keys=True, default=str)
 
 

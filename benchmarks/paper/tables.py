@@ -46,8 +46,10 @@ def cost(records: Sequence[Record]) -> dict[str, float]:
     return {"seconds_per_second": per_second[middle], "ar_share": share[middle], "dit_calls": calls}
 
 
-def to_json(experiment: Experiment, results: Results, model: Mapping[str, str]) -> dict[str, Any]:
-    """The table, and the figures of it for every film, to four digits."""
+def to_json(
+    experiment: Experiment, results: Results, model: Mapping[str, str], training: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The table, and the figures of it for every film, to four digits; `training` is that of the variants."""
     rows = {}
     for name, records in results.items():
         shares = figure_shares(records, experiment.figures)
@@ -59,11 +61,18 @@ def to_json(experiment: Experiment, results: Results, model: Mapping[str, str]) 
                 _rounded({**r, "figures": {key: r["figures"][key] for key in experiment.figures}}) for r in records
             ],
         }
-    return {"title": experiment.title, "claim": experiment.claim, "model": dict(model), "conditions": rows}
+    about = {"title": experiment.title, "claim": experiment.claim, "model": dict(model)}
+    return about | ({"training": dict(training)} if training else {}) | {"conditions": rows}
 
 
-def to_markdown(experiment: Experiment, results: Results, model: Mapping[str, str], command: str) -> str:
-    """The table as Markdown."""
+def to_markdown(
+    experiment: Experiment,
+    results: Results,
+    model: Mapping[str, str],
+    command: str,
+    training: Mapping[str, Any] | None = None,
+) -> str:
+    """The table as Markdown; `training` is that of the variants."""
     count = min(len(records) for records in results.values())
     lines = [
         f"# {experiment.title}",
@@ -76,6 +85,7 @@ def to_markdown(experiment: Experiment, results: Results, model: Mapping[str, st
         f"{model['name']} ({model['hash'][:12]}). Mean and "
         f"95 % bootstrap interval over films. Made by `{command}`.",
         "",
+        *_training_lines(training),
         *_figure_table(experiment, results),
     ]
     if any(FIGURES[name].group == "quarters" for name in experiment.figures):
@@ -85,6 +95,15 @@ def to_markdown(experiment: Experiment, results: Results, model: Mapping[str, st
         lines += ["", "By position of the shot, mean and interval over the films whose shot there states it:"]
         lines += _shot_tables(results)
     return "\n".join(lines) + "\n"
+
+
+def _training_lines(training: Mapping[str, Any] | None) -> list[str]:
+    if not training:
+        return []
+    settings = " ".join(training["settings"])
+    told = f" -- {settings}" if settings else ""
+    command = f"python -m benchmarks.paper.variants --steps {training['steps']}{told}"
+    return [f"Each injection trained for {training['steps']} steps: `{command}`.", ""]
 
 
 def _figure_table(experiment: Experiment, results: Results) -> list[str]:

@@ -5,7 +5,8 @@
     python -m benchmarks.paper.variants -- data.cache_dir=cache optim.lr=5e-4   # settings of every training
 
 Each ends as a model folder, OUTPUT/NAME/model: the model it was trained for, with its own injection. What is trained
-already is left alone, and a training that was interrupted goes on.
+already is left alone, and a training that was interrupted goes on. OUTPUT/NAME/training.json tells what it was trained
+on, how long and under which settings; another base, length or setting is refused there, and by the experiments too.
 """
 
 from __future__ import annotations
@@ -22,9 +23,13 @@ from typing import Any
 
 from arlon.checkpoint import COMPONENTS, ModelFolder, read_json, write_model_index
 from arlon.models.stdit import STDiT3Config
+from pipelines.runs.durable import hash_file, make_folder, write_json
 
 DEFAULT_OUTPUT = Path("outputs/paper/variants")
 CONFIG = Path("configs/shapes/inject.yaml")
+TRAINING_NAME = "training.json"
+BASE = ("dit", "vae", "vqvae", "vqvae_coarser", "text_encoder")
+"""Components that an injection is trained on, where the model has them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,23 +81,78 @@ def variant_folder(output: Path, name: str) -> Path:
     return output / name.replace(", ", "-").replace(" ", "_")
 
 
-def variant_model(output: Path, name: str) -> Path:
-    """The model folder of a variant.
+def variant_model(output: Path, name: str, model: ModelFolder) -> Path:
+    """The model folder of a variant of `model`.
 
     Raises:
         FileNotFoundError: If it has not been trained.
+        ValueError: If it was trained on another base, or other parts of its folder are not those of `model`.
     """
     folder = variant_folder(output, name) / "model"
+    command = f"run `python -m benchmarks.paper.variants --only {json.dumps(name)}`"
     if not (folder / "model_index.json").is_file():
-        raise FileNotFoundError(
-            f"{name!r} is not trained, expected a model in {str(folder)!r}: run "
-            f"`python -m benchmarks.paper.variants --only {json.dumps(name)}`"
+        raise FileNotFoundError(f"{name!r} is not trained, expected a model in {str(folder)!r}: {command}")
+    base = read_training(output, name)["base"]
+    if other := _differing(base, _base_of(model)):
+        raise ValueError(
+            f"{name!r} in {str(folder.parent)!r} was trained on another base than {str(model.path)!r}, they "
+            f"differ in {', '.join(other)}: {command} with another --output, and give that as --variants"
         )
+    if other := _differing(_without_injection(_open(folder)), _without_injection(model)):
+        raise ValueError(f"{str(folder)!r} has another {', '.join(other)} than {str(model.path)!r}: {command}")
     return folder
 
 
+def read_training(output: Path, name: str) -> dict[str, Any]:
+    """What a variant was trained on: `base` (SHA-256 by component), `steps`, `settings`, `variant`, `config`.
+
+    Raises:
+        ValueError: If its folder does not tell.
+    """
+    path = variant_folder(output, name) / TRAINING_NAME
+    if not path.is_file():
+        raise ValueError(
+            f"{str(path.parent)!r} has no {TRAINING_NAME}, so that its base and length are not known: remove the "
+            f"folder, and train {name!r} again"
+        )
+    return read_json(path, "what a variant was trained on")
+
+
+def shared_training(output: Path, names: Sequence[str]) -> dict[str, Any]:
+    """What variants have in common: `steps`, `settings`, `config`.
+
+    Raises:
+        ValueError: If they were not trained alike, so that they cannot be compared.
+    """
+    trainings = {name: read_training(output, name) for name in names}
+    first, *others = trainings
+    shared = {key: trainings[first][key] for key in ("steps", "settings", "config")}
+    for name in others:
+        if other := _differing(shared, {key: trainings[name][key] for key in shared}):
+            told = ", ".join(f"{key} {shared[key]!r} and {trainings[name][key]!r}" for key in other)
+            raise ValueError(f"{first!r} and {name!r} were not trained alike and cannot be compared: {told}")
+    return shared
+
+
+def _base_of(model: ModelFolder) -> dict[str, str]:
+    return {name: model.components[name] for name in BASE if name in model.components}
+
+
+def _without_injection(model: ModelFolder) -> dict[str, str]:
+    return {name: value for name, value in model.components.items() if name != "injection"}
+
+
+def _differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
+    return sorted(key for key in {*a, *b} if a.get(key) != b.get(key))
+
+
+def _open(folder: Path) -> ModelFolder:
+    return ModelFolder.open(folder, required=(), verify=False)
+
+
 def with_injection(model: ModelFolder, injection: Path, output: Path) -> None:
-    """Write the model folder `output`: all of `model`, but for its injection."""
+    """Write the model folder `output` afresh: all of `model`, but for its injection."""
+    shutil.rmtree(output, ignore_errors=True)
     output.mkdir(parents=True, exist_ok=True)
     for name in COMPONENTS:
         source = injection if name == "injection" else model.path / name
@@ -102,12 +162,32 @@ def with_injection(model: ModelFolder, injection: Path, output: Path) -> None:
 
 
 def train_variant(variant: Variant, model: ModelFolder, args: argparse.Namespace) -> None:
-    """Train one, and write its model folder."""
+    """Train one, and write its model folder.
+
+    Raises:
+        ValueError: If its folder holds another training.
+    """
     folder = variant_folder(args.output, variant.name)
+    dit = STDiT3Config(**_fields(model.path / "dit"))
+    training = {
+        "base": _base_of(model),
+        "steps": args.steps,
+        "settings": list(args.overrides),
+        "variant": variant.overrides(dit),
+        "config": hash_file(args.config),
+    }
+    if folder.exists() and (other := _differing(read_training(args.output, variant.name), training)):
+        raise ValueError(
+            f"{str(folder)!r} holds another training of {variant.name!r}, it differs in {', '.join(other)}: name "
+            "another --output, or remove the folder to train it again"
+        )
     if (folder / "model" / "model_index.json").is_file():
+        if _differing(_without_injection(_open(folder / "model")), _without_injection(model)):
+            with_injection(model, folder / "export", folder / "model")
         print(f"{variant.name}: there already, {folder / 'model'}")
         return
-    dit = STDiT3Config(**_fields(model.path / "dit"))
+    make_folder(folder)
+    write_json(folder / TRAINING_NAME, training)
     parts = {"dit": "dit", "vqvae": "vqvae", "vqvae_coarser": "vqvae_coarser", "data.vae": "vae"}
     overrides = [
         *(f"{key}={model.path / name}" for key, name in parts.items()),

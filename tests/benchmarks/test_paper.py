@@ -133,6 +133,9 @@ def test_films_are_made_once_and_the_same_ones_under_every_condition(
     assert run(flipped)[0]["figures"] != first[0]["figures"]
     run(Condition(name="plain", steps=3))
     assert len(made) == 6, "another condition under the same name is made again"
+    monkeypatch.setattr(conditions, "FORMAT", conditions.FORMAT + 1)
+    run(plain)
+    assert len(made) == 8, "and so are films that were measured by other definitions"
 
 
 def test_codes_are_taken_over_where_the_ar_model_would_write_the_same_ones(tiny_model: Path, tmp_path: Path) -> None:

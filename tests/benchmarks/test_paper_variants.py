@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from arlon.checkpoint import ModelFolder, write_model_index
 from arlon.models.injection import SemanticInjection
 from arlon.models.stdit import STDiT3, STDiT3Config
 from benchmarks.paper import variants
@@ -64,16 +69,16 @@ def test_trained_variants_become_models_that_the_experiment_compares(
     names = ["mlp adapter, first half", "controlnet, first half"]
     out = tmp_path / "variants"
 
-    def train() -> None:
-        variants.main(
-            ["--model", str(tiny_model), "--steps", "7", "--output", str(out), "--only", *names, "--", *sizes]
-        )
+    def train(model: Path = tiny_model, steps: int = 7, only: Sequence[str] = names) -> None:
+        places = ["--model", str(model), "--output", str(out)]
+        variants.main([*places, "--steps", str(steps), "--only", *only, "--", *sizes])
 
     train()
     assert len(trained) == 2
     train()
     assert len(trained) == 2, "what is trained already is left alone"
-    models = [open_model(str(variants.variant_model(out, name)))[1]["hash"] for name in names]
+    base = ModelFolder.open(tiny_model)
+    models = [open_model(str(variants.variant_model(out, name, base)))[1]["hash"] for name in names]
     assert len({*models, open_model(str(tiny_model))[1]["hash"]}) == 3
 
     places = ["--model", str(tiny_model), "--variants", str(out), "--work", str(tmp_path / "work")]
@@ -83,6 +88,36 @@ def test_trained_variants_become_models_that_the_experiment_compares(
     run_experiment(["injection", "--films", "1", "--only", "none", *names, "--output", str(tmp_path), *places])
     table = (tmp_path / "injection.md").read_text()
     assert all(f"| {name} |" in table for name in ("none", *names))
+    assert f"trained for 7 steps: `python -m benchmarks.paper.variants --steps 7 -- {' '.join(sizes)}`" in table
+    assert json.loads((tmp_path / "injection.json").read_text())["training"]["steps"] == 7
+
+    with pytest.raises(SystemExit, match=r"holds another training .* differs in steps"):
+        train(steps=8)
+    third = "adaptive norm, all"
+    train(steps=8, only=[third])
+    with pytest.raises(SystemExit, match=r"not trained alike and cannot be compared: steps 8 and 7"):
+        run_experiment(["injection", "--films", "1", "--only", names[0], third, "--output", str(tmp_path), *places])
+
+    other_ar, other_dit = tmp_path / "other_ar", tmp_path / "other_dit"
+    for folder, name in ((other_ar, "ar"), (other_dit, "dit")):
+        shutil.copytree(tiny_model, folder)
+        weights = folder / name / "model.safetensors"
+        tensors = {key: value * 2 for key, value in load_file(weights).items()}
+        save_file(tensors, weights)
+        write_model_index(folder, base.defaults)
+    with pytest.raises(ValueError, match=r"trained on another base than .* differ in dit"):
+        variants.variant_model(out, names[0], ModelFolder.open(other_dit))
+    with pytest.raises(SystemExit, match=r"differs in base"):
+        train(model=other_dit)
+    with pytest.raises(ValueError, match="has another ar than"):
+        variants.variant_model(out, names[0], ModelFolder.open(other_ar))
+    before = len(trained)
+    train(model=other_ar)
+    assert len(trained) == before, "the AR model is no part of the training"
+    assert variants.variant_model(out, names[0], ModelFolder.open(other_ar))
+    (variants.variant_folder(out, names[0]) / variants.TRAINING_NAME).unlink()
+    with pytest.raises(SystemExit, match=r"has no training\.json"):
+        train()
 
 
 def test_bad_options_end_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
