@@ -28,7 +28,8 @@ from pipelines.runs.durable import append_line, make_folder, read_lines
 from pipelines.workers import CodeWorker, torch_threads
 
 Record = dict[str, Any]
-"""What is kept of a film: `figures` by name, `shots` with their scores, `seconds` by role, `calls` of the DiT."""
+"""What is kept of a film: `figures` by name, scores of its `shots`, what is `asked` of each, `seconds` by role, `calls`
+of the DiT."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,10 +180,19 @@ def _film_record(
     record = {
         "figures": measured["figures"],
         "shots": [shot["scores"] for shot in measured["shots"]],
+        "asked": [_asked(shot) for shot in case.scene.shots],
         "seconds": {"total": total_s, "code": code_s, "refine": refine_s, "film": at / model.geometry.defaults.fps},
         "calls": len(starts) * steps,
     }
     return record, codes
+
+
+def _asked(shot: world.Shot) -> dict[str, Any]:
+    """Whether an object of a shot has an attribute pair that training never shows, and the motions."""
+    return {
+        "held_out": any(world.is_held_out(look) for look in shot.objects),
+        "motions": [look.motion for look in shot.objects],
+    }
 
 
 def _outline(prompts: Sequence[str], lengths: Sequence[int], segment_starts: Sequence[int]) -> Outline:

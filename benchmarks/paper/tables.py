@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -12,6 +13,8 @@ from arlon.evaluation.suite import PROMPT_ATTRIBUTES, Share, summarise
 from benchmarks.paper.conditions import Record
 from benchmarks.paper.experiments import Experiment
 
+PAIRS = {"held out": True, "may be trained on": False}
+"""Whether a shot shows an attribute pair that training never shows."""
 Results = Mapping[str, Sequence[Record]]
 """Records by the name of their condition."""
 
@@ -31,10 +34,27 @@ def accuracy_by_shot(records: Sequence[Record]) -> dict[str, list[Share]]:
     return {name: [of_shot[name] for of_shot in shares] for name in shares[0]}
 
 
+def accuracy_by_pair(records: Sequence[Record], *, held_out: bool) -> dict[str, Share]:
+    """Prompt accuracy in the shots after the first that show a held-out attribute pair, or in those that show none.
+
+    Means over such shots of a film, then over the films that have any: of each attribute, and as `accuracy` of all.
+    """
+    films = []
+    for record in records:
+        shots = zip(record["shots"][1:], record["asked"][1:], strict=True)
+        rows = [_shot_scores(shot) for shot, asked in shots if asked["held_out"] == held_out]
+        films.append({name: _mean(row[name] for row in rows) for name in ("accuracy", *PROMPT_ATTRIBUTES)})
+    return summarise(films)
+
+
+def _mean(values: Iterable[float]) -> float:
+    known = [value for value in values if not math.isnan(value)]
+    return sum(known) / len(known) if known else math.nan
+
+
 def _shot_scores(shot: Mapping[str, float | None]) -> dict[str, float]:
     scores = {name: _number(shot.get(name)) for name in PROMPT_ATTRIBUTES}
-    stated = [value for name, value in scores.items() if name != "direction" and not math.isnan(value)]
-    return {"accuracy": sum(stated) / len(stated) if stated else math.nan} | scores
+    return {"accuracy": _mean(value for name, value in scores.items() if name != "direction")} | scores
 
 
 def cost(records: Sequence[Record]) -> dict[str, float]:
@@ -56,6 +76,10 @@ def to_json(
         rows[name] = {
             "figures": {key: _plain(share) for key, share in shares.items()},
             "by_shot": {key: [_plain(share) for share in row] for key, row in accuracy_by_shot(records).items()},
+            "by_pair": {
+                kind: {key: _plain(share) for key, share in accuracy_by_pair(records, held_out=held_out).items()}
+                for kind, held_out in PAIRS.items()
+            },
             "cost": cost(records),
             "films": [
                 _rounded({**r, "figures": {key: r["figures"][key] for key in experiment.figures}}) for r in records
@@ -74,6 +98,9 @@ def to_markdown(
 ) -> str:
     """The table as Markdown; `training` is that of the variants."""
     count = min(len(records) for records in results.values())
+    later = [asked for record in next(iter(results.values())) for asked in record["asked"][1:]]
+    held_out = sum(asked["held_out"] for asked in later)
+    where = f" in the first shot and in {held_out} of {len(later)} later ones" if later else ""
     lines = [
         f"# {experiment.title}",
         "",
@@ -81,7 +108,7 @@ def to_markdown(
         "",
         f"{count} films of {experiment.num_shots} shot{'s' * (experiment.num_shots > 1)}"
         f"{' and two objects' * (experiment.two_objects_prob == 1)}, held-out phrasings, held-out "
-        f"attribute pairs{' at the start' * (experiment.num_shots > 1)}, the same ones under every condition; model "
+        f"attribute pairs{where}, the same ones under every condition; model "
         f"{model['name']} ({model['hash'][:12]}). Mean and "
         f"95 % bootstrap interval over films. Made by `{command}`.",
         "",
@@ -91,7 +118,11 @@ def to_markdown(
     if any(FIGURES[name].group == "quarters" for name in experiment.figures):
         lines += ["", "Each attribute in the first and in the last quarter of the film:", ""]
         lines += _quarter_table(experiment, results)
-    if experiment.num_shots > 1:
+    if later:
+        lines += ["", "Shots after the first, by whether training may have shown their attribute pairs:", ""]
+        lines += _pair_table(results)
+        motions = Counter(motion for asked in later for motion in asked["motions"]).most_common()
+        lines += ["", f"Motions asked for there: {', '.join(f'{name} {number}' for name, number in motions)}."]
         lines += ["", "By position of the shot, mean and interval over the films whose shot there states it:"]
         lines += _shot_tables(results)
     return "\n".join(lines) + "\n"
@@ -130,6 +161,17 @@ def _quarter_table(experiment: Experiment, results: Results) -> list[str]:
         for condition, found in shares.items():
             cells = [_cell(found[f"prompt_{attribute}_{end}"]) for end in ends]
             lines.append(_row([attribute, condition, *cells]))
+    return lines
+
+
+def _pair_table(results: Results) -> list[str]:
+    """A row a condition and kind of pair, a column an attribute."""
+    names = ("accuracy", *PROMPT_ATTRIBUTES)
+    lines = [_row(["", "pairs", *names]), _row(["---"] * (2 + len(names)))]
+    for condition, records in results.items():
+        for kind, held_out in PAIRS.items():
+            shares = accuracy_by_pair(records, held_out=held_out)
+            lines.append(_row([condition, kind, *(_cell(shares[name]) for name in names)]))
     return lines
 
 

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 
+from arlon.data import shapes_world as world
 from arlon.evaluation import suite
 from benchmarks.paper import conditions
 from benchmarks.paper.__main__ import main, parse_args
 from benchmarks.paper.conditions import Condition, flip_codes, run_condition
 from benchmarks.paper.experiments import EXPERIMENTS, QUARTER_FIGURES, SUITE_SEED, Experiment
-from benchmarks.paper.tables import accuracy_by_shot, cost, figure_shares, to_json, to_markdown
+from benchmarks.paper.tables import accuracy_by_pair, accuracy_by_shot, cost, figure_shares, to_json, to_markdown
 from benchmarks.prompt_accuracy import load_model, make_cases
 from benchmarks.prompt_accuracy import parse_args as parse_suite
 from pipelines.requests import CodeResult
@@ -28,6 +29,7 @@ def record(shape: float | None, seconds: float, shots: list[dict[str, float | No
     return {
         "figures": {"prompt_shape": shape},
         "shots": shots,
+        "asked": [{"held_out": i == 0 or shape == 1.0, "motions": ["left", "up"][:i]} for i in range(len(shots))],
         "seconds": {"total": seconds, "code": seconds / 4, "refine": seconds / 2, "film": 2.0},
         "calls": 10,
     }
@@ -69,6 +71,27 @@ def test_accuracy_by_shot_is_the_mean_of_what_a_prompt_states() -> None:
     assert second.mean == pytest.approx((0.5 + 0 + 1) / 3)
 
 
+def test_later_shots_are_told_apart_by_whether_training_may_have_shown_their_pairs() -> None:
+    found = [accuracy_by_pair(RECORDS, held_out=held_out) for held_out in (True, False)]
+    assert [(share["accuracy"].mean, share["accuracy"].count) for share in found] == [(0.5, 1), (0.5, 2)]
+    assert [share["colour"].mean for share in found] == [0, 0.5]
+    experiment = Experiment(title="T", claim="C", conditions=(), figures=("prompt_shape",), num_shots=2)
+    table = to_markdown(experiment, {"a": RECORDS}, {"name": "m", "hash": "h"}, "run me")
+    assert "held-out attribute pairs in the first shot and in 1 of 3 later ones, the same" in table
+    assert "| a | held out | 0.50 [0.50, 0.50] | 0.00 [0.00, 0.00] |" in table
+    assert "Motions asked for there: left 3." in table
+
+
+def test_records_say_which_shots_show_held_out_pairs() -> None:
+    looks = [world.ObjectLook(colour="red", shape=s, size="large", motion="up", speed="fast") for s in world.SHAPES]
+    shots = [world.Shot(objects=(look,), background="sky", seconds=1.0) for look in looks]
+    assert [conditions._asked(shot)["held_out"] for shot in shots] == [False, False, False, True]
+    assert conditions._asked(replace(shots[0], objects=(looks[0], looks[3]))) == {
+        "held_out": True,
+        "motions": ["up", "up"],
+    }
+
+
 def test_every_attribute_has_its_interval_at_each_position() -> None:
     rows = accuracy_by_shot(RECORDS)
     assert [share.mean for share in rows["colour"]] == pytest.approx([2 / 3, 1 / 3])
@@ -92,7 +115,7 @@ def test_table_has_a_row_a_condition_and_a_column_a_figure() -> None:
     table = to_markdown(experiment, {"a": RECORDS, "b": RECORDS[:1]}, {"name": "m", "hash": "h"}, "run me")
     rows = [line for line in table.splitlines() if line.startswith("| a") or line.startswith("| b")]
     assert rows[0] == "| a | 0.50 [0.00, 1.00] | 3.00 | 25% | 10 |"
-    assert rows[2:4] == [
+    assert rows[6:8] == [
         "| a | 0.67 [0.00, 1.00] | 0.50 [0.00, 1.00] |",
         "| b | 1.00 [1.00, 1.00] | 0.50 [0.50, 0.50] |",
     ]
