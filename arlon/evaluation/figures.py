@@ -80,7 +80,10 @@ FIGURES: Mapping[str, Figure] = {
         group="vbench", meaning="How well every second frame is interpolated from its neighbours.", backbone="AMT-S"
     ),
     "dynamic_degree": Figure(
-        group="vbench", meaning="Whether enough frames have a fast enough optical flow.", backbone="RAFT"
+        group="vbench",
+        meaning="1 if in a quarter of the frames, eight a second, the fastest 5 % of pixels move more than 6 pixels of "
+        "256, cuts included.",
+        backbone="RAFT, C + T",
     ),
     "overall_consistency": Figure(
         group="vbench", meaning="Likeness of film and prompt in a common space.", backbone="ViCLIP"

@@ -266,11 +266,14 @@ class _Film:
             if figure.group != "vbench" or not figure.backbone:
                 continue
             if name in backbones:
-                self.values[name] = backbones[name].score(self.frames)
+                try:
+                    self.values[name] = backbones[name].score(self.frames, fps=self.fps)
+                except ValueError as error:
+                    self.skip(str(error), name)
             elif name in vbench.BACKBONE_KINDS:
-                self.skip(f"needs {figure.backbone}: give --backbone {name}=FOLDER_OR_HUB_ID", name)
+                self.skip(f"needs {figure.backbone}: give --backbone {name}=PLACE", name)
             else:
-                self.skip(f"needs {figure.backbone}, which cannot be loaded here: use the official suite", name)
+                self.skip(f"needs {figure.backbone}, {vbench.NO_ARCHITECTURE[name]}: use the official suite", name)
 
 
 def score_join(before: AskedShot, after: AskedShot, seen: Reading, then: Reading) -> dict[str, float]:

@@ -2,14 +2,15 @@
 
 Source: Huang et al., "VBench: Comprehensive benchmark suite for video generative models", arXiv:2311.17982, and its
 code where the paper leaves something open (preprocessing, thresholds). A backbone is a folder or hub id in the layout
-of transformers, read from safetensors only.
+of transformers, read from safetensors only; RAFT is a file of torchvision's weights, read as tensors only.
 """
 
 from __future__ import annotations
 
 import hashlib
+import pickle
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,10 @@ INPUT_SIDE = 224
 BATCH_SIZE = 16
 AESTHETIC_HEAD = "aesthetic_head.safetensors"
 AESTHETIC_SCALE = 10
+RAFT_UPDATES = 20
+RAFT_MIN_SIDE = 128
+"""Pixels: features are an eighth of it, and the coarsest level of their pyramid an eighth of that."""
+RAFT_BATCH_SIZE = 4
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 
@@ -93,8 +98,12 @@ class Backbone(ABC):
     description: str
 
     @abstractmethod
-    def score(self, frames: np.ndarray) -> float:
-        """The figure of frames (pT, pH, pW, 3) uint8."""
+    def score(self, frames: np.ndarray, *, fps: float) -> float:
+        """The figure of frames (pT, pH, pW, 3) uint8, `fps` of them a second.
+
+        Raises:
+            ValueError: If it cannot be computed of such frames; the message says why.
+        """
 
 
 class DinoBackbone(Backbone):
@@ -108,7 +117,7 @@ class DinoBackbone(Backbone):
         self._model = _load(ViTModel, folder, device, add_pooling_layer=False)
 
     @torch.inference_mode()
-    def score(self, frames: np.ndarray) -> float:
+    def score(self, frames: np.ndarray, *, fps: float) -> float:
         """Consistency of the class tokens."""
         device = self._model.device
         features = []
@@ -141,7 +150,7 @@ class ClipBackbone(Backbone):
             features.append(self._model(pixel_values=pictures).image_embeds.float().cpu())
         return torch.cat(features)
 
-    def score(self, frames: np.ndarray) -> float:
+    def score(self, frames: np.ndarray, *, fps: float) -> float:
         """Consistency of the embeddings."""
         return consistency(self.embed(frames))
 
@@ -165,18 +174,71 @@ class AestheticBackbone(ClipBackbone):
         self._weight, self._bias = tensors["weight"].float()[0], tensors["bias"].float()
         self.description += f", head {hashlib.sha256(head.read_bytes()).hexdigest()[:12]}"
 
-    def score(self, frames: np.ndarray) -> float:
+    def score(self, frames: np.ndarray, *, fps: float) -> float:
         """Mean of the head over the frames."""
         embedded = F.normalize(self.embed(frames), dim=-1)
         return ((embedded @ self._weight + self._bias) / AESTHETIC_SCALE).mean().item()
 
 
-BACKBONE_KINDS: Mapping[str, type[DinoBackbone] | type[ClipBackbone]] = {
+class RaftBackbone(Backbone):
+    """Optical flow of torchvision's RAFT: dynamic degree, of the film as a whole as in VBench, cuts included."""
+
+    def __init__(self, source: Path, device: str) -> None:
+        try:
+            from torchvision.models.optical_flow import raft_large
+        except (ImportError, RuntimeError) as error:  # one made for another torch fails in its own way
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(
+                f"RAFT's architecture comes from torchvision, which cannot be imported ({reason}): install the extra "
+                "'vbench', in the version that fits this torch"
+            ) from error
+        file = _weight_file(source)
+        tensors = _read_tensors(file)
+        self._model = raft_large(weights=None, progress=False)
+        try:
+            self._model.load_state_dict(tensors)
+        except RuntimeError as error:
+            raise ValueError(
+                f"'{file}' does not hold the weights of torchvision's raft_large: {_first_lines(error)}. The original "
+                "RAFT names its weights otherwise; raft_large_C_T_V1 holds those of raft-things"
+            ) from error
+        self._model = self._model.eval().requires_grad_(False).to(device)
+        self._device = device
+        self.description = f"raft, weights {hashlib.sha256(file.read_bytes()).hexdigest()[:12]}"
+
+    @torch.inference_mode()
+    def score(self, frames: np.ndarray, *, fps: float) -> float:
+        """1 if enough frames move fast enough, or else 0."""
+        picked = frames[:: flow_stride(fps)]
+        if len(picked) < 2:
+            return 0.0
+        size = picked.shape[1], picked.shape[2]
+        if min(size) <= RAFT_MIN_SIDE - 8:
+            raise ValueError(
+                f"RAFT needs frames of more than {RAFT_MIN_SIDE - 8} pixels a side, got {size[1]} x {size[0]}"
+            )
+        pixels = []
+        for start in range(0, len(picked) - 1, RAFT_BATCH_SIZE):
+            part = torch.from_numpy(np.ascontiguousarray(picked[start : start + RAFT_BATCH_SIZE + 1]))
+            pictures = _pad_to_eighths(part.permute(0, 3, 1, 2).float() / 127.5 - 1).to(self._device)
+            flow = self._model(pictures[:-1], pictures[1:], num_flow_updates=RAFT_UPDATES)[-1]
+            pixels.append(fastest_pixels(flow.float().cpu()))
+        return float(is_dynamic(torch.cat(pixels), size, fps=fps, num_frames=len(picked)))
+
+
+BACKBONE_KINDS: Mapping[str, Callable[[Path, str], Backbone]] = {
     "subject_consistency": DinoBackbone,
     "background_consistency": ClipBackbone,
     "aesthetic_quality": AestheticBackbone,
+    "dynamic_degree": RaftBackbone,
 }
 """The dimensions for which a backbone can be given."""
+NO_ARCHITECTURE: Mapping[str, str] = {
+    "imaging_quality": "whose architecture no library in use holds (pyiqa does, for non-commercial use)",
+    "motion_smoothness": "whose architecture is in its authors' repository alone",
+    "overall_consistency": "whose architecture is in its authors' repository alone",
+}
+"""Why none can be given for the others."""
 
 
 def load_backbone(dimension: str, source: str, *, device: str = "cpu") -> Backbone:
@@ -184,7 +246,7 @@ def load_backbone(dimension: str, source: str, *, device: str = "cpu") -> Backbo
 
     Args:
         dimension: One of `BACKBONE_KINDS`.
-        source: A folder, or a hub id.
+        source: A folder, or a hub id; of `dynamic_degree` a file of weights, or a folder with one.
         device: Where it computes.
 
     Raises:
@@ -193,8 +255,8 @@ def load_backbone(dimension: str, source: str, *, device: str = "cpu") -> Backbo
     if dimension not in BACKBONE_KINDS:
         raise ValueError(f"no backbone can be given for {dimension!r}, choose from {', '.join(BACKBONE_KINDS)}")
     try:
-        folder = resolve_model(source)
-        return BACKBONE_KINDS[dimension](folder, device)
+        place = Path(source).expanduser() if Path(source).expanduser().is_file() else resolve_model(source)
+        return BACKBONE_KINDS[dimension](place, device)
     except FileNotFoundError as error:
         raise ValueError(f"'{source}' is neither a folder nor a model of the hub: {error}") from error
 
@@ -229,6 +291,41 @@ def _load(model_class: Any, folder: Path, device: str, **options: Any) -> Any:
     if missing:
         raise ValueError(f"'{folder}' lacks {len(missing)} weights, such as {sorted(missing)[0]}")
     return model.eval().requires_grad_(False).to(device)
+
+
+def _weight_file(source: Path) -> Path:
+    """The file itself, or the only file of weights in a folder."""
+    if source.is_file():
+        return source
+    files = sorted(file for file in source.iterdir() if file.suffix in (".safetensors", ".pth", ".pt"))
+    if len(files) != 1:
+        found = ", ".join(file.name for file in files) or "none"
+        raise ValueError(f"'{source}' must hold one file of weights (.safetensors, .pth), found {found}: name the file")
+    return files[0]
+
+
+def _read_tensors(file: Path) -> dict[str, Tensor]:
+    """Tensors by name; nothing in the file is run."""
+    try:
+        if file.suffix == ".safetensors":
+            tensors = safetensors.torch.load(file.read_bytes())
+        else:
+            tensors = torch.load(file, map_location="cpu", weights_only=True)
+    except (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"'{file}' is damaged, or holds more than weights: {_first_lines(error)}") from error
+    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
+        raise ValueError(f"'{file}' must hold tensors by name, and nothing else")
+    return tensors
+
+
+def _first_lines(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+def _pad_to_eighths(pictures: Tensor) -> Tensor:
+    """Pictures (n, 3, h, w) with sides that are multiples of 8, edges repeated on both sides alike."""
+    down, right = (-length % 8 for length in pictures.shape[-2:])
+    return F.pad(pictures, (right // 2, right - right // 2, down // 2, down - down // 2), mode="replicate")
 
 
 def _describe(folder: Path) -> str:

@@ -45,7 +45,7 @@ def evaluate(
             "--backbone",
             metavar="DIMENSION=MODEL",
             help="Folder or hub id of the network of subject_consistency (DINO), background_consistency (CLIP) or "
-            "aesthetic_quality (CLIP and head).",
+            "aesthetic_quality (CLIP and head); file of the weights of dynamic_degree (torchvision's RAFT).",
         ),
     ] = None,
     device: Annotated[str, typer.Option("--device", help="Where networks compute: cpu, cuda, ...")] = "cpu",

@@ -207,7 +207,7 @@ def test_networks_that_are_not_given_are_never_replaced(switch):
     class Constant(Backbone):
         description = "constant"
 
-        def score(self, frames: np.ndarray) -> float:
+        def score(self, frames: np.ndarray, *, fps: float) -> float:
             return 0.25
 
     found = measure_film(switch, outline("", length=48), fps=FPS, backbones={"subject_consistency": Constant()})
@@ -215,6 +215,7 @@ def test_networks_that_are_not_given_are_never_replaced(switch):
     assert {name: found["figures"][name] for name in learned} == dict.fromkeys(learned) | {"subject_consistency": 0.25}
     assert "--backbone background_consistency=" in found["skipped"]["background_consistency"]
     assert "RAFT" in found["skipped"]["dynamic_degree"]
+    assert "MUSIQ, SPAQ, whose architecture" in found["skipped"]["imaging_quality"]
 
 
 def test_every_figure_has_a_value_or_a_reason(switch):
