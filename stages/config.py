@@ -129,6 +129,8 @@ class DataConfig:
     """Clips at the end of the manifest that are kept for validation."""
     buckets: tuple[Bucket, ...] = ()
     """Sizes and lengths at which `dit` trains on the clips of the manifest, instead of the one size of `shapes`."""
+    strict_buckets: bool = True
+    """A clip must have more frames than its bucket, as in Open-Sora; false takes also clips of exactly as many."""
     clip_fps: float | None = None
     """Frames a second that clips in buckets are brought to; None leaves each at its own."""
     keep_latents: bool = True

@@ -220,6 +220,7 @@ def _build_buckets(config: DiTStageConfig) -> StageParts:
             texts=texts,
             seed=config.train.seed,
             size_multiple=encoder.vae.config.space_stride,
+            strict=data.strict_buckets,
             fps=data.clip_fps,
             mask_sampler=_mask_sampler(config.flow),
         )

@@ -99,6 +99,7 @@ class BucketedClips:
         texts: TextCache,
         seed: int,
         size_multiple: int,
+        strict: bool = True,
         fps: float | None = None,
         mask_sampler: MaskSampler | None = None,
     ) -> None:
@@ -111,6 +112,7 @@ class BucketedClips:
             texts: Features of their captions.
             seed: Seed of everything that is drawn.
             size_multiple: Sizes are rounded down to multiples of it: pixels of a latent row or column.
+            strict: Clips must have more frames than their bucket, not just as many.
             fps: Frames a second that all clips are brought to; None leaves each at its own.
             mask_sampler: Draws which frames are given; none if None.
 
@@ -119,7 +121,7 @@ class BucketedClips:
         """
         self._clips, self._latents, self._texts, self._seed = tuple(clips), latents, texts, seed
         self._multiple, self._fps, self._mask_sampler = size_multiple, fps, mask_sampler
-        self.table = BucketTable(buckets)
+        self.table = BucketTable(buckets, strict=strict)
         self._sizes = [ClipSize(self._num_frames(clip), clip.height, clip.width) for clip in clips]
         self._plan = BucketPlan(self.table, self._sizes, seed)
 
@@ -132,12 +134,10 @@ class BucketedClips:
 
     def fixed_batches(self, limit: int) -> Iterator[Sample]:
         """At most `limit` batches of every bucket that is used, of all clips that fit it, the same ones each time."""
-        for bucket in self.table.buckets:
-            if not bucket.keep_prob:
-                continue
+        for bucket in self.table.used:
             fitting: dict[Slot, list[int]] = {}
             for index, size in enumerate(self._sizes):
-                if bucket.holds(size):
+                if self.table.holds(bucket, size):
                     fitting.setdefault(nearest_slot(bucket, size), []).append(index)
             step = bucket.batch_size
             chunks = ((slot, rows[i : i + step]) for slot, rows in fitting.items() for i in range(0, len(rows), step))
@@ -146,8 +146,8 @@ class BucketedClips:
 
     def examples(self, count: int) -> Sample:
         """The first `count` clips, at most, that fit the smallest bucket with any, for pictures."""
-        for bucket in reversed(self.table.buckets):
-            rows = [index for index, size in enumerate(self._sizes) if bucket.holds(size)]
+        for bucket in reversed(self.table.used):
+            rows = [index for index, size in enumerate(self._sizes) if self.table.holds(bucket, size)]
             if rows:
                 slot = nearest_slot(bucket, self._sizes[rows[0]])
                 return stack_samples([self._sample(slot, index, "example", index) for index in rows[:count]])

@@ -3,8 +3,10 @@
 A bucket takes clips that are large and long enough, each with a probability, so that a long clip is seen at several
 sizes and lengths over the epochs. Batch k depends on (seed, k) and the set of clips only.
 
-Ours differ from Open-Sora v1.2 (`Bucket`, `VariableVideoBatchSampler`) in that
-    - a clip of exactly the frames of a bucket may enter it (there it must be longer);
+A clip must have more frames than its bucket, as in Open-Sora v1.2 (`Bucket`), where clips of exactly 51 frames do not
+enter the buckets of 51. A table that is not strict takes them; all other choices are the same.
+
+Ours differ from Open-Sora's (`VariableVideoBatchSampler`) in that
     - clips that do not fill a batch wait for the next epoch (there they are dropped), so that a small set trains too;
     - all processes take their rows from one bucket in each step, so that two processes with batches of b do what one
       does with 2 b.
@@ -14,8 +16,11 @@ Source: Open-Sora v1.2, training recipe.
 
 from __future__ import annotations
 
+import logging
+import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -25,6 +30,8 @@ import torch
 
 from arlon.data.aspect import PIXEL_BUDGETS, SIZE_TABLES
 from arlon.data.windows import addressed_generator, addressed_seed
+
+log = logging.getLogger(__name__)
 
 SIZE_TOLERANCE = 0.8
 """A clip with this share of the pixels of a resolution is large enough for it."""
@@ -84,11 +91,14 @@ class Bucket:
         size = _one_size(self.resolution)
         return {f"{size[0] / size[1]:.2f}": size} if size else SIZE_TABLES[self.resolution]
 
-    def holds(self, clip: ClipSize) -> bool:
-        """Whether a clip is large and long enough."""
-        if clip.height * clip.width < SIZE_TOLERANCE * self.pixels:
-            return False
-        return clip.num_frames == 1 if self.num_frames == 1 else clip.num_frames >= max(self.num_frames, 2)
+    @property
+    def is_used(self) -> bool:
+        """Whether any clip can come here."""
+        return self.keep_prob > 0 and self.length_prob != 0
+
+    def is_covered_by(self, clip: ClipSize) -> bool:
+        """Whether the frames of a clip are large enough."""
+        return clip.height * clip.width >= SIZE_TOLERANCE * self.pixels
 
 
 class ClipSize(NamedTuple):
@@ -118,7 +128,8 @@ class BucketTable:
         ValueError: If there is none, or one is given twice.
     """
 
-    def __init__(self, buckets: Sequence[Bucket]) -> None:
+    def __init__(self, buckets: Sequence[Bucket], *, strict: bool = True) -> None:
+        """Order the buckets; `strict` ones take clips of more frames than theirs, others also those of as many."""
         if not buckets:
             raise ValueError("there are no buckets: give at least one")
         names = [bucket.name for bucket in buckets]
@@ -126,6 +137,14 @@ class BucketTable:
         if twice:
             raise ValueError(f"buckets given twice: {', '.join(twice)}")
         self.buckets = offered_order(buckets)
+        self.used = tuple(bucket for bucket in self.buckets if bucket.is_used)
+        self.strict = strict
+
+    def holds(self, bucket: Bucket, clip: ClipSize) -> bool:
+        """Whether a clip is large and long enough for a bucket."""
+        if 1 in (bucket.num_frames, clip.num_frames):
+            return bucket.num_frames == clip.num_frames and bucket.is_covered_by(clip)
+        return clip.num_frames >= self._least_frames(bucket) and bucket.is_covered_by(clip)
 
     def choose(self, clip: ClipSize, seed: int) -> Slot | None:
         """The slot of a clip, None if it is not used this time.
@@ -134,7 +153,7 @@ class BucketTable:
         """
         refused = None  # a resolution whose probability has turned the clip away
         for number, bucket in enumerate(self.buckets):
-            if bucket.resolution == refused or not bucket.holds(clip):
+            if bucket.resolution == refused or not self.holds(bucket, clip):
                 continue
             rng = np.random.default_rng(seed + number)
             if bucket.length_prob is not None and rng.random() > bucket.length_prob:
@@ -143,6 +162,60 @@ class BucketTable:
                 return nearest_slot(bucket, clip)
             refused = bucket.resolution
         return None
+
+    def misfits(self, clips: Iterable[ClipSize]) -> tuple[int, list[str]]:
+        """How many clips can enter no bucket, and a line for each reason: clips, limit, nearest remedy."""
+        found: dict[str, Counter[ClipSize]] = {}
+        for clip, count in Counter(clips).items():
+            if not any(self.holds(bucket, clip) for bucket in self.used):
+                found.setdefault(self._reason(clip), Counter())[clip] = count
+        lines = [self._misfit_line(reason, counts) for reason, counts in found.items()]
+        return sum(counts.total() for counts in found.values()), lines
+
+    def _least_frames(self, bucket: Bucket) -> int:
+        return bucket.num_frames + self.strict
+
+    def _kin(self, clip: ClipSize) -> list[Bucket]:
+        """The used buckets of pictures for a picture, of videos for a video."""
+        return [bucket for bucket in self.used if (bucket.num_frames == 1) == (clip.num_frames == 1)]
+
+    def _reason(self, clip: ClipSize) -> str:
+        """Why a clip fits no bucket."""
+        kin = self._kin(clip)
+        if not kin:
+            return "picture" if clip.num_frames == 1 else "video"
+        lengths = [bucket.num_frames for bucket in kin if bucket.is_covered_by(clip)]
+        if not lengths:
+            return "small"
+        return "exact" if clip.num_frames in lengths else "short"
+
+    def _misfit_line(self, reason: str, counts: Counter[ClipSize]) -> str:
+        count = counts.total()
+        if reason == "picture":
+            return f"{count} pictures: no bucket has num_frames 1; add one"
+        if reason == "video":
+            return f"{count} videos: all buckets that are used are for pictures; add one of more frames"
+        if reason == "small":
+            clip = max(counts, key=lambda c: c.height * c.width)
+            bucket = min(self._kin(clip), key=lambda b: b.pixels)
+            return (
+                f"{count} too small: the largest has {clip.height}x{clip.width} pixels, {bucket.name} takes "
+                f"{math.ceil(SIZE_TOLERANCE * bucket.pixels)} pixels and more; add a bucket of resolution "
+                f"{clip.height}x{clip.width}, or give larger clips"
+            )
+        clip = max(counts, key=lambda c: c.num_frames)
+        bucket = min((b for b in self._kin(clip) if b.is_covered_by(clip)), key=lambda b: b.num_frames)
+        if reason == "exact":
+            return (
+                f"{count} of exactly the frames of a bucket, such as {clip.num_frames}: strict buckets take longer "
+                "ones; set data.strict_buckets=false, or give longer clips"
+            )
+        longest = clip.num_frames - self.strict
+        remedy = f"add a bucket of {bucket.resolution} of at most {longest} frames, or " if longest > 1 else ""
+        return (
+            f"{count} too short: the longest has {clip.num_frames} frames, {bucket.name} takes "
+            f"{self._least_frames(bucket)} and more; {remedy}give longer clips"
+        )
 
 
 def offered_order(buckets: Sequence[Bucket]) -> tuple[Bucket, ...]:
@@ -178,16 +251,14 @@ class BucketPlan:
             ValueError: If no clip can ever enter a bucket.
         """
         self._table, self._clips, self._seed = table, tuple(clips), seed
-        used = [bucket for bucket in table.buckets if bucket.keep_prob > 0 and bucket.length_prob != 0]
-        names = ", ".join(bucket.name for bucket in used) or "none"
-        if not any(bucket.holds(clip) for bucket in used for clip in clips):
-            longest = max((clip.num_frames for clip in clips), default=0)
-            largest = max((clip.height * clip.width for clip in clips), default=0)
+        unfit, lines = table.misfits(self._clips)
+        if unfit == len(self._clips):
+            names = ", ".join(bucket.name for bucket in table.used) or "none"
             raise ValueError(
-                f"none of {len(clips)} clips fits a bucket: the longest has {longest} frames, the largest {largest} "
-                f"pixels a frame, and the buckets that are used are {names}; "
-                "add a bucket of fewer frames or a smaller resolution, or give longer or larger clips"
+                f"none of {unfit} clips fits a bucket, and those that are used are {names}:" + _listed(lines)
             )
+        if unfit:
+            log.warning("%d of %d clips fit no bucket and are left out:%s", unfit, len(self._clips), _listed(lines))
         self._walk: Iterator[PlannedBatch] = iter(())
         self._position, self._world = 0, 0
 
@@ -235,6 +306,10 @@ def _take_full(waiting: dict[Slot, list[int]], world: int) -> Iterator[PlannedBa
         for start in range(0, whole, size):
             yield PlannedBatch(slot, tuple(clips[start : start + size]))
         del clips[:whole]
+
+
+def _listed(lines: Iterable[str]) -> str:
+    return "".join(f"\n  {line}" for line in lines)
 
 
 def _one_size(resolution: str) -> tuple[int, int] | None:

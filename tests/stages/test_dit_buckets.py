@@ -33,11 +33,11 @@ data:
 
 @pytest.fixture(scope="module")
 def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eight clips: four of 34 frames of 20 x 32, four of 17 frames of 16 x 16; two of each for validation."""
+    """Eight clips: four of 36 frames of 20 x 32, four of 20 frames of 16 x 16; two of each for validation."""
     folder, clips = tmp_path_factory.mktemp("own"), []
     rng = np.random.default_rng(0)
     for number in range(8):
-        frames, height, width = ((34, 20, 32), (17, 16, 16))[number % 2]
+        frames, height, width = ((36, 20, 32), (20, 16, 16))[number % 2]
         path = folder / f"{number}.mp4"
         with VideoWriter(path, fps=12, preset="ultrafast") as writer:
             writer.append(rng.integers(0, 256, (frames, height, width, 3), dtype=np.uint8))

@@ -134,6 +134,7 @@ def test_buckets_of_the_recipe_are_the_released_ones(stage: str) -> None:
         keep = bucket.keep_prob if bucket.length_prob is None else [bucket.keep_prob, bucket.length_prob]
         found.setdefault(bucket.resolution, {})[str(bucket.num_frames)] = [keep, bucket.batch_size]
     assert found == released
+    assert config.data.strict_buckets
     starts_from_weights = config.train.init_from is not None
     assert config.dit == replace(stage_config("dit").dit, freeze_y_embedder=starts_from_weights)
 

@@ -78,6 +78,7 @@ def make(
         texts=texts,
         seed=5,
         size_multiple=4,
+        strict=False,
         fps=fps,
         mask_sampler=lambda frames, generator: torch.rand(frames, generator=generator) < 0.5,
     )

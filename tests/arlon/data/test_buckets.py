@@ -41,24 +41,24 @@ def test_buckets_are_numbered_as_in_the_original(stage: str) -> None:
 
 
 def test_every_choice_is_that_of_the_original() -> None:
-    """There a clip must be longer than the bucket; ours may be as long: one frame less gives the same choice."""
     tables = {stage: table_of(stage) for stage in NUMBERS}
     assert len(CHOICES) >= 120
     for row in CHOICES:
-        frames = row["T"] if row["T"] == 1 else row["T"] - 1
-        slot = tables[row["stage"]].choose(ClipSize(frames, row["H"], row["W"]), row["seed"])
+        slot = tables[row["stage"]].choose(ClipSize(row["T"], row["H"], row["W"]), row["seed"])
         found = None if slot is None else [slot.bucket.resolution, slot.bucket.num_frames, slot.ratio]
         assert found == row["bucket"], row
 
 
-def test_a_clip_of_exactly_the_frames_of_a_bucket_enters_it() -> None:
-    """The original leaves out all of its clips of 51 frames; ours gives them the bucket of 51."""
+def test_clips_of_exactly_the_frames_of_a_bucket_enter_one_that_is_not_strict() -> None:
+    """The original leaves out all of its clips of 51 frames."""
     exact = [row for row in CHOICES if row["T"] == 51]
     assert exact
     assert {row["bucket"] for row in exact if row["bucket"] is None} == {None}
-    table = BucketTable([Bucket(resolution="144p", num_frames=51, batch_size=1)])
+    buckets = [Bucket(resolution="144p", num_frames=51, batch_size=1)]
     for row in exact:
-        slot = table.choose(ClipSize(51, row["H"], row["W"]), row["seed"])
+        clip = ClipSize(51, row["H"], row["W"])
+        assert BucketTable(buckets).choose(clip, row["seed"]) is None
+        slot = BucketTable(buckets, strict=False).choose(clip, row["seed"])
         assert (slot is not None) == (row["H"] * row["W"] >= 0.8 * 36864)
 
 
@@ -73,7 +73,7 @@ def simple_table(*, batch_size: int = 3) -> BucketTable:
     )
 
 
-CLIPS = [ClipSize(40, 32, 32)] * 5 + [ClipSize(20, 36, 36)] * 4 + [ClipSize(17, 16, 24)] * 7 + [ClipSize(1, 20, 20)] * 2
+CLIPS = [ClipSize(40, 32, 32)] * 5 + [ClipSize(20, 36, 36)] * 4 + [ClipSize(18, 16, 24)] * 7 + [ClipSize(1, 20, 20)] * 2
 
 
 def take(plan: BucketPlan, count: int, world: int = 1) -> list[PlannedBatch]:
@@ -81,11 +81,12 @@ def take(plan: BucketPlan, count: int, world: int = 1) -> list[PlannedBatch]:
 
 
 def test_batches_are_full_of_clips_that_fit_their_slot() -> None:
-    plan = BucketPlan(simple_table(), CLIPS, seed=3)
+    table = simple_table()
+    plan = BucketPlan(table, CLIPS, seed=3)
     for world in (1, 2):
         for slot, clips in take(plan, 40, world):
             assert len(clips) == slot.bucket.batch_size * world
-            assert all(slot.bucket.holds(CLIPS[index]) for index in clips)
+            assert all(table.holds(slot.bucket, CLIPS[index]) for index in clips)
 
 
 def test_a_batch_depends_on_seed_and_number_only() -> None:
@@ -133,7 +134,40 @@ def test_bad_buckets_are_refused(settings: dict[str, Any], message: str) -> None
 
 def test_clips_that_fit_nowhere_are_refused_with_what_was_found() -> None:
     table = BucketTable([Bucket(resolution="480p", num_frames=51, batch_size=1)])
-    with pytest.raises(ValueError, match=r"none of 2 clips fits a bucket: the longest has 40 frames.*480p_51"):
-        BucketPlan(table, [ClipSize(40, 480, 854), ClipSize(30, 64, 64)], seed=0)
+    clips = [ClipSize(*size) for size in ((40, 480, 854), (30, 480, 854), (90, 64, 96), (51, 480, 854), (1, 9, 9))]
+    with pytest.raises(ValueError, match="none of 5 clips fits a bucket, and those that are used are 480p_51:") as e:
+        BucketPlan(table, clips, seed=0)
+    assert str(e.value).splitlines()[1:] == [
+        "  2 too short: the longest has 40 frames, 480p_51 takes 52 and more; "
+        "add a bucket of 480p of at most 39 frames, or give longer clips",
+        "  1 too small: the largest has 64x96 pixels, 480p_51 takes 327936 pixels and more; "
+        "add a bucket of resolution 64x96, or give larger clips",
+        "  1 of exactly the frames of a bucket, such as 51: strict buckets take longer ones; "
+        "set data.strict_buckets=false, or give longer clips",
+        "  1 pictures: no bucket has num_frames 1; add one",
+    ]
     with pytest.raises(ValueError, match="given twice: 480p_51"):
         BucketTable([Bucket(resolution="480p", num_frames=51, batch_size=1)] * 2)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_the_remedies_for_clips_that_fit_nowhere_let_them_in(strict: bool) -> None:
+    remedies = [
+        (ClipSize(40, 480, 854), {"resolution": "480p", "num_frames": 40 - strict}),
+        (ClipSize(90, 64, 96), {"resolution": "64x96", "num_frames": 51}),
+        (ClipSize(1, 480, 854), {"resolution": "480p", "num_frames": 1}),
+    ]
+    for clip, settings in remedies:
+        table = BucketTable([Bucket(resolution="480p", num_frames=51, batch_size=1)], strict=strict)
+        assert table.misfits([clip])[0] == 1
+        assert BucketTable([*table.buckets, Bucket(batch_size=1, **settings)], strict=strict).misfits([clip]) == (0, [])
+
+
+def test_clips_that_fit_nowhere_are_counted_where_others_do(caplog: pytest.LogCaptureFixture) -> None:
+    pictures = BucketTable([Bucket(resolution="16x24", num_frames=1, batch_size=1)])
+    BucketPlan(pictures, CLIPS, seed=0)
+    assert "16 of 18 clips fit no bucket and are left out" in caplog.text
+    assert "16 videos: all buckets that are used are for pictures" in caplog.text
+    caplog.clear()
+    BucketPlan(simple_table(), CLIPS, seed=0)
+    assert not caplog.records
