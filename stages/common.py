@@ -300,8 +300,19 @@ def progress_bar(label: str, unit: str) -> Progress:
 
 def load_texts(config: DataConfig, captions: Sequence[str]) -> TextCache:
     """Open the cache of captions, encoding what is missing."""
+    texts = open_texts(config)
+    fill_texts(texts, config, captions)
+    return texts
+
+
+def open_texts(config: DataConfig) -> TextCache:
+    """Open the cache of captions with what it holds."""
     key = "minilm" if config.text_encoder == "minilm" else hash_component(config.text_encoder)
-    texts = TextCache(config.cache_dir, key, max_length=config.text_length)
+    return TextCache(config.cache_dir, key, max_length=config.text_length)
+
+
+def fill_texts(texts: TextCache, config: DataConfig, captions: Sequence[str]) -> None:
+    """Encode the captions that a cache lacks."""
     if any(caption not in texts for caption in captions):
         encoder = make_text_encoder(config)
         texts.add(
@@ -309,7 +320,6 @@ def load_texts(config: DataConfig, captions: Sequence[str]) -> TextCache:
             lambda batch: encoder.encode(batch, batch_size=len(batch)),
             progress=progress_bar("captions", "caption"),
         )
-    return texts
 
 
 def make_text_encoder(config: DataConfig) -> TextEncoder:

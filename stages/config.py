@@ -151,6 +151,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.clip_fps is not None and not 0 < self.clip_fps < math.inf:
             raise ValueError(f"data.clip_fps must be positive, got {self.clip_fps}")
+        if self.val_clips < 1:
+            raise ValueError(f"data.val_clips must be at least 1, got {self.val_clips}")
 
     @property
     def frame_size(self) -> tuple[int, int]:

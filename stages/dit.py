@@ -35,12 +35,13 @@ from arlon.models.video_vae import VideoVAE
 from stages.common import (
     Stage,
     StageParts,
+    fill_texts,
     init_model,
     load_data,
     load_encoder,
     load_frozen,
-    load_texts,
     mix_in,
+    open_texts,
     picture_of_videos,
     trim_text,
     window_parts,
@@ -206,26 +207,31 @@ def _build_buckets(config: DiTStageConfig) -> StageParts:
             f"{data.manifest!r} has {len(clips)} clips, of which data.val_clips = {data.val_clips} are kept for "
             "validation: give more clips, or a smaller data.val_clips"
         )
-    encoder = load_encoder(data)
-    with torch.inference_mode():
-        texts = load_texts(data, [clip.text for clip in clips])
+    encoder, texts = load_encoder(data), open_texts(data)
 
-    def sort(some: Sequence[Clip]) -> BucketedClips:
-        return BucketedClips(
-            some,
-            data.buckets,
-            latents=ClipLatents(
-                encoder.encode, encoder_key=encoder.key, root=data.cache_dir if data.keep_latents else None
-            ),
-            texts=texts,
-            seed=config.train.seed,
-            size_multiple=encoder.vae.config.space_stride,
-            strict=data.strict_buckets,
-            fps=data.clip_fps,
-            mask_sampler=_mask_sampler(config.flow),
+    def sort(some: Sequence[Clip], use: str) -> BucketedClips:
+        latents = ClipLatents(
+            encoder.encode, encoder_key=encoder.key, root=data.cache_dir if data.keep_latents else None
         )
+        try:
+            return BucketedClips(
+                some,
+                data.buckets,
+                latents=latents,
+                texts=texts,
+                seed=config.train.seed,
+                size_multiple=encoder.vae.config.space_stride,
+                strict=data.strict_buckets,
+                fps=data.clip_fps,
+                mask_sampler=_mask_sampler(config.flow),
+            )
+        except ValueError as error:
+            raise ValueError(f"{data.manifest!r}, clips for {use}: {error}") from error
 
-    train, val = sort(clips[: -data.val_clips]), sort(clips[-data.val_clips :])
+    train = sort(clips[: -data.val_clips], "training")
+    val = sort(clips[-data.val_clips :], "validation (data.val_clips, the last ones)")
+    with torch.inference_mode():
+        fill_texts(texts, data, [clip.text for clip in clips])
     stage = DiTStage(config, _make_model(config), encoder.vae, val.examples(NUM_PICTURES))
     return StageParts(stage, train, FixedClips(val, config.train.val_batches))
 

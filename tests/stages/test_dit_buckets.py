@@ -13,7 +13,7 @@ import torch
 
 from arlon.checkpoint import load_component, save_component
 from arlon.config import load_config, save_config
-from arlon.data.manifest import Clip, write_manifest
+from arlon.data.manifest import Clip, read_manifest, write_manifest
 from arlon.data.video_io import VideoWriter
 from arlon.models.stdit import STDiT3
 from stages import common
@@ -111,3 +111,28 @@ def test_buckets_without_what_they_need_are_refused(stage_config: Any, manifest:
         build(replace(config, data=replace(config.data, val_clips=8)))
     with pytest.raises(ValueError, match=r"data\.buckets is read by the stage dit only"):
         common.make_sources(config.data)
+    with pytest.raises(ValueError, match=r"data\.val_clips must be at least 1, got 0"):
+        replace(config.data, val_clips=0)
+
+
+def test_clips_that_fit_no_bucket_are_refused_before_captions_are_encoded(
+    stage_config: Any, manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(config: Any) -> Any:
+        raise AssertionError("the text encoder is loaded")
+
+    monkeypatch.setattr(common, "make_text_encoder", refuse)
+    config = bucket_config(stage_config, manifest, tmp_path, f"data.cache_dir={tmp_path}")
+    pictures = replace(config.data.buckets[0], num_frames=1)
+    with pytest.raises(
+        ValueError, match=r"clips\.jsonl', clips for training: none of 4 clips .*(?s:.*)  4 videos: all"
+    ):
+        build(replace(config, data=replace(config.data, buckets=(pictures,))))
+    clips = read_manifest(manifest)
+    order = [clips[0], clips[2], clips[1], clips[3], clips[5], clips[7]]
+    write_manifest(order, tmp_path / "uneven.jsonl")
+    uneven = replace(config.data, manifest=str(tmp_path / "uneven.jsonl"), buckets=config.data.buckets[:1], val_clips=2)
+    with pytest.raises(
+        ValueError, match=r"clips for validation .*: none of 2 clips .*(?s:.*)  2 too small: the largest"
+    ):
+        build(replace(config, data=uneven))
