@@ -109,7 +109,7 @@ def prepare_picture(
 
 def make_picture(prepared: PreparedPicture) -> PictureResult:
     """Make the picture; the file appears complete."""
-    from arlon.data.windows import IMAGE_FPS
+    from arlon.data.pictures import IMAGE_FPS
     from pipelines.workers import CodeWorker, DecodeWorker, RefineWorker, TextWorker, torch_threads
 
     started_s = time.perf_counter()

@@ -14,13 +14,11 @@ frame of an image that stands still.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,7 +35,6 @@ if TYPE_CHECKING:
 Kind = Literal["image", "end_image", "video", "references"]
 CODES = "codes"
 """Name, beside those of `Kind`, under which the code frames are kept that a take begins with."""
-MAX_PIXELS = 100_000_000
 MAX_REFERENCE_FRAMES = 816
 """Of a video among `references`, all of which is encoded: the longest clip Open-Sora v1.2 has a name for."""
 HEAD_ONLY = "0"
@@ -173,6 +170,7 @@ def _name(shot: int, kind: str, number: int | None = None) -> str:
 
 
 def _check(plan: Plan, shot: int, kind: Kind, number: int | None, path: Path) -> Reference:
+    from arlon.data.pictures import is_picture_file, read_picture
     from arlon.data.transforms import plan_cover
     from arlon.data.video_io import probe
     from arlon.diffusion.references import given_span
@@ -198,39 +196,6 @@ def _check(plan: Plan, shot: int, kind: Kind, number: int | None, path: Path) ->
         note=given_span(num_frames, plan.geometry.grid).describe(num_frames) if is_end else f"{num_frames} frames",
         is_video=True,
     )
-
-
-def is_picture_file(path: Path) -> bool:
-    """Whether a file is a picture, as far as its first bytes tell."""
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(path):
-            return True
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError):
-        return False
-
-
-def read_picture(path: Path) -> np.ndarray:
-    """The frame (1, pH, pW, 3) uint8 of a picture file, turned as its camera was.
-
-    Raises:
-        ValueError: If it is no picture, or larger than `MAX_PIXELS`.
-        OSError: If it cannot be read.
-    """
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as picture:
-                if picture.width * picture.height > MAX_PIXELS:
-                    raise ValueError(f"at most {MAX_PIXELS} pixels, got {picture.width} x {picture.height}")
-                return np.array(ImageOps.exif_transpose(picture).convert("RGB"))[None]
-    except (UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, EOFError) as error:
-        raise ValueError("this is no picture that can be read, such as a PNG or a JPEG") from error
-    except OSError as error:
-        raise ValueError(f"the picture cannot be read: {error.strerror or error}") from error
 
 
 @torch.inference_mode()
@@ -285,6 +250,7 @@ def _codes_of_head(job: Job, shot: int, tensors: Mapping[str, Tensor]) -> Tensor
 
 def _pixels(given: Reference, plan: Plan) -> Tensor:
     """Video (3, pT, pH, pW) in [-1, 1] of the size at which the film is computed."""
+    from arlon.data.pictures import read_picture
     from arlon.data.transforms import resize_and_crop
     from arlon.data.video_io import read_video
     from arlon.diffusion.references import given_span

@@ -23,12 +23,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from arlon.data import video_io
 from arlon.data.buckets import Bucket, BucketPlan, BucketTable, ClipSize, Slot, nearest_slot
 from arlon.data.latent_cache import TextCache, content_key, write_array
 from arlon.data.manifest import Clip
+from arlon.data.pictures import IMAGE_FPS
 from arlon.data.transforms import resize_and_crop
-from arlon.data.windows import IMAGE_FPS, WHOLE, MaskSampler, Sample, Shard, addressed_generator, stack_samples
+from arlon.data.windows import WHOLE, MaskSampler, Sample, Shard, addressed_generator, stack_samples
 
 
 class ClipLatents:
@@ -64,8 +64,8 @@ class ClipLatents:
         path = None if self._folder is None else self._path(clip, start, num_frames, size, fps)
         if path is not None and path.exists():
             return torch.from_numpy(np.load(path).astype(np.float32))
-        frames = video_io.read_video(clip.path, start=start, num_frames=num_frames, fps=fps)
-        video = resize_and_crop(frames, height=size[0], width=size[1])
+        frames = clip.read(start=start, num_frames=num_frames, fps=fps)
+        video = resize_and_crop(frames, height=size[0], width=size[1], filter=clip.filter)
         with torch.no_grad():
             latent = self._encode(video.unsqueeze(0))[0].to(torch.float16).cpu()
         if not torch.isfinite(latent).all():
@@ -83,6 +83,8 @@ class ClipLatents:
         assert self._folder is not None
         status = clip.path.stat()
         piece = [str(clip.path), status.st_size, status.st_mtime_ns, start, num_frames, *size, fps]
+        if clip.is_picture_file:
+            piece.append(clip.filter)
         digest = hashlib.sha256(json.dumps(piece).encode()).hexdigest()[:24]
         return self._folder / digest[:2] / f"{digest}.npy"
 

@@ -1,14 +1,14 @@
-"""Manifests: which video files to train on, and what each one shows.
+"""Manifests: which videos and pictures to train on, and what each one shows.
 
 A manifest is a table, one row a clip, with the column names of Open-Sora's data tools (v1.2,
 `docs/data_processing.md`):
 
-    path         video file; a relative path starts at the folder of the manifest
+    path         video file, or picture; a relative path starts at the folder of the manifest
     text         caption
-    num_frames   frames in the file
+    num_frames   frames in the file; 1 for a picture
     height       pixels
     width        pixels
-    fps          frames a second; optional, taken from the file if absent
+    fps          frames a second; optional, taken from the file if absent; not used for a picture
 
 Other columns (`aes`, `flow`, `id`, ...) are kept as they are and not used. Two formats, by suffix: JSON lines
 (`.jsonl`, one object a line) and CSV (`.csv`, header in the first line, UTF-8).
@@ -24,9 +24,13 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from arlon.data import video_io
+from arlon.data.pictures import IMAGE_FPS, PICTURE_SUFFIXES, read_picture
+from arlon.data.transforms import Filter
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +48,7 @@ class Clip:
     """One row of a manifest."""
 
     path: Path
-    """Video file, absolute or relative to the working directory."""
+    """Video or picture file, absolute or relative to the working directory."""
     text: str
     """Caption."""
     num_frames: int
@@ -58,13 +62,36 @@ class Clip:
     extra: Mapping[str, Any] = field(default_factory=dict)
     """Columns this project does not use."""
 
+    @property
+    def is_picture_file(self) -> bool:
+        """Whether the file is a picture, going by its suffix."""
+        return self.path.suffix.lower() in PICTURE_SUFFIXES
+
+    @property
+    def filter(self) -> Filter:
+        """How its frames are scaled."""
+        return "bicubic" if self.is_picture_file else "bilinear"
+
+    def read(self, *, start: int, num_frames: int, fps: float | None) -> np.ndarray:
+        """Frames (pT, pH, pW, 3) uint8 of the file, as `read_video` gives them; of a picture its one frame.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If it cannot be read, or is too short; the message names it.
+        """
+        if not self.is_picture_file:
+            return video_io.read_video(self.path, start=start, num_frames=num_frames, fps=fps)
+        if (start, num_frames) != (0, 1):
+            raise ValueError(f"'{self.path}' is a picture: frame 0 is all it has, got {num_frames} from {start} on")
+        return _read_picture(self.path)
+
 
 def read_manifest(path: str | Path, *, check_files: bool = True) -> list[Clip]:
     """Read and validate a manifest.
 
     Args:
         path: A `.jsonl` or `.csv` file.
-        check_files: Open every video file and hold its size and length against the row. Without it, files are
+        check_files: Open every file and hold its size and length against the row. Without it, files are
             opened only where a row has no `fps`.
 
     Returns:
@@ -113,20 +140,20 @@ def write_manifest(clips: Sequence[Clip], path: str | Path) -> None:
 
 
 def build_manifest(folder: str | Path, *, skip_bad: bool = False) -> list[Clip]:
-    """Describe all captioned videos below a folder, in the order of their paths.
+    """Describe all captioned videos and pictures below a folder, in the order of their paths.
 
-    The caption of `name.mp4` is the content of `name.txt` beside it, with white space collapsed.
+    The caption of `name.mp4` or `name.jpg` is the content of `name.txt` beside it, with white space collapsed.
 
     Args:
         folder: Searched through all its subfolders; hidden ones are left out.
-        skip_bad: Leave unusable files out, with a warning each, instead of refusing the folder.
+        skip_bad: Leave unusable files out, with a warning each and their number, instead of refusing the folder.
 
     Returns:
         The clips, at least one.
 
     Raises:
         FileNotFoundError: If there is no such folder.
-        ManifestError: If there is no usable video, or (without `skip_bad`) any is unreadable or has no
+        ManifestError: If there is no usable file, or (without `skip_bad`) any is unreadable or has no
             caption.
     """
     folder = Path(folder)
@@ -135,7 +162,7 @@ def build_manifest(folder: str | Path, *, skip_bad: bool = False) -> list[Clip]:
     clips, problems = [], []
     for path in sorted(folder.rglob("*")):
         hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if hidden or path.suffix.lower() not in VIDEO_SUFFIXES or not path.is_file():
+        if hidden or path.suffix.lower() not in VIDEO_SUFFIXES | PICTURE_SUFFIXES or not path.is_file():
             continue
         try:
             clips.append(_describe(path))
@@ -146,8 +173,44 @@ def build_manifest(folder: str | Path, *, skip_bad: bool = False) -> list[Clip]:
     if problems and not skip_bad:
         raise _listed(f"folder '{folder}'", problems)
     if not clips:
-        raise ManifestError(f"folder '{folder}' holds no usable video ({', '.join(sorted(VIDEO_SUFFIXES))})")
+        suffixes = ", ".join(sorted(VIDEO_SUFFIXES | PICTURE_SUFFIXES))
+        left_out = f"; {len(problems)} files are left out" if problems else ""
+        raise ManifestError(f"folder '{folder}' holds no usable video or picture ({suffixes}){left_out}")
+    if problems:
+        log.warning("%d of %d files below '%s' are left out", len(problems), len(clips) + len(problems), folder)
     return clips
+
+
+class FileInfo(NamedTuple):
+    """What a file holds; sizes are in pixels, after the rotation that the file asks for."""
+
+    num_frames: int
+    height: int
+    width: int
+    fps: float
+
+
+def _probe(path: Path) -> FileInfo:
+    """Describe a video or a picture.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it cannot be read; the message names it.
+    """
+    if path.suffix.lower() in PICTURE_SUFFIXES:
+        _, height, width, _ = _read_picture(path).shape
+        return FileInfo(1, height, width, IMAGE_FPS)
+    info = video_io.probe(path)
+    return FileInfo(info.num_frames, info.height, info.width, info.fps)
+
+
+def _read_picture(path: Path) -> np.ndarray:
+    if not path.exists():
+        raise FileNotFoundError(f"no such picture file: '{path}'")
+    try:
+        return read_picture(path)
+    except ValueError as error:
+        raise ValueError(f"cannot read '{path}' as picture: {error}") from error
 
 
 # --- rows ---------------------------------------------------------------------------------------------------
@@ -171,12 +234,16 @@ def _row_to_clip(row: Mapping[str, Any], folder: Path, *, check_file: bool) -> C
             problems.append(f"{name} must be a {kind}, got {row[name]!r}")
         return value
 
-    given = {name: number(name) for name in ("num_frames", "height", "width", "fps") if not _is_empty(row.get(name))}
     path = folder / str(row.get("path") or "")
+    is_picture = path.suffix.lower() in PICTURE_SUFFIXES
+    numbers = ("num_frames", "height", "width") if is_picture else ("num_frames", "height", "width", "fps")
+    given = {name: number(name) for name in numbers if not _is_empty(row.get(name))}
+    if is_picture:
+        given["fps"] = IMAGE_FPS
     info = None
     if not _is_empty(row.get("path")) and (check_file or "fps" not in given):
         try:
-            info = video_io.probe(path)
+            info = _probe(path)
         except (FileNotFoundError, ValueError) as error:
             problems.append(str(error))
     if info is not None and check_file:
@@ -196,7 +263,7 @@ def _row_to_clip(row: Mapping[str, Any], folder: Path, *, check_file: bool) -> C
     )
 
 
-def _mismatches(given: Mapping[str, float], info: video_io.VideoInfo, path: Path) -> list[str]:
+def _mismatches(given: Mapping[str, float], info: FileInfo, path: Path) -> list[str]:
     """Problems of a row that says something else than the file."""
     return [
         f"{name} is {given[name]:g}, but '{path}' has {getattr(info, name)}"
@@ -216,7 +283,7 @@ def _describe(path: Path) -> Clip:
     text = " ".join(caption_path.read_text(encoding="utf-8", errors="replace").split())
     if not text:
         raise ManifestError(f"'{path}' has no caption: '{caption_path.name}' is empty")
-    info = video_io.probe(path)
+    info = _probe(path)
     return Clip(path=path, text=text, num_frames=info.num_frames, height=info.height, width=info.width, fps=info.fps)
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from arlon.data import video_io
 from arlon.data.manifest import Clip, ManifestError, read_manifest
 from arlon.data.transforms import resize_and_crop
 
@@ -24,7 +23,7 @@ class VideoClips(Dataset):
     A sample is {"video": (3, pT, pH, pW) float32 in [-1, 1], "caption": str, "fps": float}. Sample i is
     always the same. Files are resampled by the clock, scaled with their aspect ratio kept, and cropped at the
     centre. What is left at the end of a file is not used; files shorter than one window are left out, with
-    one warning for all of them.
+    one warning for all of them. A picture is a window of one frame.
     """
 
     def __init__(
@@ -84,10 +83,12 @@ class VideoClips(Dataset):
             ValueError: If the file cannot be read; the message names it.
         """
         clip, start = self._windows[index]
-        frames = video_io.read_video(clip.path, start=start, num_frames=self.num_frames, fps=self.fps)
-        video = resize_and_crop(frames, height=self.height, width=self.width)
+        frames = clip.read(start=start, num_frames=self.num_frames, fps=self.fps)
+        video = resize_and_crop(frames, height=self.height, width=self.width, filter=clip.filter)
         return {"video": video, "caption": clip.text, "fps": self.fps}
 
     def _count(self, clip: Clip) -> int:
         """Whole windows in a clip; the small term keeps an exact fit in spite of rounding."""
+        if clip.is_picture_file:
+            return int(self.num_frames == 1)
         return int(clip.num_frames / clip.fps * self.fps + 1e-6) // self.num_frames

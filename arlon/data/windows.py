@@ -22,10 +22,9 @@ from torch import Tensor
 
 from arlon.data.datasets import CaptionSpan, TakeSource
 from arlon.data.latent_cache import CodeCache, LatentCache, TextCache
+from arlon.data.pictures import IMAGE_FPS
 from arlon.grids import CHUNK_FRAMES, num_latent_frames
 
-IMAGE_FPS = 120.0
-"""Frame rate that the DiT is told for a picture (Open-Sora v1.2)."""
 Sample = dict[str, Tensor]
 
 

@@ -270,7 +270,7 @@ def test_a_picture_too_large_to_hold_is_refused(
 ) -> None:
     large = tmp_path / "large.png"
     Image.new("L", (400, 300)).save(large)
-    monkeypatch.setattr("pipelines.references.MAX_PIXELS", 100_000)
+    monkeypatch.setattr("arlon.data.pictures.MAX_PIXELS", 100_000)
     with pytest.raises(StoryboardError, match="at most 100000 pixels, got 400 x 300"):
         film(tiny_model, tmp_path / "a.mp4", {"prompt": "a", "image": str(large)})
 

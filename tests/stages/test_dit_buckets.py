@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from arlon.checkpoint import load_component, save_component
 from arlon.config import load_config, save_config
-from arlon.data.manifest import Clip, read_manifest, write_manifest
+from arlon.data.buckets import Bucket
+from arlon.data.manifest import Clip, build_manifest, read_manifest, write_manifest
 from arlon.data.video_io import VideoWriter
 from arlon.models.stdit import STDiT3
 from stages import common
@@ -72,6 +74,34 @@ def test_training_in_buckets_resumes_exactly_and_validates_each(
         "val/loss_20x32_34",
         "val/loss_16x16_17",
     }
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
+def test_a_folder_of_pictures_is_trained_on(
+    stage_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    """From files to a step: pictures of two sizes, in a bucket of pictures, told to the DiT at 120 frames a second."""
+    rng = np.random.default_rng(0)
+    for number in range(6):
+        height, width = ((20, 32), (24, 24))[number % 2]
+        pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{number}.{suffix}")
+        (tmp_path / f"{number}.txt").write_text(f"noise {number}")
+    write_manifest(build_manifest(tmp_path), tmp_path / "clips.jsonl")
+    bucket = Bucket(resolution="16x16", num_frames=1, batch_size=2)
+    config = stage_config("dit", f"data.manifest={tmp_path / 'clips.jsonl'}", "data.val_clips=2")
+    parts = build(replace(config, data=replace(config.data, buckets=(bucket,))))
+    batch = parts.train.batch(0)
+    assert batch["latent"].shape[2:] == (1, 4, 4)
+    assert batch["fps"].tolist() == [120.0, 120.0]
+    monkeypatch.setattr(parts.stage, "log_figures", lambda **figures: None)  # there is no trainer
+    loss = parts.stage.training_step(batch, 0)
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert all(torch.isfinite(p.grad).all() for p in parts.stage.model.parameters() if p.grad is not None)
+    with torch.no_grad():
+        figures = parts.stage.validation_metrics(next(iter(parts.val)), 0)
+    assert set(figures) == {"loss", "loss_16x16_1"}
 
 
 def test_validation_is_the_mean_over_ten_unshifted_times(stage_config: Any, manifest: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from arlon.data.manifest import ManifestError, build_manifest, read_manifest, write_manifest
 from arlon.data.transforms import cover_size, resize_and_crop
@@ -40,7 +41,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def write_rows(path: Path, **changes: object) -> Path:
+def write_rows(file: Path, **changes: object) -> Path:
     row = {
         "path": "clips/a.mp4",
         "text": "grey",
@@ -49,8 +50,8 @@ def write_rows(path: Path, **changes: object) -> Path:
         "width": 64,
         "fps": 24,
     } | changes
-    path.write_text(json.dumps({name: value for name, value in row.items() if value != "absent"}) + "\n")
-    return path
+    file.write_text(json.dumps({name: value for name, value in row.items() if value != "absent"}) + "\n")
+    return file
 
 
 @pytest.mark.parametrize("name", ["clips.jsonl", "clips.csv"])
@@ -171,8 +172,68 @@ def test_a_folder_with_bad_files_is_refused_or_cleared_of_them(folder, caplog):
     assert len(build_manifest(folder, skip_bad=True)) == 2
     assert "bad.mp4" in caplog.text
     (folder / "empty").mkdir()
-    with pytest.raises(ManifestError, match="holds no usable video"):
+    with pytest.raises(ManifestError, match="holds no usable video or picture"):
         build_manifest(folder / "empty")
+
+
+def write_pictures(folder: Path) -> None:
+    """Pictures of 12 x 20 pixels, the left half dark; two of them broken."""
+    folder.mkdir()
+    pixels = np.full((12, 20, 3), 200, np.uint8)
+    pixels[:, :10] = 40
+    picture = Image.fromarray(pixels)
+    exif = picture.getexif()
+    exif[0x112] = 6  # the camera was held upright
+    for name in ("a.png", "b.jpg", "c.webp"):
+        picture.save(folder / name, quality=95)
+    picture.save(folder / "d.jpeg", quality=95, exif=exif)
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(folder / "cut.jpg")
+    (folder / "cut.jpg").write_bytes((folder / "cut.jpg").read_bytes()[:-500])
+    (folder / "text.png").write_text("no picture")
+    for path in list(folder.iterdir()):
+        path.with_suffix(".txt").write_text(path.name)
+
+
+def test_pictures_of_a_folder_are_clips_of_one_frame_and_broken_ones_are_counted(tmp_path, caplog):
+    write_pictures(tmp_path / "shots")
+    with pytest.raises(ManifestError, match=r"(?s)2 problems:.*'.*cut.jpg' as picture: .*'.*text.png' as picture: "):
+        build_manifest(tmp_path)
+    clips = build_manifest(tmp_path, skip_bad=True)
+    assert [clip.text for clip in clips] == ["a.png", "b.jpg", "c.webp", "d.jpeg"]
+    assert [(c.num_frames, c.height, c.width, c.fps) for c in clips] == [(1, 12, 20, 120.0)] * 3 + [(1, 20, 12, 120.0)]
+    assert "2 of 6 files below" in caplog.text
+    for clip in clips:
+        frames = clip.read(start=0, num_frames=1, fps=None)
+        dark, light = (frames[0, :9], frames[0, 11:]) if clip.height == 20 else (frames[0, :, :9], frames[0, :, 11:])
+        assert (frames.shape, frames.dtype) == ((1, clip.height, clip.width, 3), np.uint8)
+        assert dark.mean() == pytest.approx(40, abs=2)
+        assert light.mean() == pytest.approx(200, abs=2)
+    with pytest.raises(ValueError, match=r"a\.png' is a picture: frame 0 is all it has, got 17 from 0 on"):
+        clips[0].read(start=0, num_frames=17, fps=24)
+
+
+def test_rows_of_pictures_need_no_rate_and_must_fit_their_file(tmp_path):
+    write_pictures(tmp_path / "shots")
+    row = {"path": "shots/a.png", "num_frames": 1, "height": 12, "width": 20}
+    for fps in ("absent", "", 0, "nan"):
+        for check_files in (True, False):
+            path = write_rows(tmp_path / "m.jsonl", **row, fps=fps)
+            assert read_manifest(path, check_files=check_files)[0].fps == 120.0
+    with pytest.raises(ManifestError, match=r"(?s)num_frames is 2, but .*a\.png' has 1.*height is 13, but .* has 12"):
+        read_manifest(write_rows(tmp_path / "m.jsonl", **row | {"num_frames": 2, "height": 13}))
+    with pytest.raises(ManifestError, match="no such picture file"):
+        read_manifest(write_rows(tmp_path / "m.jsonl", **row | {"path": "gone.webp"}))
+
+
+def test_pictures_are_windows_of_one_frame_only(folder):
+    write_pictures(folder / "shots")
+    clips = build_manifest(folder, skip_bad=True)
+    assert len(VideoClips(clips, num_frames=17, height=8, width=8, fps=24)) == 4
+    single = VideoClips(clips[2:4], num_frames=1, height=12, width=20, fps=24)
+    assert len(single) == 2
+    assert single[0]["video"].shape == (3, 1, 12, 20)
+    assert float(single[0]["video"][:, :, :, 0].mean()) == pytest.approx(40 / 127.5 - 1, abs=1e-6)
 
 
 def test_resize_keeps_the_aspect_and_crops_the_centre():
