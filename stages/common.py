@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import warnings
 from collections import defaultdict
@@ -250,11 +251,11 @@ class Encoder:
 
 def load_encoder(config: DataConfig) -> Encoder:
     """The VAE that `data.vae` names, on a GPU if there is one."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = _frozen_device()
     vae = load_frozen(VideoVAE, config.vae, "data.vae").to(device)
     named = config.encode_precision
     dtype = fast_dtype(device) if named == "auto" else getattr(torch, named)
-    return Encoder(vae, hash_component(config.vae) + ("-bf16" if dtype is torch.bfloat16 else ""), dtype)
+    return Encoder(vae, hash_component(config.vae) + _precision_suffix(dtype), dtype)
 
 
 def load_codes(config: DataConfig, cache: LatentCache, vqvae: nn.Module, folder: str) -> CodeCache:
@@ -308,25 +309,48 @@ def load_texts(config: DataConfig, captions: Sequence[str]) -> TextCache:
 def open_texts(config: DataConfig) -> TextCache:
     """Open the cache of captions with what it holds."""
     key = "minilm" if config.text_encoder == "minilm" else hash_component(config.text_encoder)
-    return TextCache(config.cache_dir, key, max_length=config.text_length)
+    return TextCache(config.cache_dir, key + _precision_suffix(_text_dtype(config)), max_length=config.text_length)
 
 
 def fill_texts(texts: TextCache, config: DataConfig, captions: Sequence[str]) -> None:
-    """Encode the captions that a cache lacks."""
-    if any(caption not in texts for caption in captions):
-        encoder = make_text_encoder(config)
-        texts.add(
-            captions,
-            lambda batch: encoder.encode(batch, batch_size=len(batch)),
-            progress=progress_bar("captions", "caption"),
-        )
+    """Encode the captions that a cache lacks. The encoder, a T5 of many gigabytes, is gone when this returns."""
+    if all(caption in texts for caption in captions):
+        return
+    _encode_texts(texts, config, captions)
+    gc.collect()  # networks may hold themselves in a ring
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _encode_texts(texts: TextCache, config: DataConfig, captions: Sequence[str]) -> None:
+    encoder = make_text_encoder(config)
+    texts.add(
+        captions,
+        lambda batch: encoder.encode(batch, batch_size=len(batch)),
+        progress=progress_bar("captions", "caption"),
+    )
 
 
 def make_text_encoder(config: DataConfig) -> TextEncoder:
-    """The frozen text encoder that `data.text_encoder` names."""
+    """The frozen text encoder that `data.text_encoder` names, on a GPU if there is one."""
+    options = {"device": _frozen_device(), "dtype": _text_dtype(config)}
     if config.text_encoder == "minilm":
-        return MiniLMEncoder(max_length=config.text_length)
-    return load_text_encoder(config.text_encoder)
+        return MiniLMEncoder(max_length=config.text_length, **options)
+    return load_text_encoder(config.text_encoder, **options)
+
+
+def _text_dtype(config: DataConfig) -> torch.dtype:
+    return getattr(torch, config.text_precision)
+
+
+def _frozen_device() -> str:
+    """Where frozen networks fill the caches."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _precision_suffix(dtype: torch.dtype) -> str:
+    """What the key of a cache says of the precision of the network that filled it."""
+    return "-bf16" if dtype is torch.bfloat16 else ""
 
 
 def trim_text(batch: Sample) -> Sample:

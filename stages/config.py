@@ -141,6 +141,8 @@ class DataConfig:
     """`minilm`, or the component folder of a text encoder."""
     text_length: int = 48
     """Tokens of a caption, padding included."""
+    text_precision: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the text encoder's weights while captions are encoded; bfloat16 halves the memory of a T5."""
     encode_batch_size: int = 8
     """Takes encoded at a time while the cache is built."""
     encode_precision: Literal["auto", "float32", "bfloat16"] = "float32"
