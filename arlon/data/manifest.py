@@ -37,6 +37,8 @@ log = logging.getLogger(__name__)
 REQUIRED_COLUMNS = ("path", "text", "num_frames", "height", "width")
 VIDEO_SUFFIXES = frozenset({".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".gif"})
 MAX_LISTED = 20
+MIN_FPS = 0.01
+"""Frames a second of a video, at least; at most `video_io.MAX_FPS`."""
 
 
 class ManifestError(ValueError):
@@ -95,7 +97,8 @@ def read_manifest(path: str | Path, *, check_files: bool = True) -> list[Clip]:
             opened only where a row has no `fps`.
 
     Returns:
-        The clips, at least one, in the order of the file.
+        The clips, at least one, in the order of the file. Rows that repeat both file and caption are left out, with a
+        warning.
 
     Raises:
         FileNotFoundError: If there is no such manifest.
@@ -116,7 +119,12 @@ def read_manifest(path: str | Path, *, check_files: bool = True) -> list[Clip]:
             problems += [f"{label}: {line}" for line in str(error).splitlines()]
     if problems:
         raise _listed(f"manifest '{path}'", problems)
-    return clips
+    # A second row would train on the clip twice, or validate on what is trained on. Other captions are other samples.
+    unique = {(os.path.abspath(clip.path), clip.text): clip for clip in reversed(clips)}
+    if len(unique) < len(clips):
+        repeated = len(clips) - len(unique)
+        log.warning("%d of %d rows of '%s' repeat a file and its caption: left out", repeated, len(clips), path)
+    return list(reversed(unique.values()))
 
 
 def write_manifest(clips: Sequence[Clip], path: str | Path) -> None:
@@ -223,28 +231,27 @@ def _row_to_clip(row: Mapping[str, Any], folder: Path, *, check_file: bool) -> C
         ValueError: One line for each problem of the row.
     """
     problems: list[str] = [f"missing value or column {name!r}" for name in REQUIRED_COLUMNS if _is_empty(row.get(name))]
+    for name in ("path", "text"):
+        if not _is_empty(row.get(name)) and not _is_text(row[name]):
+            problems.append(f"{name} must be text that UTF-8 can hold, got {row[name]!r}")
 
-    def number(name: str) -> float:
-        try:
-            value = float(row[name])
-        except (TypeError, ValueError):
-            value = math.nan
-        if not (math.isfinite(value) and value > 0 and (name == "fps" or value == int(value))):
-            kind = "positive number" if name == "fps" else "positive whole number"
-            problems.append(f"{name} must be a {kind}, got {row[name]!r}")
-        return value
-
-    path = folder / str(row.get("path") or "")
+    path = folder / row["path"] if _is_text(row.get("path")) else folder
     is_picture = path.suffix.lower() in PICTURE_SUFFIXES
     numbers = ("num_frames", "height", "width") if is_picture else ("num_frames", "height", "width", "fps")
-    given = {name: number(name) for name in numbers if not _is_empty(row.get(name))}
+    given: dict[str, float] = {}
+    for name in numbers:
+        if not _is_empty(row.get(name)):
+            try:
+                given[name] = _number(name, row[name])
+            except ValueError as error:
+                problems.append(str(error))
     if is_picture:
         given["fps"] = IMAGE_FPS
     info = None
-    if not _is_empty(row.get("path")) and (check_file or "fps" not in given):
+    if path != folder and (check_file or "fps" not in given):
         try:
             info = _probe(path)
-        except (FileNotFoundError, ValueError) as error:
+        except (OSError, ValueError) as error:
             problems.append(str(error))
     if info is not None and check_file:
         problems += _mismatches(given, info, path)
@@ -263,9 +270,29 @@ def _row_to_clip(row: Mapping[str, Any], folder: Path, *, check_file: bool) -> C
     )
 
 
+def _number(name: str, given: Any) -> float:
+    """A size, a count or a rate.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    try:
+        value = math.nan if isinstance(given, bool) else float(given)
+    except (TypeError, ValueError, OverflowError):
+        value = math.nan
+    if name == "fps":
+        if not MIN_FPS <= value <= video_io.MAX_FPS:
+            raise ValueError(f"fps must be a number from {MIN_FPS} to {video_io.MAX_FPS}, got {given!r}")
+    elif not (0 < value < math.inf and value == int(value)):
+        raise ValueError(f"{name} must be a positive whole number, got {given!r}")
+    return value
+
+
 def _mismatches(given: Mapping[str, float], info: FileInfo, path: Path) -> list[str]:
-    """Problems of a row that says something else than the file."""
-    return [
+    """Problems of a row that says something else than the file; of rates only great ones, as they are means."""
+    rates = [given.get("fps", info.fps), info.fps]
+    unlike = [f"fps is {rates[0]:g}, but '{path}' has {rates[1]:g}"] if max(rates) > 1.5 * min(rates) else []
+    return unlike + [
         f"{name} is {given[name]:g}, but '{path}' has {getattr(info, name)}"
         for name in ("num_frames", "height", "width")
         if name in given and given[name] != getattr(info, name)
@@ -276,7 +303,20 @@ def _is_empty(value: Any) -> bool:
     return value is None or (isinstance(value, str) and not value.strip())
 
 
+def _is_text(value: Any) -> bool:
+    """Whether a value is text without halves of characters, which stand for bytes of file names that are not UTF-8."""
+    if not isinstance(value, str):
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _describe(path: Path) -> Clip:
+    if not _is_text(str(path)):
+        raise ManifestError(f"{str(path)!r} has a name that is not UTF-8: rename it")
     caption_path = path.with_suffix(".txt")
     if not caption_path.is_file():
         raise ManifestError(f"'{path}' has no caption: write it into '{caption_path.name}' beside it")
@@ -322,6 +362,8 @@ def _read_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
         return reader(path)
     except UnicodeDecodeError as error:
         raise ManifestError(f"manifest '{path}' is not UTF-8 text: {error.reason} at byte {error.start}") from None
+    except csv.Error as error:
+        raise ManifestError(f"manifest '{path}' is not CSV: {error}") from None
 
 
 def _read_json_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
@@ -332,8 +374,8 @@ def _read_json_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
                 continue
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
-                problems.append(f"line {number}: not JSON: {error.msg}")
+            except (ValueError, RecursionError) as error:
+                problems.append(f"line {number}: not JSON: {getattr(error, 'msg', error)}")
                 continue
             if not isinstance(row, dict):
                 problems.append(f"line {number}: expected one object a line, got {type(row).__name__}")

@@ -1,4 +1,6 @@
 import json
+import os
+import shutil
 from pathlib import Path
 
 import av
@@ -146,6 +148,8 @@ def test_all_problems_of_a_manifest_are_listed(folder):
         ("m.csv", "path,text,num_frames,height,width\na.mp4,one, two,3,4,5\n", "more values than columns"),
         ("m.jsonl", "", "has no rows"),
         ("m.jsonl", "\n{oops\n[1]\n", "2 problems:\n  line 2: not JSON.*\n  line 3: expected one object"),
+        ("m.csv", "path,text,num_frames,height,width\na.mp4," + 200000 * "x" + ",3,4,5\n", "is not CSV: field larger"),
+        ("m.jsonl", 100000 * "[", "line 1: not JSON: maximum recursion depth"),
         ("m.parquet", "x", "must end in .jsonl or .csv, got '.parquet'"),
     ],
 )
@@ -153,6 +157,53 @@ def test_a_broken_manifest_is_refused(tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
     with pytest.raises(ManifestError, match=message):
         read_manifest(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"text": float("nan")}, "text must be text that UTF-8 can hold, got nan"),
+        ({"text": ["a"]}, r"text must be text that UTF-8 can hold, got \['a'\]"),
+        ({"text": "\ud83d"}, "text must be text that UTF-8 can hold"),
+        ({"path": 5}, "path must be text that UTF-8 can hold, got 5"),
+        ({"path": "a" * 5000}, "File name too long"),
+        ({"num_frames": float("nan")}, r"1 problem:\n  line 1: num_frames must be a positive whole number, got nan"),
+        ({"num_frames": 10**400}, "num_frames must be a positive whole number"),
+        ({"num_frames": True}, "num_frames must be a positive whole number, got True"),
+        ({"fps": 1e-9}, "fps must be a number from 0.01 to 1000, got 1e-09"),
+        ({"fps": 1e9}, "fps must be a number from 0.01 to 1000"),
+        ({"fps": 240}, "fps is 240, but .*a.mp4' has 24"),
+    ],
+)
+def test_absurd_values_are_one_problem_each(folder, changes, message):
+    with pytest.raises(ManifestError, match=message) as caught:
+        read_manifest(write_rows(folder / "m.jsonl", **changes))
+    assert "has 1 problem:" in str(caught.value)
+
+
+def test_rows_that_repeat_a_file_and_its_caption_are_left_out_and_counted(folder, caplog):
+    rows = [
+        {"path": path, "text": text, "num_frames": 48, "height": 36, "width": 64}
+        for path in ("clips/b.mp4", "clips/a.mp4", str(folder / "clips" / "b.mp4"), "clips/../clips/a.mp4")
+        for text in ("grey", "a ramp")
+    ]
+    (folder / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = [(clip.path.name, clip.text) for clip in read_manifest(folder / "m.jsonl")]
+    assert found == [(name, text) for name in ("b.mp4", "a.mp4") for text in ("grey", "a ramp")]
+    assert "4 of 8 rows of" in caplog.text
+
+
+def test_a_file_name_that_is_not_utf8_is_refused_or_left_out(folder):
+    odd = os.fsencode(folder / "clips") + b"/\xff"
+    try:
+        shutil.copy(folder / "clips" / "a.mp4", odd + b".mp4")
+    except OSError:
+        pytest.skip("the file system takes names in UTF-8 only")
+    Path(os.fsdecode(odd + b".txt")).write_text("odd")
+    with pytest.raises(ManifestError, match="has a name that is not UTF-8: rename it"):
+        build_manifest(folder)
+    write_manifest(build_manifest(folder, skip_bad=True), folder / "m.jsonl")
+    assert len(read_manifest(folder / "m.jsonl")) == 2
 
 
 def test_a_manifest_that_is_no_text_is_refused(tmp_path):
