@@ -17,6 +17,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from math import prod
 from typing import Any
 
@@ -37,6 +38,8 @@ from arlon.text.encoders import TextEncoderConfig, network_config
 
 LatentSize = tuple[int, int, int]
 """(T, H, W)."""
+MAX_KEPT = 128
+"""Costs of one kind that are remembered: a run on the meta device takes a second, and many films have one size."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +117,7 @@ def _tensors(values: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
 
 
+@lru_cache(MAX_KEPT)
 def dit_cost(
     config: STDiT3Config,
     size: LatentSize,
@@ -155,6 +159,7 @@ def dit_cost(
     return _at_depth(at, config.depth)
 
 
+@lru_cache(MAX_KEPT)
 def injection_cost(config: InjectionConfig, size: LatentSize, *, dtype: torch.dtype = torch.float32) -> Cost:
     """Modulations of one segment, which stay in memory while it is refined; coarse latent (1, C, T, H, W)."""
 
@@ -167,6 +172,7 @@ def injection_cost(config: InjectionConfig, size: LatentSize, *, dtype: torch.dt
     return _at_depth(at, config.num_blocks)
 
 
+@lru_cache(MAX_KEPT)
 def vqvae_cost(
     config: LatentVQVAEConfig, code_size: tuple[int, int, int], *, dtype: torch.dtype = torch.float32
 ) -> Cost:
@@ -177,6 +183,7 @@ def vqvae_cost(
     return _cost(model, lambda: model.decode(codes))
 
 
+@lru_cache(MAX_KEPT)
 def vae_decode_cost(
     config: VideoVAEConfig,
     num_frames: int,
@@ -233,6 +240,7 @@ def ar_frame_cost(
     return replace(both, flops=(both.flops - read.flops) * config.codes_per_frame)
 
 
+@lru_cache(MAX_KEPT)
 def _ar_cost(
     config: CodeTransformerConfig, frames: int, steps: int, *, text_length: int, batch: int, dtype: torch.dtype
 ) -> Cost:

@@ -22,6 +22,24 @@ torch.set_num_threads(1)
 OBJECT_STORE_BYTES = 200 * 2**20
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With `--dist loadfile`: one process runs all files with tests that use Ray, so that Ray is started once."""
+    if config.getoption("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    files = Path(__file__).parent.rglob("test_*.py")
+    with_ray = {path.name for path in files if "mark.ray" in path.read_text(encoding="utf-8")}
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            scope = super()._split_scope(nodeid)
+            return "ray" if Path(scope).name in with_ray else scope
+
+    return Scheduling(config, log)
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     random.seed(0)

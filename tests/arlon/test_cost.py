@@ -122,6 +122,7 @@ def test_the_vae_costs_what_a_run_of_all_chunks_does() -> None:
     assert found.num_parameters == num_parameters(vae)
 
 
+@pytest.mark.slow
 def test_blended_borders_cost_what_a_run_of_all_chunks_does() -> None:
     vae, latent = on_meta(VideoVAE, VAE), empty(1, 4, 15, 2, 3)
     blended = counted(lambda: vae.decode(latent, 51, blend_frames=2))

@@ -335,6 +335,7 @@ def test_a_folder_of_released_parts_is_a_model(released: Path, parts: Path, tmp_
         assert (tmp_path / name / "model.safetensors").read_bytes() == find_weights(parts / source)[0].read_bytes()
 
 
+@pytest.mark.slow
 def test_a_folder_of_released_parts_generates_in_every_mode(released: Path, tmp_path: Path) -> None:
     Image.new("RGB", (50, 40), (200, 30, 30)).save(tmp_path / "red.png")
     still = {"prompt": "a red circle", "duration": "1f"}

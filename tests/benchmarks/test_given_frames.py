@@ -19,6 +19,7 @@ def test_psnr_is_of_pixels_in_their_range() -> None:
     assert bench._psnr(frames + 51, frames) == pytest.approx(-20 * math.log10(0.2), abs=1e-4)
 
 
+@pytest.mark.slow
 def test_the_first_frames_are_those_given_as_the_vae_shows_them(tiny_model: Path, tmp_path: Path) -> None:
     model = load_model(str(tiny_model), num_inference_steps=1, settings={"num_threads": 1})
     defaults, grid = model.geometry.defaults, model.geometry.grid

@@ -22,6 +22,8 @@ from benchmarks.paper.experiments import EXPERIMENTS
 from pipelines.model import open_model
 from stages.train import load_stage_config
 
+pytestmark = pytest.mark.slow
+
 DIT = STDiT3Config(hidden_size=192, depth=6, num_heads=6, mlp_ratio=3.0, patch_size=(1, 2, 2), in_channels=16)
 
 

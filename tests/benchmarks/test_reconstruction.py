@@ -20,6 +20,8 @@ from arlon.text.encoders import TextFeatures
 from benchmarks import reconstruction as bench
 from tests.pipelines import tiny_model as tiny
 
+pytestmark = pytest.mark.slow
+
 FRAMES = 34
 
 

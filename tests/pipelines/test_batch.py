@@ -154,6 +154,7 @@ def test_films_equal_those_made_alone_and_load_their_networks_once(
     assert sorted(built) == ["CodeWorker", "DecodeWorker", "RefineWorker", "TextWorker"]
 
 
+@pytest.mark.slow
 def test_a_failure_of_the_machine_is_tried_again_from_the_last_commit(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -236,6 +237,7 @@ def test_the_command_ends_well_if_all_is_well(tiny_model: Path, tmp_path: Path) 
     assert json.loads((tmp_path / "out" / "x" / "run.json").read_text())["settings"]["crf"] == 20
 
 
+@pytest.mark.slow
 def test_films_have_streams_if_asked_for(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also a film that fails half way and is tried again; one that was begun without a stream goes on without."""
     decode, calls = workers.DecodeWorker.run, []

@@ -173,6 +173,7 @@ def test_what_cannot_be_measured_is_named_and_the_rest_is_measured(films, tmp_pa
     assert "broken.mp4" in (tmp_path / "out" / "index.html").read_text()
 
 
+@pytest.mark.slow
 def test_a_film_that_ends_its_process_is_the_only_one_that_is_not_measured(films, tmp_path, monkeypatch):
     folder = tmp_path / "films"
     shutil.copytree(films, folder)
@@ -355,6 +356,7 @@ def test_a_damaged_record_is_refused(tmp_path):
 # --- export --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_films_are_exported_as_vbench_names_them(films, tmp_path):
     folder = tmp_path / "films"
     shutil.copytree(films, folder)

@@ -114,6 +114,7 @@ def test_a_full_disk_costs_one_line_and_the_film_goes_on_when_there_is_room(
     assert arlon("verify", disk / "film.run").exit_code == 0
 
 
+@pytest.mark.slow
 def test_a_log_of_events_for_which_there_is_no_room_stops_no_film(
     film: FilmResult, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -119,6 +119,7 @@ def test_a_film_goes_on_from_the_last_frames_of_a_video_at_its_own_rate(
     assert torch.equal(latents(prepared)[0][:, :, :5], expected)
 
 
+@pytest.mark.slow
 def test_codes_go_on_from_those_of_what_is_given(tiny_model: Path, tmp_path: Path, clip: Path, picture: Path) -> None:
     vqvae = LatentVQVAE.from_pretrained(tiny_model / "vqvae").eval()
     stills = encoded(tiny_model, np.repeat(np.array(Image.open(picture).resize((WIDTH, HEIGHT)))[None], 17, 0))
@@ -143,6 +144,7 @@ def test_what_is_given_changes_what_is_made_behind_it(tiny_model: Path, tmp_path
     assert not torch.equal(latents(plain)[0][:, :, 1:], latents(with_image)[0][:, :, 1:])
 
 
+@pytest.mark.slow
 def test_a_run_needs_its_files_no_more(tiny_model: Path, tmp_path: Path, picture: Path, clip: Path) -> None:
     start, end = tmp_path / "start.png", tmp_path / "end.png"
     for path in (start, end):
@@ -173,6 +175,7 @@ def test_a_run_needs_its_files_no_more(tiny_model: Path, tmp_path: Path, picture
     assert list(verify_run(again)) == []
 
 
+@pytest.mark.slow
 def test_shots_that_are_added_may_be_given_something(tiny_model: Path, tmp_path: Path, picture: Path) -> None:
     prepared = film(tiny_model, tmp_path / "a.mp4", PROMPT | {"image": str(picture)})
     generate(prepared)

@@ -61,7 +61,7 @@ def reseal(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
     path.write_text(json.dumps(values | {"sha256": hash_plain(values)}))
 
 
-@pytest.mark.parametrize("num_segments", [1, 2, 3])
+@pytest.mark.parametrize("num_segments", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 3))])
 def test_an_interrupted_film_goes_on_to_the_same_bytes(
     film: FilmResult, tiny_model: Path, tmp_path: Path, num_segments: int
 ) -> None:
@@ -76,6 +76,7 @@ def test_an_interrupted_film_goes_on_to_the_same_bytes(
     assert not run_dir.with_name("film.partial.mp4").exists()
 
 
+@pytest.mark.slow
 def test_a_film_with_blended_chunk_borders_goes_on_to_the_same_bytes(
     film: FilmResult, tiny_model: Path, tmp_path: Path
 ) -> None:
@@ -134,7 +135,7 @@ def test_codes_that_were_written_are_not_written_again(
     assert not (folder.path / "codes.jsonl").exists()
 
 
-@pytest.mark.parametrize("cut", [1, 30, 200])
+@pytest.mark.parametrize("cut", [30, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 200))])
 def test_a_torn_line_of_codes_does_not_count(film: FilmResult, tiny_model: Path, tmp_path: Path, cut: int) -> None:
     prepared = prepared_film(tiny_model, tmp_path / "film.mp4")
     folder = RunFolder(prepared.paths.run_dir)

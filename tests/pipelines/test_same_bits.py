@@ -16,6 +16,8 @@ from pipelines.requests import Job, TextRequest, fill, film_requests
 from pipelines.workers import CodeWorker, DecodeWorker, RefineWorker, TextWorker
 from tests.pipelines.films import assert_same_film, prepared_film
 
+pytestmark = pytest.mark.slow
+
 LINE = 16
 """Floats in 64 bytes, which PyTorch aligns its own memory to."""
 OFFSETS = (1, 2)

@@ -48,7 +48,9 @@ class Interrupt(L.Callback):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(
+    "stage", [stage if stage == "ar" else pytest.param(stage, marks=pytest.mark.slow) for stage in STAGES]
+)
 def test_resumed_training_equals_uninterrupted(stage: str, stage_config: Any, tmp_path: Path) -> None:
     config = stage_config(stage)
     run_stage(stage, config, tmp_path / "whole")
@@ -70,7 +72,7 @@ def test_resumed_training_equals_uninterrupted(stage: str, stage_config: Any, tm
     assert all(torch.equal(exported[name], resumed[name]) for name in exported)
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [pytest.param("vae", marks=pytest.mark.slow), *STAGES[1:]])
 def test_loss_of_one_batch_falls(stage: str, stage_config: Any, tmp_path: Path) -> None:
     parts = build(stage, stage_config(stage))
     batch = FixedBatches(parts.train.samples, 2).batch(0)
@@ -103,6 +105,7 @@ def test_run_folder_holds_figures_pictures_and_export(stage_config: Any, tmp_pat
     assert not list(tmp_path.rglob("*.tmp*"))
 
 
+@pytest.mark.slow
 def test_checkpoint_holds_nothing_frozen(stage_config: Any, tmp_path: Path) -> None:
     run_stage("inject", stage_config("inject"), tmp_path)
     state = torch.load(tmp_path / LAST_CHECKPOINT, weights_only=True)["state_dict"]
@@ -172,6 +175,7 @@ def test_fine_tuning_starts_from_exported_weights(stage_config: Any, tmp_path: P
     assert trainable == {"temporal_vae"}
 
 
+@pytest.mark.slow
 def test_training_of_the_decoders_leaves_every_latent_as_it_is(stage_config: Any, tmp_path: Path) -> None:
     run_stage("vae", stage_config("vae", "train.max_steps=1"), tmp_path / "all")
     start = f"train.init_from={tmp_path / 'all' / 'export'}"
@@ -186,6 +190,7 @@ def test_training_of_the_decoders_leaves_every_latent_as_it_is(stage_config: Any
         assert not torch.equal(after.decode(latent, 17), before.decode(latent, 17))
 
 
+@pytest.mark.slow
 def test_the_loss_of_some_frames_is_that_of_all_on_average(stage_config: Any, tmp_path: Path) -> None:
     run_stage("vae", stage_config("vae", "train.max_steps=1"), tmp_path)
     start = f"train.init_from={tmp_path / 'export'}"

@@ -29,6 +29,7 @@ def wrong_attributes(spec: world.Scene, frames: np.ndarray) -> list[str]:
 PAIRS = [(s, m) for s in world.SHAPES for m in world.MOTIONS if world.is_possible(look(shape=s, motion=m))]
 
 
+@pytest.mark.slow
 def test_every_shape_in_every_motion_is_read():
     wrong = []
     for number, (shape, motion) in enumerate(PAIRS):
@@ -51,7 +52,12 @@ def test_every_colour_is_read_on_every_background(colour, background):
 
 @pytest.mark.parametrize(
     ("name", "least"),
-    [("clean", 0.99), ("blur 1 px + noise 0.05", 0.97), ("ringing + noise 0.03", 0.97), ("bent 1 px", 0.97)],
+    [
+        ("clean", 0.99),
+        pytest.param("blur 1 px + noise 0.05", 0.97, marks=pytest.mark.slow),
+        pytest.param("ringing + noise 0.03", 0.97, marks=pytest.mark.slow),
+        pytest.param("bent 1 px", 0.97, marks=pytest.mark.slow),
+    ],
 )
 def test_random_scenes_are_read_despite_degradation(name, least):
     rng, tally = np.random.default_rng(5), validation.Tally()

@@ -487,7 +487,7 @@ def test_blended_switch_mixes_logits_of_both_prompts_over_its_frames(scale):
     assert not torch.equal(codes, generate(model, [first, second], greedy))
 
 
-@pytest.mark.parametrize("hop", [1, 2, 3])
+@pytest.mark.parametrize("hop", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 3))])
 def test_blended_stream_continues_exactly_while_its_window_slides(hop):
     """The window holds four code frames; the blend is longer than that."""
     model = make_ar(window_hop=hop)

@@ -360,6 +360,7 @@ def test_sampling_is_addressed_by_the_generator() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @torch.no_grad()
+@pytest.mark.slow
 def test_half_precision_weights_take_and_give_float32(dtype: torch.dtype, tmp_path: Path) -> None:
     whole = lively_vae(shift=(0.1, 0.3, -0.2, 1.01), scale=(1.7, 2.3, 0.9, 3.1))
     video, latent = torch.rand(1, 3, 18, 16, 24) * 2 - 1, torch.randn(1, 4, 6, 2, 3)
