@@ -99,6 +99,15 @@ def test_precision_halves_weights_and_not_quite_the_memory() -> None:
     assert 0.45 < half.working_bytes / full.working_bytes < 0.95
 
 
+def test_a_size_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"text_length": 5, "batch": 1}
+    found = [cost.dit_cost(DIT, (2, 2, 2), **sizes), cost.ar_read_cost(AR, text_length=5)]
+    monkeypatch.setattr(cost, "measure", None)
+    assert found == [cost.dit_cost(replace(DIT), (2, 2, 2), **sizes), cost.ar_read_cost(replace(AR), text_length=5)]
+    with pytest.raises(TypeError):
+        cost.dit_cost(DIT, (2, 2, 4), **sizes)
+
+
 def test_the_injection_keeps_its_modulations() -> None:
     config = InjectionConfig(dim=32, num_blocks=5)
     found = cost.injection_cost(config, (3, 4, 6))

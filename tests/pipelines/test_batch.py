@@ -203,6 +203,7 @@ def test_a_film_in_use_is_left_alone(tiny_model: Path, tmp_path: Path) -> None:
     assert "is in use by process" in (outcome.error or "")
 
 
+@pytest.mark.slow
 def test_the_command_makes_skips_and_explains(tiny_model: Path, tmp_path: Path) -> None:
     path = batch_file(
         tmp_path,

@@ -118,6 +118,7 @@ def test_only_a_film_that_changed_is_measured_again(films, tmp_path):
     assert again.figures["prompt_colour"].mean == 1
 
 
+@pytest.mark.slow
 def test_an_interrupted_evaluation_goes_on(films, tmp_path, monkeypatch):
     def stop(progress: evaluation.Progress) -> None:
         raise KeyboardInterrupt
@@ -136,6 +137,7 @@ def test_several_workers_find_the_same(films, measured, tmp_path):
     assert other.page.read_bytes() == measured.page.read_bytes()
 
 
+@pytest.mark.slow
 def test_what_cannot_be_measured_is_named_and_the_rest_is_measured(films, tmp_path):
     folder = tmp_path / "films"
     shutil.copytree(films, folder)

@@ -135,6 +135,7 @@ def test_codes_go_on_from_those_of_what_is_given(tiny_model: Path, tmp_path: Pat
             assert torch.equal(given["0/codes"], vqvae.encode(given["0/video"])[:, :2])
 
 
+@pytest.mark.slow
 def test_what_is_given_changes_what_is_made_behind_it(tiny_model: Path, tmp_path: Path, picture: Path) -> None:
     plain, with_image = (
         film(tiny_model, tmp_path / f"{i}.mp4", PROMPT | extra) for i, extra in enumerate(({}, {"image": str(picture)}))

@@ -104,6 +104,7 @@ def test_a_film_alone_tells_what_it_was_made_from(film: FilmResult, tmp_path: Pa
     assert record == json.loads(film.sidecar.read_text())
 
 
+@pytest.mark.slow
 def test_the_storyboard_of_a_film_makes_it_again(film: FilmResult, tiny_model: Path, tmp_path: Path) -> None:
     board = tmp_path / "film.yaml"
     board.write_text(arlon("inspect", film.film, "--storyboard").stdout)

@@ -236,6 +236,7 @@ def test_segments_decode_like_the_whole_take(chain: Chain, refine_worker: Refine
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_blending_changes_frames_at_chunk_borders_inside_a_segment_alone(
     chain: Chain, refine_worker: RefineWorker
 ) -> None:
@@ -255,6 +256,7 @@ def test_blending_changes_frames_at_chunk_borders_inside_a_segment_alone(
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_a_segment_is_decoded_in_tiles(chain: Chain, refine_worker: RefineWorker) -> None:
     vae = VideoVAE.from_pretrained(Path(chain.job.model_path) / "vae")
     tiling = DecodeWorker(replace(chain.job, settings=replace(chain.job.settings, vae_tile=32)))

@@ -36,6 +36,7 @@ def test_an_impossible_share_is_refused(share):
 LONG = "beside=[{shapes: {num_takes: 4, num_frames: 85, height: 16, width: 16, switch_prob: 1.0, seed: 7}, share: 0.5}]"
 
 
+@pytest.mark.slow
 def test_a_share_of_the_steps_is_made_with_the_other_takes(stage_config: StageConfigs) -> None:
     parts = build(stage_config("ar", LONG))
     plain = build(stage_config("ar"))

@@ -19,6 +19,7 @@ def runs(tmp_path: Path) -> Path:
     return tmp_path / "runs"
 
 
+@pytest.mark.slow
 def test_exports_become_a_model_folder_in_bfloat16(runs: Path, tmp_path: Path) -> None:
     config = load_config(ModelFolderConfig, [FOLDER / "tiny" / "model.yaml"])
     assemble(tmp_path / "model", runs, config)

@@ -44,6 +44,7 @@ def test_shares_must_be_a_distribution() -> None:
             MixedBatches([Numbered(0), Numbered(1)], shares, seed=0)
 
 
+@pytest.mark.slow
 def test_steps_come_from_both_lengths_each_with_its_own_batch_and_shift(stage_config: StageConfigs) -> None:
     config = stage_config("dit", BESIDE)
     parts = build(config)

@@ -156,7 +156,9 @@ def test_encoding_a_stream_gives_the_same_bits(options: dict[str, int]) -> None:
     assert torch.equal(torch.cat(parts, dim=2), whole)
 
 
-@pytest.mark.parametrize("options", [{}, {"blend_frames": 2}, {"blend_frames": 7, "tile": 32}])
+@pytest.mark.parametrize(
+    "options", [{}, pytest.param({"blend_frames": 2}, marks=pytest.mark.slow), {"blend_frames": 7, "tile": 32}]
+)
 @torch.no_grad()
 def test_decoding_a_stream_gives_the_same_bits(options: dict[str, int]) -> None:
     vae, latent = lively_vae(micro_batch_size=3), torch.randn(2, 4, 12, 5, 3)
