@@ -4,6 +4,9 @@
 sharded (`model.safetensors.index.json`), and the `diffusion_pytorch_model` spelling is read too. Released
 Hugging Face folders are component folders: their extra config keys are ignored.
 
+A loaded model keeps the form of the folder it comes from (`StoredForm`), so that it is saved as the same files: names,
+shards, headers, precisions and config text. Only what was changed since has other bytes.
+
 Everything is written to a temporary name and renamed, so that a reader never finds half a file.
 """
 
@@ -13,7 +16,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Container, Iterable, Mapping
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -54,51 +57,120 @@ READ_PRECISIONS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64"
 float8, need scales that no component here has."""
 
 
+STORED_TYPES = {
+    **{name: getattr(torch, dtype) for name, dtype in READ_PRECISIONS.items()},
+    **{f"I{bits}": getattr(torch, f"int{bits}") for bits in (8, 16, 32, 64)},
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""Types of all tensors that are written again as they were read."""
+
+
 FULL_PRECISION = frozenset({"rope.freqs"})
 """Parameters that are constants: rounding rotary frequencies turns late frames by a visible angle."""
 
 
 READABLE = 0o644
+HEADER_LENGTH = 8
+"""Bytes at the start of a safetensors file that say how long its header is."""
 
 
 class CheckpointError(ValueError):
     """Weights or a model folder that cannot be used; the message names the file and what is wrong."""
 
 
+@dataclass(frozen=True)
+class StoredForm:
+    """How a component folder is written, beside the values of its tensors; plain data, in `stored_form` of a model."""
+
+    config: Any
+    """What `config_text` says, as the config dataclass of the model."""
+    config_text: str
+    """`config.json` as it is."""
+    headers: dict[str, bytes]
+    """File name -> header of that safetensors file with its length in front: names, places, metadata."""
+    index: dict[str, str]
+    """File name -> text of the shard index; empty if the weights are one file."""
+
+    def tensors_in(self, file: str) -> dict[str, tuple[torch.dtype | None, tuple[int, ...]]]:
+        """Precision and shape of the tensors of a file, in the order of their bytes; None: not of `STORED_TYPES`."""
+        entries = json.loads(self.headers[file][HEADER_LENGTH:])
+        entries.pop("__metadata__", None)
+        ordered = sorted(entries.items(), key=lambda item: item[1]["data_offsets"])
+        return {name: (STORED_TYPES.get(entry["dtype"]), tuple(entry["shape"])) for name, entry in ordered}
+
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """Precision of the tensors."""
+        kinds = [item for file in self.headers for item in self.tensors_in(file).items()]
+        return {name: dtype for name, (dtype, _) in kinds if dtype is not None}
+
+    def fits(self, tensors: Mapping[str, Tensor]) -> bool:
+        """Whether the headers are those of these tensors."""
+        stored = {name: kind for file in self.headers for name, kind in self.tensors_in(file).items()}
+        return stored == {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+
+
 def save_component(
     module: nn.Module, folder: str | Path, dtype: torch.dtype | Mapping[str, torch.dtype] | None = None
 ) -> Path:
-    """Write `config.json` and `model.safetensors` of a model; an existing component is replaced.
+    """Write `config.json` and the weights of a model; an existing component is replaced.
 
-    The new weights are complete on disk before the old ones go, and the two renames follow at once. Other
+    A model that was loaded from a folder is written as that was (`module.stored_form`): byte for byte if nothing has
+    changed. The text of its config stays while it means `module.config`; files and headers stay while tensors have the
+    names, shapes and precisions that the headers say. Otherwise there are a `config.json` and a `model.safetensors` of
+    our own.
+
+    The new weights are complete on disk before the old ones go, and the renames follow at once. Other
     files in the folder are left alone; weights under another name would be stale and are deleted.
 
     Args:
         module: A model with its config dataclass in `module.config`.
         folder: The component folder; parents are created.
-        dtype: Parameters are stored in it, buffers and constants as they are; None stores all as they are. A
-            mapping says it for every tensor by name: with `stored_dtypes` an export has the bytes it was loaded from.
+        dtype: Parameters are stored in it, buffers and constants as they are. A mapping says it for every tensor by
+            name. None stores all as they are; what was read into float32 from another precision goes back to that.
 
     Returns:
         The folder.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    values = {"_class_name": type(module).__name__, "_format": FORMAT, **config_to_dict(module.config)}
-    temporary = folder / f".{WEIGHTS_NAME}.{os.getpid()}.tmp"
+    form: StoredForm | None = getattr(module, "stored_form", None)
+    texts = {CONFIG_NAME: _config_text(module, form)}
+    tensors = _storable(module, dtype, form)
+    if form is not None and form.fits(tensors):
+        texts |= form.index
+    else:
+        form = None
+    names = [WEIGHTS_NAME] if form is None else list(form.headers)
+    temporary = {name: folder / f".{name}.{os.getpid()}.tmp" for name in names}
     try:
-        save_file(_storable(module, dtype), temporary, metadata={"format": "pt"})
-        temporary.chmod(READABLE)  # safetensors makes files that only their owner can read
-        _sync(temporary)
-        temporary.replace(folder / WEIGHTS_NAME)
-        write_text(folder / CONFIG_NAME, json.dumps(values, indent=2) + "\n")
+        for name, path in temporary.items():
+            if form is None:
+                save_file(tensors, path, metadata={"format": "pt"})
+            else:
+                _write_weights(path, form.headers[name], (tensors[key] for key in form.tensors_in(name)))
+            path.chmod(READABLE)  # safetensors makes files that only their owner can read
+            _sync(path)
+        for name, path in temporary.items():
+            path.replace(folder / name)
+        for name, text in texts.items():
+            write_text(folder / name, text)
     finally:
-        temporary.unlink(missing_ok=True)
+        for path in temporary.values():
+            path.unlink(missing_ok=True)
     for file in folder.glob("*.safetensors*"):
-        if file.name != WEIGHTS_NAME:
+        if file.name not in {*names, *texts}:
             file.unlink()
     _sync(folder)
     return folder
+
+
+def _config_text(module: nn.Module, form: StoredForm | None) -> str:
+    """The text a model was loaded with, while that is its config; otherwise our own."""
+    if form is not None and form.config == module.config:
+        return form.config_text
+    values = {"_class_name": type(module).__name__, "_format": FORMAT, **config_to_dict(module.config)}
+    return json.dumps(values, indent=2) + "\n"
 
 
 def load_component(
@@ -113,7 +185,8 @@ def load_component(
     """Build a model from a component folder and load its weights; the model is returned in eval mode.
 
     The model is constructed as usual, so that buffers which are not stored are right, and the global random
-    state is put back afterwards. Floating-point weights may be stored as any of `READ_PRECISIONS`.
+    state is put back afterwards. Floating-point weights may be stored as any of `READ_PRECISIONS`. `stored_form` of the
+    model says how they were: `save_component` writes them so again.
 
     Args:
         model_class: The class, with its config dataclass in the class attribute `config_class`.
@@ -133,6 +206,7 @@ def load_component(
     with torch.random.fork_rng(devices=[]):
         model = model_class(config)
     _load_weights(model, find_weights(folder), strict=strict)
+    model.stored_form = _stored_form(folder, read_config(model_class, folder) if config_overrides else config)
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and name not in FULL_PRECISION:
             parameter.data = parameter.data.to(dtype)
@@ -190,13 +264,17 @@ def find_weights(folder: str | Path) -> list[Path]:
         FileNotFoundError: If there are none, or a shard is missing.
         CheckpointError: If the index is damaged.
     """
-    folder = Path(folder)
+    return _find_weights(Path(folder))[0]
+
+
+def _find_weights(folder: Path) -> tuple[list[Path], Path | None]:
+    """The files of `find_weights`, and the index that names them, if one does."""
     for stem in WEIGHTS_STEMS:
         if (folder / stem).is_file():
-            return [folder / stem]
+            return [folder / stem], None
         index = folder / f"{stem}.index.json"
         if index.is_file():
-            return _shards(index)
+            return _shards(index), index
     raise FileNotFoundError(f"no weights in {str(folder)!r}: expected {' or '.join(WEIGHTS_STEMS)}, or a shard index")
 
 
@@ -211,6 +289,22 @@ def stored_dtypes(folder: str | Path) -> dict[str, torch.dtype]:
     for file in find_weights(folder):
         found |= _open(file, lambda f: {name: f.get_tensor(name).dtype for name in f.keys()})  # noqa: SIM118
     return found
+
+
+def _stored_form(folder: Path, config: Any) -> StoredForm:
+    """The form of a component that has been loaded, whose `config.json` says `config`."""
+    files, index = _find_weights(folder)
+    headers = {}
+    for path in files:
+        with path.open("rb") as file:
+            length = file.read(HEADER_LENGTH)
+            headers[path.name] = length + file.read(int.from_bytes(length, "little"))
+    return StoredForm(
+        config=config,
+        config_text=(folder / CONFIG_NAME).read_bytes().decode(),
+        headers=headers,
+        index={} if index is None else {index.name: index.read_bytes().decode()},
+    )
 
 
 def check_precisions(files: Iterable[Path], what: str, names: Container[str] | None = None) -> None:
@@ -310,22 +404,37 @@ def _open(path: Path, read: Callable[[Any], Any]) -> Any:
         ) from error
 
 
-def _storable(module: nn.Module, dtype: torch.dtype | Mapping[str, torch.dtype] | None) -> dict[str, Tensor]:
+def _storable(
+    module: nn.Module, dtype: torch.dtype | Mapping[str, torch.dtype] | None, form: StoredForm | None
+) -> dict[str, Tensor]:
     """State dict on the CPU, contiguous, trained parameters cast, shared storage copied (safetensors refuses aliases).
 
-    Buffers and frozen parameters (codebooks, rotary frequencies, statistics) are small and keep their precision.
+    Buffers and frozen parameters (codebooks, rotary frequencies, statistics) are small and keep their precision. If no
+    precision is asked for, it is that of the form, but for tensors that are in another than float32 on purpose.
     """
     tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
-    if not isinstance(dtype, Mapping):
+    state = module.state_dict()
+    if dtype is None:
+        converted = {name for name, t in state.items() if t.is_floating_point() and t.dtype != torch.float32}
+        dtype = {} if form is None else {n: stored for n, stored in form.dtypes().items() if n not in converted}
+    elif not isinstance(dtype, Mapping):
         trained = {name for name, _ in module.named_parameters(remove_duplicate=False)} - FULL_PRECISION
-        dtype = {} if dtype is None else dict.fromkeys(trained, dtype)
-    for name, tensor in module.state_dict().items():
+        dtype = dict.fromkeys(trained, dtype)
+    for name, tensor in state.items():
         tensor = tensor.detach().to("cpu", dtype.get(name, tensor.dtype)).contiguous()
         pointer = tensor.untyped_storage().data_ptr()
         tensors[name] = tensor.clone() if pointer in seen else tensor
         seen.add(pointer)
     return tensors
+
+
+def _write_weights(path: Path, header: bytes, tensors: Iterable[Tensor]) -> None:
+    """A safetensors file with a given header: the tensors it names, in the order of their bytes."""
+    with path.open("wb") as file:
+        file.write(header)
+        for tensor in tensors:
+            file.write(tensor.reshape(-1).view(torch.uint8).numpy())
 
 
 def _refuse(where: str, what: str, names: list[str], total: int) -> None:

@@ -364,7 +364,7 @@ def trim_text(batch: Sample) -> Sample:
 
 
 def init_model(model: nn.Module, run: RunConfig, *, free: Sequence[str] = ()) -> nn.Module:
-    """The model as it is, or with the weights of `train.init_from`.
+    """The model as it is, or with the weights of `train.init_from`; it is exported in the form of that folder.
 
     Args:
         model: Fresh model.
@@ -384,6 +384,7 @@ def init_model(model: nn.Module, run: RunConfig, *, free: Sequence[str] = ()) ->
             f"\n  here  {model.config}"
         )
     model.load_state_dict(start.state_dict())
+    model.stored_form = start.stored_form
     return model
 
 

@@ -57,6 +57,7 @@ def gathered(model: nn.Module) -> nn.Module:
         return model
     with torch.device("meta"):
         whole = type(model)(model.config)
+    whole.stored_form = getattr(model, "stored_form", None)
     whole.load_state_dict({name: whole_tensor(tensor).cpu() for name, tensor in state.items()}, assign=True)
     return whole
 

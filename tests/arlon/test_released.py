@@ -82,27 +82,88 @@ def released_dit(folder: Path, dtype: torch.dtype = torch.float32, num_shards: i
     return folder
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("num_shards", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_released_dit_comes_out_as_the_same_bytes(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_released_dit_comes_out_as_the_same_bytes(tmp_path: Path, dtype: torch.dtype, num_shards: int) -> None:
     """Also where buffers and rotary frequencies, which we keep in float32, were rounded by the release."""
-    folder = released_dit(tmp_path / "released", dtype)
+    folder = released_dit(tmp_path / "released", dtype, num_shards)
+    assert len(contents(folder)) == (2 if num_shards == 1 else 5)
     dit = STDiT3.from_pretrained(folder)
-    save_component(dit, tmp_path / "export", dtype=stored_dtypes(folder))
-    weights = (folder / "model.safetensors").read_bytes()
-    assert (tmp_path / "export" / "model.safetensors").read_bytes() == weights
-    assert STDiT3.from_pretrained(tmp_path / "export").config == dit.config
+    dit.save_pretrained(tmp_path / "export")
+    assert contents(tmp_path / "export") == contents(folder)
+    STDiT3.from_pretrained(folder, dtype=dtype).save_pretrained(tmp_path / "as_stored")
+    assert contents(tmp_path / "as_stored") == contents(folder)
+    save_component(dit, tmp_path / "named", dtype=stored_dtypes(folder))
+    assert contents(tmp_path / "named") == contents(folder)
+
+
+def test_config_and_header_come_out_as_they_were_written_by_others(tmp_path: Path) -> None:
+    """Keys in an order of their own, other spaces, keys of Hugging Face; tensors in no order, metadata of others."""
+    folder = released_dit(tmp_path / "released")
+    config = json.loads((folder / "config.json").read_text())
+    others = {"_name_or_path": "/mnt/run", "auto_map": {"AutoModel": "x--stdit.STDiT3"}, "_diffusers_version": "0.29"}
+    values = dict(sorted((config | others).items(), reverse=True))
+    (folder / "config.json").write_text(json.dumps(values, indent=4, ensure_ascii=False), newline="\r\n")
+    tensors = list(load_file(folder / "model.safetensors").items())[::-1]
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt", "zeta": "1", "alpha": "2"}}
+    place = 0
+    for name, tensor in tensors:
+        end = place + tensor.numel() * 4
+        entries[name] = {"shape": list(tensor.shape), "dtype": "F32", "data_offsets": [place, end]}
+        place = end
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8)
+    numbers = b"".join(tensor.numpy().tobytes() for _, tensor in tensors)
+    (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + numbers)
+    STDiT3.from_pretrained(folder).save_pretrained(tmp_path / "export")
+    assert contents(tmp_path / "export") == contents(folder)
+
+
+@pytest.mark.parametrize("num_shards", [1, 3])
+def test_a_changed_model_differs_in_its_numbers_only(tmp_path: Path, num_shards: int) -> None:
+    folder = released_dit(tmp_path / "released", torch.bfloat16, num_shards)
+    dit = STDiT3.from_pretrained(folder)
+    with torch.no_grad():
+        dit.final_layer.linear.bias += 1
+    dit.save_pretrained(tmp_path / "export")
+    before, after = contents(folder), contents(tmp_path / "export")
+    assert before.keys() == after.keys()
+    (changed,) = [name for name in before if before[name] != after[name]]
+    old, new = load_file(folder / changed), load_file(tmp_path / "export" / changed)
+    assert [name for name in old if not torch.equal(old[name], new[name])] == ["final_layer.linear.bias"]
+    assert new["final_layer.linear.bias"].dtype == torch.bfloat16
+    again = STDiT3.from_pretrained(tmp_path / "export")
+    torch.testing.assert_close(again.final_layer.linear.bias, dit.final_layer.linear.bias, rtol=2**-8, atol=0)
+
+
+def test_a_form_that_no_longer_fits_is_left(tmp_path: Path) -> None:
+    """Another config is never written under the old text, nor a tensor under a header that says something else."""
+    folder = released_dit(tmp_path / "released", num_shards=3)
+    other = STDiT3.from_pretrained(folder, class_dropout_prob=0.5)
+    other.save_pretrained(tmp_path / "config")
+    assert json.loads((tmp_path / "config" / "config.json").read_text())["class_dropout_prob"] == 0.5
+    assert STDiT3.from_pretrained(tmp_path / "config").config == other.config
+    kept = {name: content for name, content in contents(folder).items() if name != "config.json"}
+    assert kept.items() < contents(tmp_path / "config").items()
+
+    dit = STDiT3.from_pretrained(folder)
+    shutil.copytree(folder, tmp_path / "half")
+    dit.save_pretrained(tmp_path / "half", dtype=torch.bfloat16)
+    assert sorted(contents(tmp_path / "half")) == ["config.json", "model.safetensors"]
+    assert load_file(tmp_path / "half" / "model.safetensors")["final_layer.linear.bias"].dtype == torch.bfloat16
+    STDiT3.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(tmp_path / "converted")
+    assert contents(tmp_path / "converted") == contents(tmp_path / "half")
 
 
 def test_sharded_dit_equals_the_whole_one(tmp_path: Path) -> None:
     whole = STDiT3.from_pretrained(released_dit(tmp_path / "whole"))
-    folder = released_dit(tmp_path / "sharded", num_shards=3)
-    sharded = STDiT3.from_pretrained(folder)
+    sharded = STDiT3.from_pretrained(released_dit(tmp_path / "sharded", num_shards=3))
     for (name, a), b in zip(whole.state_dict().items(), sharded.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
-    save_component(sharded, tmp_path / "export", dtype=stored_dtypes(folder))
-    assert (tmp_path / "export" / "model.safetensors").read_bytes() == (
-        tmp_path / "whole" / "model.safetensors"
-    ).read_bytes()
 
 
 def test_tensors_that_do_not_fit_are_named_and_nothing_is_loaded(tmp_path: Path) -> None:
@@ -154,8 +215,8 @@ def test_released_vae_loads_and_comes_out_as_the_same_bytes(tmp_path: Path) -> N
     folder = released_vae(tmp_path / "vae")
     vae = load_component(SmallVAE, folder)
     assert vae.config == SmallVAEConfig(micro_batch_size=2)
-    save_component(vae, tmp_path / "export", dtype=stored_dtypes(folder))
-    assert (tmp_path / "export" / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+    save_component(vae, tmp_path / "export")
+    assert contents(tmp_path / "export") == contents(folder)
     video = torch.rand(1, 3, 17, 16, 16)
     torch.testing.assert_close(load_component(SmallVAE, tmp_path / "export").encode(video), vae.encode(video))
 

@@ -123,12 +123,16 @@ def test_validation_is_the_mean_over_ten_unshifted_times(stage_config: Any, mani
 
 def test_a_base_with_other_training_settings_is_fine_tuned(stage_config: Any, tmp_path: Path) -> None:
     settings = ("dit.enable_flash_attn=true", "dit.class_dropout_prob=0.3", "dit.freeze_y_embedder=true")
-    save_component(STDiT3(stage_config("dit", *settings).dit), tmp_path / "released")
+    save_component(STDiT3(stage_config("dit", *settings).dit), tmp_path / "released", torch.bfloat16)
     tuned = build(stage_config("dit", f"train.init_from={tmp_path / 'released'}")).stage.model
     assert tuned.config.class_dropout_prob == 0.1
     expected = load_component(STDiT3, tmp_path / "released").state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in tuned.state_dict().items())
     assert all(p.requires_grad for p in tuned.y_embedder.parameters())
+    tuned.save_pretrained(tmp_path / "tuned")
+    assert load_component(STDiT3, tmp_path / "tuned").config == tuned.config
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("released", "tuned")]
+    assert weights[0] == weights[1], "as it was stored, and not in float32"
     with pytest.raises(ValueError, match=r"train\.init_from = .* has another configuration"):
         build(stage_config("dit", f"train.init_from={tmp_path / 'released'}", "dit.depth=1"))
 
