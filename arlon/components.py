@@ -2,7 +2,7 @@
 
 `config.json` holds the fields of the model's config dataclass, `_class_name` and `_format`; weights may be
 sharded (`model.safetensors.index.json`), and the `diffusion_pytorch_model` spelling is read too. Released
-Hugging Face folders are component folders: their extra config keys are ignored.
+Hugging Face folders are component folders: keys that any of their configs has are passed over.
 
 A loaded model keeps the form of the folder it comes from (`StoredForm`), so that it is saved as the same files: names,
 shards, headers, precisions and config text. Only what was changed since has other bytes.
@@ -50,6 +50,22 @@ HUGGING_FACE_KEYS = frozenset(
     }
 )
 """Keys of released config.json files that are not fields of the model; keys with a leading `_` neither."""
+_OF_ANY_PRETRAINED_CONFIG = """
+    add_cross_attention attn_implementation chunk_size_feed_forward cross_attention_hidden_size finetuning_task
+    gradient_checkpointing id2label is_decoder is_encoder_decoder label2id num_labels output_attentions
+    output_hidden_states prefix problem_type pruned_heads return_dict task_specific_params tf_legacy_loss
+    tie_encoder_decoder tie_last_hidden_states tie_word_embeddings tokenizer_class torchscript use_bfloat16
+    assistant_confidence_threshold assistant_lookbehind bad_words_ids begin_suppress_tokens bos_token_id
+    decoder_start_token_id diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size
+    encoder_repetition_penalty eos_token_id epsilon_cutoff eta_cutoff exponential_decay_length_penalty
+    forced_bos_token_id forced_decoder_ids forced_eos_token_id length_penalty max_length min_length
+    no_repeat_ngram_size num_assistant_tokens num_assistant_tokens_schedule num_beam_groups num_beams
+    num_return_sequences output_scores pad_token_id remove_invalid_values repetition_penalty return_dict_in_generate
+    sep_token_id suppress_tokens target_lookbehind temperature top_k top_p typical_p
+"""
+PRETRAINED_CONFIG_KEYS = HUGGING_FACE_KEYS | frozenset(_OF_ANY_PRETRAINED_CONFIG.split())
+"""What transformers 4 and 5 write into the `config.json` of any model; the second half is about writing text. Not among
+them is `quantization_config`: it says that weights are stored in a way that is not read."""
 
 
 READ_PRECISIONS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
@@ -253,7 +269,8 @@ def component_config(folder: str | Path, model_class: type[nn.Module] | None = N
     if model_class is not None and "_format" in values and values.get("_class_name") != model_class.__name__:
         raise CheckpointError(f"{str(folder)!r} holds a {values.get('_class_name')}, expected a {model_class.__name__}")
     own = {field.name for field in fields(model_class.config_class)} if model_class is not None else set()
-    ignored = HUGGING_FACE_KEYS - own
+    released = model_class is not None and "_format" not in values
+    ignored = (PRETRAINED_CONFIG_KEYS if released else HUGGING_FACE_KEYS) - own
     return {k: v for k, v in values.items() if not k.startswith("_") and k not in ignored}
 
 

@@ -187,6 +187,45 @@ def test_tensors_that_do_not_fit_are_named_and_nothing_is_loaded(tmp_path: Path)
             STDiT3.from_pretrained(folder)
 
 
+@pytest.mark.parametrize("written", ["all", "differing"])
+def test_what_transformers_writes_into_any_config_is_passed_over(tmp_path: Path, written: str) -> None:
+    from transformers import GenerationConfig, PretrainedConfig
+
+    class ReleasedConfig(PretrainedConfig):
+        model_type = "STDiT3"
+
+    sizes = json.loads((released_dit(tmp_path / "dit") / "config.json").read_text())
+    expected = read_config(STDiT3, tmp_path / "dit")
+    of_text = getattr(GenerationConfig, "_get_default_generation_params", dict)()
+    of_version_4 = {"torchscript": False, "is_decoder": False, "pruned_heads": {}, "tie_word_embeddings": True}
+    for name, value in (of_text | of_version_4).items():
+        sizes.setdefault(name, value)
+    config = ReleasedConfig(**sizes, id2label={0: "a", 1: "b"}, name_or_path="/mnt/run")
+    values = {**sizes, **(config.to_dict() if written == "all" else config.to_diff_dict())}
+    assert {"id2label", "label2id", "transformers_version", "torchscript", "max_length"} <= values.keys()
+    (tmp_path / "dit" / "config.json").write_text(json.dumps(values))
+    assert read_config(STDiT3, tmp_path / "dit") == expected
+    STDiT3.from_pretrained(tmp_path / "dit").save_pretrained(tmp_path / "export")
+    assert contents(tmp_path / "export") == contents(tmp_path / "dit")
+
+
+@pytest.mark.parametrize("key", ["return_dit", "quantization_config", "depht"])
+def test_other_keys_of_a_released_config_are_named(tmp_path: Path, key: str) -> None:
+    config = json.loads((released_dit(tmp_path / "dit") / "config.json").read_text())
+    (tmp_path / "dit" / "config.json").write_text(json.dumps(config | {key: 1}))
+    with pytest.raises(ConfigError, match=rf"config\.json' as STDiT3: unknown key '{key}'"):
+        STDiT3.from_pretrained(tmp_path / "dit")
+
+
+def test_our_own_config_has_no_keys_of_transformers(tmp_path: Path) -> None:
+    dit = STDiT3.from_pretrained(released_dit(tmp_path / "dit"), drop_path=0.1)
+    dit.save_pretrained(tmp_path / "ours")
+    config = json.loads((tmp_path / "ours" / "config.json").read_text())
+    (tmp_path / "ours" / "config.json").write_text(json.dumps(config | {"max_length": 3}))
+    with pytest.raises(ConfigError, match="unknown key 'max_length'"):
+        STDiT3.from_pretrained(tmp_path / "ours")
+
+
 SMALL_SPATIAL = SpatialVAEConfig(layers_per_block=1, block_out_channels=(4, 4, 4, 4), norm_num_groups=2)
 SMALL_TEMPORAL = TemporalVAEConfig(filters=4, num_res_blocks=1, channel_multipliers=(1, 1, 1, 1), num_groups=2)
 
