@@ -258,7 +258,10 @@ def make_geometry(configs: ModelConfigs, defaults: GenerationDefaults) -> ModelG
 
 def _segment_grid(vae: VideoVAEConfig, defaults: GenerationDefaults) -> SegmentGrid:
     if vae.micro_frame_size is None:
-        raise ValueError("the model's VAE works on whole videos: films need one that works in chunks of frames")
+        raise ValueError(
+            "the model's VAE works on whole videos (micro_frame_size is null): films need one that works in chunks of "
+            "frames, the released one of 17; set that in the config.json of the VAE, or take another VAE"
+        )
     return SegmentGrid(
         segment=defaults.segment,
         overlap=defaults.overlap,

@@ -29,7 +29,6 @@ from arlon.data.windows import (
     stack_samples,
 )
 from arlon.diffusion.conditioning import sample_frame_masks
-from arlon.grids import num_pixel_frames
 from arlon.models.stdit import STDiT3, STDiT3Config
 from arlon.models.video_vae import VideoVAE
 from stages.common import (
@@ -163,7 +162,7 @@ def picture_of_pairs(vae: VideoVAE, truth: Tensor, made: Tensor) -> np.ndarray:
     """Contact sheet of latents (n, C, T, H, W): a row of `truth`, then the row of `made` beside it."""
     pairs = torch.stack([truth, made.to(truth)], dim=1).flatten(0, 1)
     with torch.no_grad():
-        return picture_of_videos(vae.decode(pairs, num_frames=num_pixel_frames(pairs.shape[2])))
+        return picture_of_videos(vae.decode(pairs))
 
 
 def build(config: DiTStageConfig) -> StageParts:

@@ -242,9 +242,9 @@ class SmallVAE(VideoVAE):
     config_class = SmallVAEConfig
 
 
-def released_vae(folder: Path) -> Path:
+def released_vae(folder: Path, **changes: Any) -> Path:
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(VAE_CONFIG))
+    (folder / "config.json").write_text(json.dumps(VAE_CONFIG | changes))
     tensors = {name: torch.randn(t.shape) for name, t in SmallVAE(SmallVAEConfig()).state_dict().items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
@@ -258,6 +258,19 @@ def test_released_vae_loads_and_comes_out_as_the_same_bytes(tmp_path: Path) -> N
     assert contents(tmp_path / "export") == contents(folder)
     video = torch.rand(1, 3, 17, 16, 16)
     torch.testing.assert_close(load_component(SmallVAE, tmp_path / "export").encode(video), vae.encode(video))
+
+
+def test_released_vae_of_whole_videos_loads_and_codes_them(tmp_path: Path) -> None:
+    folder = released_vae(tmp_path / "vae", micro_frame_size=None)
+    vae = load_component(SmallVAE, folder)
+    assert vae.config == SmallVAEConfig(micro_batch_size=2, micro_frame_size=None)
+    for frames, latents in ((1, 1), (18, 5), (34, 9)):  # chunks of 17 would make 1, 6 and 10
+        assert vae.latent_shape(frames, 16, 16) == (4, latents, 2, 2)
+        latent = vae.encode(torch.rand(1, 3, frames, 16, 16))
+        assert latent.shape == (1, 4, latents, 2, 2)
+        assert vae.decode(latent, frames).shape == (1, 3, frames, 16, 16)
+    vae.save_pretrained(tmp_path / "export")
+    assert contents(tmp_path / "export") == contents(folder)
 
 
 def test_released_vae_config_means_the_full_size(tmp_path: Path) -> None:
@@ -433,6 +446,17 @@ def test_a_folder_of_released_parts_is_a_model(released: Path, parts: Path, tmp_
         module = kind.from_pretrained(model.component(name))
         save_component(module, tmp_path / name, dtype=stored_dtypes(model.component(name)))
         assert (tmp_path / name / "model.safetensors").read_bytes() == find_weights(parts / source)[0].read_bytes()
+
+
+def test_no_film_is_made_with_a_vae_of_whole_videos(released: Path, tmp_path: Path) -> None:
+    config = released / "OpenSora-VAE-v1.2" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"micro_frame_size": None}))
+    size = {"height": 64, "width": 48, "fps": 8, "num_inference_steps": 1}
+    with pytest.raises(
+        ValueError, match=r"VAE works on whole videos \(micro_frame_size is null\): films need .* of 17"
+    ):
+        prepared_film(released, tmp_path / "film.mp4", {"prompt": "a red circle", "duration": "102f"}, **size)
+    assert not (tmp_path / "film.mp4").exists()
 
 
 @pytest.mark.slow

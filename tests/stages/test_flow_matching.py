@@ -3,8 +3,10 @@
 import torch
 from torch import Tensor
 
+from arlon.models.video_vae import VideoVAE
 from arlon.models.vqvae import LatentVQVAE, LatentVQVAEConfig
 from stages.config import FlowConfig
+from stages.dit import picture_of_pairs
 from stages.flow_matching import draw_times, flow_losses, grid_times, shift_for
 from stages.inject import InjectStage
 
@@ -95,3 +97,13 @@ def test_coarse_latents_are_cut_at_the_start_of_the_window() -> None:
     for row, start in enumerate((0, 5, 10)):
         whole = vqvae.decode(batch["codes_fine"][row : row + 1], num_latent_frames=15, grid=(3, 4))
         torch.testing.assert_close(cut[row], whole[0, :, start : start + 5])
+
+
+def test_pictures_are_made_by_a_vae_of_whole_videos_too(frozen_parts: dict[str, str]) -> None:
+    for chunk in (17, None):
+        vae = VideoVAE.from_pretrained(frozen_parts["vae"], micro_frame_size=chunk)
+        latents = torch.randn(2, vae.config.latent_channels, 10, 2, 2)
+        picture = picture_of_pairs(vae, latents, latents.clone())
+        side = 2 * vae.config.space_stride
+        assert picture.shape == (4 * (side + 2) - 2, 8 * (side + 2) - 2, 3)
+        assert (picture[:side] == picture[side + 2 : 2 * side + 2]).all(), "a row, and below it the same as made"

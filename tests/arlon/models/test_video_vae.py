@@ -2,6 +2,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -71,18 +72,69 @@ def test_temporal_vae_equals_the_original(golden_temporal: TemporalVAE, num_fram
     assert relative_error(golden_temporal.decode(golden["mean"], num_frames), golden["decode_of_mean"]) <= 1e-5
 
 
-@pytest.mark.skipif(WHOLE is None, reason="ARLON_GOLDEN_VAE names no folder of whole-VAE cases")
-@pytest.mark.parametrize("case", ["T1_32x40_mf17", "T17_24x32_mf17", "T34_16x24_mf17"])
+def golden_spatial(values: dict) -> SpatialVAEConfig:
+    known = {k: v for k, v in values["spatial_config"].items() if k in SpatialVAEConfig.__dataclass_fields__}
+    return config_from_dict(SpatialVAEConfig, known | {"scaling_factor": values["spatial_factor"]})
+
+
+@pytest.mark.parametrize("num_frames", [5, 17, 20])
 @torch.no_grad()
-def test_whole_vae_equals_the_original(case: str) -> None:
+def test_a_vae_without_chunks_codes_whole_videos_as_the_original(
+    golden_temporal: TemporalVAE, num_frames: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The per-frame part is left out: it knows nothing of chunks."""
+    spatial = replace(tiny_vae().config.spatial, latent_channels=4)
+    vae = VideoVAE(VideoVAEConfig(spatial=spatial, temporal=golden_temporal.config, micro_frame_size=None)).eval()
+    vae.temporal_vae = golden_temporal
+    monkeypatch.setattr(vae, "encode_frames", lambda video, generator=None, tile=None: video)
+    monkeypatch.setattr(vae, "decode_frames", lambda frames, tile=None: frames)
+    monkeypatch.setattr(vae, "_check_video", lambda video: None)
+    golden = load_file(DATA / f"vae_temporal_T{num_frames}.safetensors")
+    latent = vae.encode(golden["in.x"])
+    assert latent.shape[2] == -(-num_frames // 4) == vae.latent_shape(num_frames, 40, 48)[1]
+    assert relative_error(latent * vae.scale + vae.shift, golden["mean"]) <= 1e-5
+    assert relative_error(vae.decode(latent, num_frames), golden["decode_of_mean"]) <= 1e-5
+    assert vae.decode(latent).shape[2] == 4 * latent.shape[2]
+    with pytest.raises(ValueError, match=r"blend_frames \(1\) must be 0..0"):
+        vae.decode(latent, blend_frames=1)
+
+
+@torch.no_grad()
+def test_spatial_encoder_equals_the_original() -> None:
+    """Frames pass in micro batches, and their latents are multiplied by the factor of the released VAE."""
+    values = json.loads((DATA / "vae_spatial_encoder_weights.json").read_text())
+    golden = load_file(DATA / "vae_spatial_encoder_T17_24x32.safetensors")
+    temporal = replace(tiny_vae().config.temporal, in_out_channels=4)
+    vae = VideoVAE(
+        VideoVAEConfig(spatial=golden_spatial(values), temporal=temporal, micro_batch_size=values["micro_batch_size"])
+    ).eval()
+    weights = load_file(DATA / "vae_spatial_encoder_weights.safetensors")
+    missing, unexpected = vae.load_state_dict(weights, strict=False)
+    assert not unexpected
+    assert not [name for name in missing if ".encoder." in name and name.startswith("spatial_vae")]
+    assert relative_error(vae.encode_frames(golden["in.x"]), golden["spatial_latent"]) <= 2e-5
+
+
+@pytest.mark.skipif(WHOLE is None, reason="ARLON_GOLDEN_VAE names no folder of whole-VAE cases")
+@pytest.mark.parametrize(
+    ("case", "chunk"),
+    [
+        ("T1_32x40_mf17", 17),
+        ("T17_24x32_mf17", 17),
+        ("T34_16x24_mf17", 17),
+        ("T1_32x40_mf17", None),  # one chunk is the whole video
+        ("T17_24x32_mf17", None),
+    ],
+)
+@torch.no_grad()
+def test_whole_vae_equals_the_original(case: str, chunk: int | None) -> None:
     weights, golden = (load_file(Path(WHOLE) / f"vae_pipeline_{name}.safetensors") for name in ("weights", case))
     values = json.loads((Path(WHOLE) / "vae_pipeline_weights.json").read_text())
-    spatial = {k: v for k, v in values["spatial_config"].items() if k in SpatialVAEConfig.__dataclass_fields__}
     vae = VideoVAE(
         VideoVAEConfig(
-            spatial=config_from_dict(SpatialVAEConfig, spatial | {"scaling_factor": values["spatial_factor"]}),
+            spatial=golden_spatial(values),
             temporal=config_from_dict(TemporalVAEConfig, values["temporal_config"]),
-            micro_frame_size=values["micro_frame_size"],
+            micro_frame_size=chunk,
             micro_batch_size=values["micro_batch_size"],
         )
     )
