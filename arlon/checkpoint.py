@@ -335,7 +335,8 @@ def _locate(name: str, source: str, base: Path, download: bool) -> Path | dict[s
 def resolve_model(name_or_path: str | Path, *, download: bool = True) -> Path:
     """Folder of a model: the name of a packaged model, a folder, a model file (.yaml), or a hub id `owner/name`.
 
-    A folder without an index may hold the released STDiT3, VAE and T5 folders side by side, under any names.
+    A folder or repository without an index may hold the released STDiT3, VAE and T5 folders side by side, under any
+    names.
 
     A hub id is looked up in the local cache or downloaded, unless `download` or `HF_HUB_OFFLINE=1` forbid it.
 
@@ -350,12 +351,13 @@ def resolve_model(name_or_path: str | Path, *, download: bool = True) -> Path:
             raise FileNotFoundError(f"the weights of {name!r} are not installed: no {INDEX_NAME} in {str(folder)!r}")
         return folder
     if name and Path(name).expanduser().is_dir():
-        return _whole_folder(Path(name).expanduser(), download)
+        folder = Path(name).expanduser()
+        return _whole_folder(folder, folder, download)
     if Path(name).suffix in MODEL_FILE_SUFFIXES:
         file = Path(name).expanduser()
         return _combined(load_config(ModelSources, [file]), file, file.parent, download)
     if is_hub_id(name):
-        return fetch(name, download=download)
+        return _whole_folder(fetch(name, download=download), Path(name), download)
     near = difflib.get_close_matches(name, PACKAGED_MODELS, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     raise FileNotFoundError(
@@ -364,8 +366,13 @@ def resolve_model(name_or_path: str | Path, *, download: bool = True) -> Path:
     )
 
 
-def _whole_folder(folder: Path, download: bool) -> Path:
+def _whole_folder(folder: Path, name: Path, download: bool) -> Path:
     """A model folder as it is; of one without an index that holds released components, a model folder of them.
+
+    Args:
+        folder: The folder.
+        name: What it was asked for as: its path, or the hub id that it was fetched for.
+        download: Whether hub ids that are not in the cache may be downloaded.
 
     Raises:
         FileNotFoundError: If it holds some of a base, but not all.
@@ -373,14 +380,14 @@ def _whole_folder(folder: Path, download: bool) -> Path:
     found = {} if (folder / INDEX_NAME).is_file() else _released_components(folder)
     if not found:
         return folder
-    if missing := [name for name in BASE_COMPONENTS if name not in found]:
-        have = ", ".join(f"{name} in {place!r}" for name, place in found.items())
+    if missing := [part for part in BASE_COMPONENTS if part not in found]:
+        have = ", ".join(f"{part} in {place!r}" for part, place in found.items())
         raise FileNotFoundError(
-            f"{str(folder)!r} has no {INDEX_NAME} and lacks {', '.join(missing)} (it has {have}): put the released "
-            "STDiT3, VAE and T5 folders side by side in it, or name them in a model file such as "
+            f"{str(name)!r} has no {INDEX_NAME} and lacks {', '.join(missing)} (it has {have}): put the released "
+            "STDiT3, VAE and T5 folders side by side in one folder, or name them in a model file such as "
             "configs/opensora_v1_2/base.yaml"
         )
-    return _combined(ModelSources(**found, defaults=RELEASED_DEFAULTS), folder, folder, download)
+    return _combined(ModelSources(**found, defaults=RELEASED_DEFAULTS), name, folder, download)
 
 
 def _released_components(folder: Path) -> dict[str, str]:

@@ -492,3 +492,52 @@ def test_a_folder_that_lacks_a_part_says_which(released: Path) -> None:
     shutil.rmtree(released / "OpenSora-VAE-v1.2")
     with pytest.raises(FileNotFoundError, match=r"lacks vae \(it has dit in 'OpenSora-STDiT-v3', text_encoder in 't5'"):
         resolve_model(released)
+
+
+HUB_COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def on_hub(released: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The released parts as the hub's cache keeps a repository `owner/parts`: links to files named by their hash."""
+    repository = tmp_path / "hub" / "models--owner--parts"
+    snapshot = repository / "snapshots" / HUB_COMMIT
+    for number, file in enumerate(sorted(path for path in released.rglob("*") if path.is_file())):
+        blob, link = repository / "blobs" / str(number), snapshot / file.relative_to(released)
+        blob.parent.mkdir(parents=True, exist_ok=True)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, blob)
+        link.symlink_to(os.path.relpath(blob, link.parent))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(HUB_COMMIT)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(repository.parent))
+    return snapshot
+
+
+def test_released_parts_of_one_hub_repository_are_a_model(on_hub: Path, released: Path) -> None:
+    model, identity = open_model("owner/parts", required=BASE_COMPONENTS, download=False)
+    assert set(model.components) == set(BASE_COMPONENTS)
+    assert identity["name"] == "owner/parts"
+    assert model.path.name.startswith("parts-")
+    assert model.component("dit").resolve() == on_hub / "OpenSora-STDiT-v3"
+    local = open_model(str(released), required=BASE_COMPONENTS)[0]
+    assert [model.components[name] for name in ("dit", "vae")] == [local.components[name] for name in ("dit", "vae")]
+    assert load_text_encoder(model.component("text_encoder")).encode(["a red circle"]).mask.sum() == 4
+    assert read_geometry(model).grid == read_geometry(local).grid
+
+
+def test_a_hub_repository_of_one_part_says_what_it_lacks(on_hub: Path) -> None:
+    for file in sorted((on_hub / "OpenSora-STDiT-v3").iterdir()):
+        shutil.copyfile(file, on_hub / file.name)
+    for part in ("OpenSora-STDiT-v3", "OpenSora-VAE-v1.2", "t5"):
+        shutil.rmtree(on_hub / part)
+    for name in ("owner/parts", str(on_hub)):
+        with pytest.raises(FileNotFoundError) as error:
+            resolve_model(name, download=False)
+        message = f"{name!r} has no model_index.json and lacks vae, text_encoder (it has dit in '.'): put the released"
+        assert str(error.value).startswith(message)
+
+
+def test_a_hub_model_with_an_index_is_taken_as_it_is(parts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("arlon.checkpoint.fetch", lambda name, *, download: parts)
+    assert resolve_model("owner/model") == parts
