@@ -342,8 +342,8 @@ def check_precisions(files: Iterable[Path], what: str, names: Container[str] | N
     if odd := [f"{name} ({kind})" for name, kind in wanted.items() if kind not in READ_PRECISIONS]:
         raise CheckpointError(
             f"{str(files[0].parent)!r} holds {what} tensors stored as numbers that are not read, {len(odd)}: "
-            f"{_some(odd)}; expected {', '.join(READ_PRECISIONS.values())}: get the weights that are not quantised, or "
-            "store them as one of these"
+            f"{some_of(odd)}; expected {', '.join(READ_PRECISIONS.values())}: get the weights that are not quantised, "
+            "or store them as one of these"
         )
 
 
@@ -364,9 +364,11 @@ def _shards(index: Path) -> list[Path]:
         raise CheckpointError(f"{str(index)!r} has no 'weight_map' from tensors to files")
     names = sorted({str(name) for name in weight_map.values()})
     if outside := [name for name in names if Path(name).name != name]:
-        raise CheckpointError(f"{str(index)!r} names files outside its folder: {_some(outside)}")
+        raise CheckpointError(f"{str(index)!r} names files outside its folder: {some_of(outside)}")
     if missing := [name for name in names if not (index.parent / name).is_file()]:
-        raise FileNotFoundError(f"{str(index.parent)!r} lacks {len(missing)} of {len(names)} shards: {_some(missing)}")
+        raise FileNotFoundError(
+            f"{str(index.parent)!r} lacks {len(missing)} of {len(names)} shards: {some_of(missing)}"
+        )
     return [index.parent / name for name in names]
 
 
@@ -385,7 +387,7 @@ def _load_weights(model: nn.Module, files: Iterable[Path], *, strict: bool) -> N
     problems = [p for file in files for p in _open(file, lambda f, e=expected: _misfits(f, e))]
     if problems:
         raise CheckpointError(
-            f"{where} does not fit {type(model).__name__} in {len(problems)} tensors: {_some(problems)}"
+            f"{where} does not fit {type(model).__name__} in {len(problems)} tensors: {some_of(problems)}"
         )
     for file in files:
         _open(file, lambda f, file=file: _copy(f, {n: expected[n] for n in names if stored[n] == file}))
@@ -456,10 +458,11 @@ def _write_weights(path: Path, header: bytes, tensors: Iterable[Tensor]) -> None
 
 def _refuse(where: str, what: str, names: list[str], total: int) -> None:
     if names:
-        raise CheckpointError(f"{where} {what} tensors, {len(names)} of {total}: {_some(names)}")
+        raise CheckpointError(f"{where} {what} tensors, {len(names)} of {total}: {some_of(names)}")
 
 
-def _some(names: list[str]) -> str:
+def some_of(names: list[str]) -> str:
+    """The first `MAX_NAMED` names, and how many more there are."""
     rest = len(names) - MAX_NAMED
     return ", ".join(names[:MAX_NAMED]) + (f" and {rest} more" if rest > 0 else "")
 

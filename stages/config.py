@@ -89,7 +89,8 @@ class RunConfig:
     ema_decay: float = 0.999
     """Decay of the exponential moving average of the weights, which is what is exported."""
     init_from: str | None = None
-    """Component folder to start from (fine-tuning); its config must be that of the stage."""
+    """Component folder to start from (fine-tuning); its config must be that of the stage, and the export is stored as
+    it was. For `dit` also a file with the weights of PixArt-Sigma; see `arlon/models/pixart.py`."""
 
     def __post_init__(self) -> None:
         problems = []

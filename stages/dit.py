@@ -8,8 +8,10 @@ masks, captions dropped at random, buckets).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -29,6 +31,7 @@ from arlon.data.windows import (
     stack_samples,
 )
 from arlon.diffusion.conditioning import sample_frame_masks
+from arlon.models import pixart
 from arlon.models.stdit import STDiT3, STDiT3Config
 from arlon.models.video_vae import VideoVAE
 from stages.common import (
@@ -49,6 +52,7 @@ from stages.config import DataConfig, FlowConfig, OptimConfig, RunConfig
 from stages.flow_matching import draw_times, even_times, flow_losses, grid_times, sample_latents, shift_for
 
 NUM_PICTURES = 4
+log = logging.getLogger(__name__)
 TRAINING_FIELDS = (
     "input_size",
     "class_dropout_prob",
@@ -243,9 +247,14 @@ def _mask_sampler(flow: FlowConfig) -> MaskSampler | None:
 
 
 def _make_model(config: DiTStageConfig) -> STDiT3:
-    """The DiT to train: fresh, or from `train.init_from`, such as a released base."""
+    """The DiT to train: fresh, or from `train.init_from`, such as a released base or a file of PixArt-Sigma."""
     torch.manual_seed(config.train.seed)
-    model = init_model(STDiT3(config.dit), config.train, free=TRAINING_FIELDS)
+    model, start = STDiT3(config.dit), config.train.init_from
+    if start is not None and Path(start).suffix in pixart.SUFFIXES and not Path(start).is_dir():
+        names = pixart.load_pixart(model, start)
+        log.info("%s: %d tensors loaded, %d are fresh", start, len(names.loaded), len(names.fresh))
+    else:
+        model = init_model(model, config.train, free=TRAINING_FIELDS)
     model.gradient_checkpointing = config.gradient_checkpointing
     return model
 

@@ -245,5 +245,7 @@ def _resume_command(run_dir: Path) -> str:
 
 
 if __name__ == "__main__":
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("stages").setLevel(logging.INFO)
     keep_freed_memory()
     typer.run(main)

@@ -137,6 +137,33 @@ def test_a_base_with_other_training_settings_is_fine_tuned(stage_config: Any, tm
         build(stage_config("dit", f"train.init_from={tmp_path / 'released'}", "dit.depth=1"))
 
 
+def test_training_starts_from_pixart(
+    stage_config: Any, manifest: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Everything but the temporal blocks, the frame rate, the rotary frequencies and the norms of queries and keys."""
+    fresh = STDiT3(stage_config("dit", "dit.pred_sigma=true").dit).state_dict()
+    weights = {
+        name.replace("spatial_blocks.", "blocks."): torch.randn(tensor.shape) / 10
+        for name, tensor in fresh.items()
+        if not name.startswith(("temporal_blocks", "fps_embedder", "rope")) and "_norm." not in name
+    }
+    weights["x_embedder.proj.weight"] = weights["x_embedder.proj.weight"].squeeze(2)
+    torch.save({"state_dict": weights | {"pos_embed": torch.zeros(1, 4, 32)}}, tmp_path / "PixArt-Sigma.pth")
+    settings = (f"train.init_from={tmp_path / 'PixArt-Sigma.pth'}", "dit.pred_sigma=true", "dit.freeze_y_embedder=true")
+    config = bucket_config(stage_config, manifest, tmp_path, *settings, "train.max_steps=2", "train.ema_decay=0")
+    with caplog.at_level("INFO", logger="stages"):
+        run_stage("dit", config, tmp_path / "run")
+    loaded, left = len(weights), len(fresh) - len(weights)
+    assert f"PixArt-Sigma.pth: {loaded} tensors loaded, {left} are fresh" in caplog.text
+    trained = load_component(STDiT3, tmp_path / "run" / "export").state_dict()
+    assert torch.equal(trained["y_embedder.y_proj.fc1.weight"], weights["y_embedder.y_proj.fc1.weight"])
+    name = "mlp.fc1.weight"
+    change = (trained[f"spatial_blocks.1.{name}"] - weights[f"blocks.1.{name}"]).norm()
+    assert 0 < change < 0.5 * weights[f"blocks.1.{name}"].norm()
+    with pytest.raises(ValueError, match=r"unfit tensors, 2: final_layer\.linear\.weight is"):
+        build(replace(config, dit=replace(config.dit, pred_sigma=False)))
+
+
 def test_buckets_without_what_they_need_are_refused(stage_config: Any, manifest: Path, tmp_path: Path) -> None:
     config = bucket_config(stage_config, manifest, tmp_path)
     with pytest.raises(ValueError, match=r"set data\.manifest"):
