@@ -2,7 +2,8 @@
 
 Source: Open-Sora v1.2, VAE training: L1 in pixels and a small KL term. The perceptual term of the original needs the
 weights of a classifier; in its place stand a squared error and one of chroma alone, which keeps saturated colours.
-`shift` and `scale` are measured when the model is exported.
+`shift` and `scale` of a new VAE are measured when it is exported; one that is fine-tuned keeps its own, with which the
+networks that read its latents were trained.
 
 The parts are trained one after another, as in the original: `part=spatial` autoencodes single frames, `part=temporal`
 the latents of a frozen per-frame part (its loss is theirs, no pixel is decoded), `part=all` both, in pixels.
@@ -60,11 +61,15 @@ class VAEStageConfig:
     loss_frames: int | None = None
     """part=decoder: frames of a window that are decoded to pixels at a step, drawn evenly; None: all. The temporal part
     sees whole windows either way, and decoding frames is what a step costs."""
+    statistics: Literal["auto", "measure", "keep"] = "auto"
+    """Whether `shift` and `scale` are measured at the export; `auto`: unless there is a `train.init_from`."""
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
+        if self.part == "decoder" and self.statistics == "measure":
+            raise ValueError("part=decoder leaves every latent as it is: statistics must be keep or auto, got measure")
         chunk = self.vae.micro_frame_size or self.num_frames
         if not 1 <= self.num_frames <= chunk:
             raise ValueError(f"num_frames ({self.num_frames}) must be 1..{chunk}, one chunk (vae.micro_frame_size)")
@@ -75,6 +80,13 @@ class VAEStageConfig:
                 raise ValueError(
                     f"loss_frames ({self.loss_frames}) must be 1..{self.num_frames}, the frames of a window"
                 )
+
+    @property
+    def measures_statistics(self) -> bool:
+        """Whether `shift` and `scale` are measured at the export."""
+        if self.statistics == "auto":
+            return self.part != "decoder" and self.train.init_from is None
+        return self.statistics == "measure"
 
 
 class VAEStage(Stage):
@@ -127,14 +139,10 @@ class VAEStage(Stage):
         return picture_of_videos(torch.stack([video, self._reconstruct(video)], dim=1).flatten(0, 1))
 
     def before_export(self) -> None:
-        """Measure `shift` and `scale`, so that exported latents have mean 0 and spread 1 in each channel.
-
-        part=decoder keeps those it started from.
-        """
+        """Measure `shift` and `scale`, so that exported latents have mean 0 and spread 1 a channel; or keep them."""
         model = self.model
-        if self.config.part == "decoder":
-            kept = {name: tuple(getattr(model, name).flatten().tolist()) for name in ("shift", "scale")}
-            model.config = replace(model.config, **kept)
+        if not self.config.measures_statistics:
+            model.config = replace(model.config, shift=self._stated("shift"), scale=self._stated("scale"))
             return
         videos = (batch["video"].to(self.device) for batch in self._examples)
         means = [model.temporal_vae.encode(model.encode_frames(video)).mean for video in videos]
@@ -142,6 +150,12 @@ class VAEStage(Stage):
         model.config = replace(model.config, shift=shift, scale=scale)
         for buffer, values in ((model.shift, shift), (model.scale, scale)):
             buffer.copy_(torch.tensor(values).view_as(buffer))
+
+    def _stated(self, name: str) -> tuple[float, ...]:
+        """Values of a buffer, in the digits of the config that it was loaded with."""
+        buffer, form = getattr(self.model, name).flatten().cpu(), getattr(self.model, "stored_form", None)
+        stated = () if form is None else getattr(form.config, name)
+        return stated if torch.equal(torch.tensor(stated), buffer) else tuple(buffer.tolist())
 
     def _latent_noise(self, latent: Tensor, generator: torch.Generator) -> Tensor:
         """Noise for latents that are not normalised yet."""

@@ -46,6 +46,16 @@ def test_parts_of_the_dit_start_where_the_one_before_ends(folder: Path) -> None:
     assert load_stage_config("dit", [folder / "dit.yaml"], []).train.init_from is None
 
 
+@pytest.mark.parametrize("folder", [FOLDER, FOLDER / "tiny"])
+def test_latents_are_measured_until_only_the_decoders_learn(folder: Path) -> None:
+    names = ("spatial", "temporal", "all", "decoder")
+    parts = [load_stage_config("vae", [folder / "vae.yaml", folder / f"vae_{name}.yaml"], []) for name in names]
+    assert [part.part for part in parts] == list(names)
+    assert [part.measures_statistics for part in parts] == [True, True, True, False]
+    released = load_stage_config("vae", [FOLDER.parent / "opensora_v1_2" / "vae.yaml"], [])
+    assert not released.measures_statistics
+
+
 def test_make_dit_trains_the_parts_in_order_into_the_folders_that_the_next_one_reads() -> None:
     lines = recipe("dit", "configs/shapes")
     outputs = [line.split("--output ")[1].split()[0] for line in lines]

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +174,27 @@ def test_fine_tuning_starts_from_exported_weights(stage_config: Any, tmp_path: P
     assert all(torch.equal(t, exported[name]) for name, t in parts.stage.model.state_dict().items())
     trainable = {name.split(".")[0] for name, p in parts.stage.model.named_parameters() if p.requires_grad}
     assert trainable == {"temporal_vae"}
+
+
+@pytest.mark.slow
+def test_a_fine_tuned_vae_keeps_its_shift_and_scale(stage_config: Any, tmp_path: Path) -> None:
+    """In every digit, and with the rest of its config.json; measured anew only if that is asked for."""
+    torch.manual_seed(0)
+    start = VideoVAE(replace(stage_config("vae").vae, shift=(-0.1, 0.34, 0.27, 0.98), scale=(3.85, 2.32, 2.33, 3.06)))
+    start.save_pretrained(tmp_path / "start")
+    source = f"train.init_from={tmp_path / 'start'}"
+    for name, options in (("all", []), ("decoder", ["part=decoder"]), ("measured", ["statistics=measure"])):
+        run_stage("vae", stage_config("vae", source, "train.max_steps=1", *options), tmp_path / name)
+    config, *exported = (tmp_path / name / "config.json" for name in ("start", "all/export", "decoder/export"))
+    assert [path.read_bytes() for path in exported] == [config.read_bytes()] * 2
+    kept, measured = (VideoVAE.from_pretrained(tmp_path / name / "export") for name in ("all", "measured"))
+    assert torch.equal(kept.shift, start.shift)
+    assert torch.equal(kept.scale, start.scale)
+    assert not torch.isclose(measured.scale, start.scale).any()
+    assert torch.equal(measured.scale.flatten(), torch.tensor(measured.config.scale))
+    assert stage_config("vae").measures_statistics, "a new VAE has none to keep"
+    with pytest.raises(ValueError, match="part=decoder leaves every latent as it is: statistics must be keep"):
+        stage_config("vae", source, "part=decoder", "statistics=measure")
 
 
 @pytest.mark.slow
