@@ -122,7 +122,8 @@ def test_the_base_names_the_released_parts() -> None:
     assert set(base.components) == set(BASE_COMPONENTS)
     config_from_dict(GenerationDefaults, base.defaults)
     trained = load_config(ModelFolderConfig, [FOLDER / "model.yaml"]).defaults
-    assert {name: trained[name] for name in base.defaults} == base.defaults
+    shared = {name: value for name, value in base.defaults.items() if name != "aesthetic_score"}  # of its captions only
+    assert {name: trained[name] for name in shared} == shared
 
 
 @pytest.mark.parametrize("stage", ["stage1", "stage2", "stage3"])
