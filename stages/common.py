@@ -24,6 +24,7 @@ from arlon.config import config_to_dict
 from arlon.data.datasets import ShapesTakes, TakeSource, VideoTakes
 from arlon.data.latent_cache import (
     CodeCache,
+    JoinedLatents,
     LatentCache,
     Progress,
     TextCache,
@@ -230,6 +231,9 @@ def load_data(config: DataConfig, *, with_text: bool) -> CachedData:
 
     with torch.inference_mode():
         train, val = build(train_source, "train"), build(val_source, "val")
+        if config.also:
+            more = [build(ShapesTakes(part), f"train, {number}") for number, part in enumerate(config.also, start=2)]
+            train = JoinedLatents([train, *more])
         texts = load_texts(config, [*train.all_captions(), *val.all_captions()]) if with_text else None
     return CachedData(train=train, val=val, texts=texts)
 

@@ -122,6 +122,8 @@ class DataConfig:
     """Folder of latents, codes and text features; see `arlon/data/latent_cache.py`."""
     shapes: ShapesTakesConfig = field(default_factory=ShapesTakesConfig)
     """Rendered takes of the training, used if there is no manifest."""
+    also: tuple[ShapesTakesConfig, ...] = ()
+    """More rendered takes of the training, of the same size and length as `shapes`."""
     shapes_val: ShapesTakesConfig = field(default_factory=_validation_takes)
     """Rendered takes of the validation; another seed."""
     manifest: str | None = None

@@ -74,6 +74,8 @@ class ShapesTakesConfig:
     """Share of takes with two objects."""
     captions_per_shot: int = 2
     """Phrasings stored of each shot."""
+    more_colours: bool = False
+    """Objects have the colours of the whole palette, twice as many as prompts of the evaluation name."""
 
     def __post_init__(self) -> None:
         problems = []
@@ -103,6 +105,8 @@ class ShapesTakes:
     def identity(self) -> dict[str, Any]:
         """The configuration, and a fingerprint that changes when the renderer or the grammar does."""
         settings = {name: value for name, value in asdict(self.config).items() if name != "num_takes"}
+        if not self.config.more_colours:  # sets made before there were more keep their identity
+            del settings["more_colours"]
         digest = hashlib.sha256()
         for index in range(3):
             take = self.take(index)
@@ -128,6 +132,7 @@ class ShapesTakes:
             split=config.split,
             two_objects_prob=config.two_objects_prob,
             aspect=config.width / config.height,
+            colours=tuple(shapes_world.PALETTE if config.more_colours else shapes_world.COLOURS),
         )
         rendered = shapes_world.render_scene(
             scene, height=config.height, width=config.width, fps=config.fps, num_frames=config.num_frames

@@ -129,6 +129,42 @@ class LatentCache:
         return list(dict.fromkeys(t for r in self._records for _, texts in r["spans"] for t in texts))
 
 
+class JoinedLatents(LatentCache):
+    """The takes of several caches of one latent shape, one after the other."""
+
+    def __init__(self, parts: Sequence[LatentCache]) -> None:
+        """Join `parts`, at least one.
+
+        Raises:
+            ValueError: If their latents have different shapes.
+        """
+        shapes = [part.latent_shape for part in parts]
+        if len(set(shapes)) != 1:
+            raise ValueError(f"takes that are trained on together must have one latent shape, got {shapes}")
+        self._parts = [(part, index) for part in parts for index in range(len(part))]
+        self.identity = {"kind": "joined", "parts": [part.identity for part in parts]}
+        self.latent_shape = shapes[0]
+        self._captions = [caption for part in parts for caption in part.all_captions()]
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    def latent(self, index: int, frames: slice = slice(None)) -> Tensor:
+        part, place = self._parts[index]
+        return part.latent(place, frames)
+
+    def spans(self, index: int) -> tuple[CaptionSpan, ...]:
+        part, place = self._parts[index]
+        return part.spans(place)
+
+    def fps(self, index: int) -> float:
+        part, place = self._parts[index]
+        return part.fps(place)
+
+    def all_captions(self) -> list[str]:
+        return list(dict.fromkeys(self._captions))
+
+
 class CodeCache:
     """Codes of the takes of a latent cache under one VQ-VAE; made by `build_code_cache`."""
 

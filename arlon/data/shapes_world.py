@@ -27,6 +27,18 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "cyan": (56, 216, 226),
     "white": (246, 246, 246),
 }
+MORE_COLOURS: dict[str, tuple[int, int, int]] = {
+    "pink": (250, 148, 190),
+    "magenta": (224, 28, 190),
+    "teal": (20, 136, 128),
+    "brown": (124, 72, 28),
+    "lime": (172, 244, 44),
+    "lavender": (184, 160, 244),
+    "coral": (252, 112, 92),
+    "mint": (152, 246, 190),
+}
+"""Colours that prompts of the evaluation never name: a model learns from them that colour and shape are two things."""
+PALETTE = COLOURS | MORE_COLOURS
 SHAPES = ("circle", "square", "triangle", "star")
 SIZES: dict[str, float] = {"small": 0.11, "large": 0.18}
 MOTIONS = ("left", "right", "up", "down", "bounce", "circle", "still", "grow", "shrink", "spin")
@@ -116,11 +128,13 @@ def is_possible(look: ObjectLook) -> bool:
     return not (look.shape == "circle" and look.motion == "spin")
 
 
-def sample_look(rng: np.random.Generator, split: Split, *, motions: Sequence[str] = MOTIONS) -> ObjectLook:
+def sample_look(
+    rng: np.random.Generator, split: Split, *, motions: Sequence[str] = MOTIONS, colours: Sequence[str] = tuple(COLOURS)
+) -> ObjectLook:
     """Draw a look; `train` never has a held-out pair, `held_out` always has one."""
     while True:
         look = ObjectLook(
-            colour=str(rng.choice(list(COLOURS))),
+            colour=str(rng.choice(list(colours))),
             shape=str(rng.choice(SHAPES)),
             size=str(rng.choice(list(SIZES))),
             motion=str(rng.choice(motions)),
@@ -130,12 +144,14 @@ def sample_look(rng: np.random.Generator, split: Split, *, motions: Sequence[str
             return look
 
 
-def change_look(rng: np.random.Generator, look: ObjectLook, split: Split) -> ObjectLook:
+def change_look(
+    rng: np.random.Generator, look: ObjectLook, split: Split, *, colours: Sequence[str] = tuple(COLOURS)
+) -> ObjectLook:
     """Change colour, motion or speed, as a prompt switch does; shape and size stay."""
     while True:
         kind = rng.choice(("colour", "motion", "motion", "speed"))
         if kind == "colour":
-            new = replace(look, colour=str(rng.choice(list(COLOURS))))
+            new = replace(look, colour=str(rng.choice(list(colours))))
         elif kind == "motion":
             new = replace(look, motion=str(rng.choice(MOTIONS)))
         else:
@@ -153,6 +169,7 @@ def sample_scene(
     split: Split = "train",
     two_objects_prob: float = 0.3,
     aspect: float = 1.0,
+    colours: Sequence[str] = tuple(COLOURS),
 ) -> Scene:
     """Draw a scene of `len(seconds)` shots; every shot after the first changes one attribute of one object.
 
@@ -162,16 +179,17 @@ def sample_scene(
         split: Which attribute pairs may occur (see `sample_look`).
         two_objects_prob: Share of scenes with two objects. Their colours differ and their lanes are apart.
         aspect: Frame width over height.
+        colours: Names of `PALETTE` that objects have.
     """
-    looks = [sample_look(rng, split)]
+    looks = [sample_look(rng, split, colours=colours)]
     if rng.random() < two_objects_prob:
-        looks.append(_sample_second(rng, looks[0], split))
+        looks.append(_sample_second(rng, looks[0], split, colours))
     background = str(rng.choice(BACKGROUNDS))
     shots = [Shot(objects=tuple(looks), background=background, seconds=seconds[0])]
     for length in seconds[1:]:
         looks = list(shots[-1].objects)
         which = int(rng.integers(len(looks)))
-        looks[which] = _change_apart(rng, looks, which, split)
+        looks[which] = _change_apart(rng, looks, which, split, colours)
         shots.append(Shot(objects=tuple(looks), background=background, seconds=length))
     return Scene(
         shots=tuple(shots),
@@ -180,17 +198,19 @@ def sample_scene(
     )
 
 
-def _sample_second(rng: np.random.Generator, first: ObjectLook, split: Split) -> ObjectLook:
+def _sample_second(rng: np.random.Generator, first: ObjectLook, split: Split, colours: Sequence[str]) -> ObjectLook:
     while True:
-        look = sample_look(rng, "train" if split == "train" or rng.random() < 0.5 else split)
+        look = sample_look(rng, "train" if split == "train" or rng.random() < 0.5 else split, colours=colours)
         if look.colour != first.colour and not _paths_cross(first.motion, look.motion):
             return look
 
 
-def _change_apart(rng: np.random.Generator, looks: list[ObjectLook], which: int, split: Split) -> ObjectLook:
+def _change_apart(
+    rng: np.random.Generator, looks: list[ObjectLook], which: int, split: Split, colours: Sequence[str]
+) -> ObjectLook:
     """Change one object without taking the other's colour or crossing its lane."""
     for _ in range(64):
-        new = change_look(rng, looks[which], split)
+        new = change_look(rng, looks[which], split, colours=colours)
         others = [look for i, look in enumerate(looks) if i != which]
         if all(new.colour != o.colour for o in others) and (not others or new.motion == looks[which].motion):
             return new
@@ -342,7 +362,7 @@ def render_scene(
                 cos, sin = np.cos(a), np.sin(a)
                 dx, dy = cos * dx + sin * dy, cos * dy - sin * dx
             cover = np.clip(0.5 - signed_distance(look.shape, dx, dy, r) * height, 0, 1)[..., None]
-            picture = picture + cover * (np.asarray(COLOURS[look.colour], np.float32) - picture)
+            picture = picture + cover * (np.asarray(PALETTE[look.colour], np.float32) - picture)
         frames[chosen] = picture
     pixels = np.clip(np.rint(frames), 0, 255).astype(np.uint8)
     return Rendered(pixels, shot_of, paths.x, paths.y, paths.radius, paths.angle)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from arlon.data.windows import MixedBatches
 from stages.ar import ARStageConfig, build, replace_codes
+from stages.common import load_data
 from tests.stages.conftest import StageConfigs
 
 
@@ -55,3 +58,21 @@ def test_beside_must_leave_steps_for_the_takes_of_data(stage_config: StageConfig
         stage_config("ar", "beside=[{share: 1.0}]")
     with pytest.raises(ValueError, match="must be below 1"):
         stage_config("ar", "beside=[{share: 0.5}, {share: 0.5}]")
+
+
+ALSO = "data.also=[{num_takes: 3, num_frames: 51, height: 16, width: 16, more_colours: true, seed: 7}]"
+
+
+def test_takes_of_another_palette_are_trained_on_beside_the_others(stage_config: StageConfigs) -> None:
+    config = stage_config("ar", ALSO)
+    plain, joined = load_data(stage_config("ar").data, with_text=True), load_data(config.data, with_text=True)
+    assert (len(plain.train), len(joined.train), len(joined.val)) == (6, 9, len(plain.val))
+    assert all(joined.train.latent(i).equal(plain.train.latent(i)) for i in range(6))
+    others = load_data(replace(config.data, also=(), shapes=config.data.also[0]), with_text=True)
+    assert all(joined.train.latent(6 + i).equal(others.train.latent(i)) for i in range(3))
+    assert joined.train.spans(7) == others.train.spans(1)
+    assert joined.train.key not in (plain.train.key, others.train.key)
+    assert set(joined.train.all_captions()) == {*plain.train.all_captions(), *others.train.all_captions()}
+    build(config).train.batch(0)
+    with pytest.raises(ValueError, match="must have one latent shape"):
+        load_data(stage_config("ar", ALSO.replace("51", "34")).data, with_text=True)

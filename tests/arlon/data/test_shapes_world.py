@@ -1,10 +1,12 @@
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from arlon.data import shapes_world as world
 from arlon.data.captions import caption
+from arlon.data.datasets import ShapesTakes, ShapesTakesConfig
 
 
 def one_object(seconds=(3.0,), **look) -> world.Scene:
@@ -66,6 +68,23 @@ def test_training_never_sees_held_out_pairs_or_phrasings() -> None:
         for shot in scene.shots:
             assert not any(world.is_held_out(look) for look in shot.objects)
             assert not held_out_words.search(caption(shot, rng))
+
+
+def test_more_colours_are_drawn_with_every_shape_and_leave_held_out_pairs_out() -> None:
+    plain = ShapesTakesConfig(num_takes=400, num_frames=17)
+    wide = ShapesTakes(replace(plain, more_colours=True))
+    pairs, texts = set(), []
+    for index in range(400):
+        texts += wide.take(index).spans[0].captions
+    for text in texts:
+        pairs |= {(c, s) for c in world.PALETTE for s in world.SHAPES if f"{c} {s}" in text}
+    assert pairs.isdisjoint(world.HELD_OUT_COLOUR_SHAPE)
+    assert pairs >= {(colour, shape) for colour in world.MORE_COLOURS for shape in world.SHAPES}
+    assert "more_colours" not in ShapesTakes(plain).identity, "sets made before there were more are found again"
+    assert wide.identity["more_colours"] is True
+    colours = np.array(list(world.PALETTE.values()), float)
+    apart = np.linalg.norm(colours[:, None] - colours, axis=-1) + 1e3 * np.eye(len(colours))
+    assert apart.min() > 50
 
 
 def test_held_out_scenes_always_have_a_held_out_pair_and_say_it() -> None:
