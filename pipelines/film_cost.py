@@ -104,6 +104,8 @@ def plan_cost(
     if settings is not None:
         chosen = {name: getattr(settings, name) for name in ("vae_blend_frames", "ar_guidance_scale")}
         defaults, tile = replace(defaults, **chosen), settings.vae_tile
+        if settings.vae_micro_batch is not None:
+            configs = replace(configs, vae=replace(configs.vae, micro_batch_size=settings.vae_micro_batch))
     return _Estimate(plan, configs, defaults, tile, 2 if dtype == "bfloat16" else 0).film()
 
 

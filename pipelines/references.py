@@ -202,15 +202,14 @@ def _check(plan: Plan, shot: int, kind: Kind, number: int | None, path: Path) ->
 def encode_references(job: Job, references: Sequence[Reference]) -> dict[str, Tensor]:
     """Latent frames (1, C, n, H, W) float32 by `SHOT/KIND`, and code frames (1, n, cH, cW) int64 by `SHOT/codes`."""
     from arlon.diffusion.references import encode_continued, encode_end_image, encode_image, encode_reference
-    from arlon.models.video_vae import VideoVAE
-    from pipelines.workers import torch_threads
+    from pipelines.workers import load_vae, torch_threads
 
     if not references:
         return {}
     grid, device = job.plan.geometry.grid, job.settings.device
     tensors: dict[str, Tensor] = {}
     with torch_threads(job.settings.num_threads):
-        vae = VideoVAE.from_pretrained(job.component("vae")).to(device)
+        vae = load_vae(job)
 
         def encode(video: Tensor) -> Tensor:
             return vae.encode(video.to(device), tile=job.settings.vae_tile)

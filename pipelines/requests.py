@@ -36,7 +36,7 @@ X264_PRESETS = (
 )
 
 
-NEWER_SETTINGS = ("vae_blend_frames", "vae_tile")
+NEWER_SETTINGS = ("vae_blend_frames", "vae_tile", "vae_micro_batch")
 """Settings that the first films did not have."""
 
 
@@ -70,6 +70,8 @@ class Settings:
 
     Smaller than the frames that the VAE was trained on, they spoil the picture: group norms see one tile at a time.
     """
+    vae_micro_batch: int | None = None
+    """Frames that go through the per-frame VAE together; 1 takes the least memory. None: the model's own."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_threads <= MAX_THREADS:
@@ -78,6 +80,8 @@ class Settings:
             raise ValueError(f"crf must be between 0 and 51, got {self.crf}")
         if self.vae_blend_frames < 0:
             raise ValueError(f"vae_blend_frames must be 0 or more, got {self.vae_blend_frames}")
+        if self.vae_micro_batch is not None and self.vae_micro_batch < 1:
+            raise ValueError(f"vae_micro_batch must be 1 frame or more, got {self.vae_micro_batch}")
         if self.preset not in X264_PRESETS:
             raise ValueError(f"preset must be one of {', '.join(X264_PRESETS)}, got {self.preset!r}")
         for name in ("ar_temperature", "ar_top_p", "ar_guidance_scale"):

@@ -322,6 +322,13 @@ def _blended(old: samplers.VelocityFn, new: samplers.VelocityFn, weights: Tensor
     return velocity_fn
 
 
+def load_vae(job: Job) -> VideoVAE:
+    """The video VAE of a film, on its device, with as many frames at a time as its settings say."""
+    frames = job.settings.vae_micro_batch
+    overrides = {} if frames is None else {"micro_batch_size": frames}
+    return VideoVAE.from_pretrained(job.component("vae"), **overrides).to(job.settings.device)
+
+
 class DecodeWorker:
     """Decodes latents with the video VAE; segments start at chunk borders, so each decodes by itself.
 
@@ -331,7 +338,7 @@ class DecodeWorker:
 
     def __init__(self, job: Job) -> None:
         self.settings = job.settings
-        self.vae = VideoVAE.from_pretrained(job.component("vae")).to(job.settings.device)
+        self.vae = load_vae(job)
 
     @torch.inference_mode()
     def run(self, request: DecodeRequest) -> DecodeResult:

@@ -165,6 +165,9 @@ def test_plan_counts_what_is_set_and_that_a_picture_is_one_frame(tiny_model: Pat
     tiled = planned("--set", "vae_tile=32")
     assert tiled["cost"]["parts"]["vae"]["flops"] > film["cost"]["parts"]["vae"]["flops"]
     assert tiled["cost"]["parts"]["vae"]["working_bytes"] <= film["cost"]["parts"]["vae"]["working_bytes"]
+    many = planned("--set", "vae_micro_batch=17")["cost"]["parts"]["vae"]
+    assert many["flops"] == film["cost"]["parts"]["vae"]["flops"]
+    assert many["working_bytes"] > film["cost"]["parts"]["vae"]["working_bytes"]
     alone = planned("--set", "ar_guidance_scale=1")
     assert alone["cost"]["parts"]["ar"]["flops"] < film["cost"]["parts"]["ar"]["flops"]
     picture = planned("--num-frames", "1")

@@ -258,6 +258,8 @@ def test_preparing_creates_nothing(tiny_model: Path, tmp_path: Path) -> None:
         ),
         ({"vae_blend_frames": -1}, "vae_blend_frames must be 0 or more, got -1"),
         ({"vae_tile": 24}, "vae_tile must be a multiple of 8 pixels and at least 32, got 24"),
+        ({"vae_micro_batch": 0}, "vae_micro_batch must be 1 frame or more, got 0"),
+        ({"vae_micro_batch": 1.5}, "vae_micro_batch"),
         ({"vae_tile": 36}, "vae_tile must be a multiple of 8 pixels and at least 32, got 36"),
     ],
 )
@@ -281,6 +283,15 @@ def test_tiles_are_told_where_there_are_any(tiny_model: Path, tmp_path: Path) ->
     assert "vae_tile" not in plain.record["settings"]
     assert tiled.record["settings"]["vae_tile"] == 32
     assert next(film_requests(tiled.job)).write.inputs["vae_tile"] == 32
+
+
+def test_a_micro_batch_is_told_where_it_is_chosen(tiny_model: Path, tmp_path: Path) -> None:
+    films = (prepared_film(tiny_model, tmp_path / "a.mp4", settings={"vae_micro_batch": n}) for n in (None, 1))
+    plain, chosen = films
+    assert "vae_micro_batch" not in plain.record["settings"]
+    assert chosen.record["settings"]["vae_micro_batch"] == 1
+    inputs = [next(film_requests(film.job)).write.inputs for film in (plain, chosen)]
+    assert [values.get("vae_micro_batch") for values in inputs] == [None, 1]
 
 
 def test_a_model_says_how_many_frames_are_blended(tiny_model: Path) -> None:

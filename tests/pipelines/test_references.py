@@ -105,6 +105,22 @@ def test_a_picture_is_encoded_in_tiles_where_the_film_is_decoded_in_them(
         assert all(options == {"tile": tile} for options in asked)
 
 
+def test_a_picture_is_encoded_as_many_frames_at_a_time_as_a_film_is_decoded(
+    tiny_model: Path, tmp_path: Path, picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used = []
+    encode = VideoVAE.encode
+    monkeypatch.setattr(
+        VideoVAE,
+        "encode",
+        lambda vae, video, **options: used.append(vae.config.micro_batch_size) or encode(vae, video, **options),
+    )
+    prepared = film(tiny_model, tmp_path / "a.mp4", PROMPT | {"image": str(picture)})
+    job = replace(prepared.job, settings=replace(prepared.job.settings, vae_micro_batch=2))
+    encode_references(job, prepared.references)
+    assert set(used) == {2}
+
+
 def test_a_film_goes_on_from_the_last_frames_of_a_video_at_its_own_rate(
     tiny_model: Path, tmp_path: Path, clip: Path
 ) -> None:

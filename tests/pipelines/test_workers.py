@@ -266,6 +266,20 @@ def test_a_segment_is_decoded_in_tiles(chain: Chain, refine_worker: RefineWorker
     assert not torch.from_numpy(frames).equal(torch.from_numpy(video_to_frames(vae.decode(refined.latent, 51)[0])))
 
 
+@torch.no_grad()
+def test_frames_are_decoded_as_many_at_a_time_as_is_set(chain: Chain, refine_worker: RefineWorker) -> None:
+    refined, films = chain.refine_all(refine_worker)[0], {}
+    for micro_batch in (None, 1, 17):
+        worker = DecodeWorker(replace(chain.job, settings=replace(chain.job.settings, vae_micro_batch=micro_batch)))
+        counts: list[int] = []
+        decoder = worker.vae.spatial_vae.module.decoder
+        decoder.register_forward_pre_hook(lambda module, args, counts=counts: counts.append(len(args[0])))
+        frames = worker.run(DecodeRequest(num_frames=51, refined=refined)).frames
+        films[micro_batch] = torch.from_numpy(frames).int()
+        assert (max(counts), sum(counts)) == (micro_batch or 4, 51)
+    assert all((frames - films[None]).abs().max() <= 1 for frames in films.values())
+
+
 def test_frames_are_the_nearest_levels() -> None:
     video = torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0, 0.5]).view(1, 1, 2, 3).expand(3, 1, 2, 3)
     frames = video_to_frames(video)
