@@ -30,7 +30,9 @@ HEADROOM = 1.75
 """What a process takes over computed working memory, for kernels and allocator: 1.3 to 1.75 times at the larger sizes
 of benchmarks/working_memory.py, on a CPU."""
 WEIGHT_BYTES = 4
-"""Weights are held in float32."""
+"""Weights are held in float32, but those of the text encoder in the precision that is set."""
+UNDER_AUTOCAST = ("dit", "injection", "vqvae", "vae")
+"""Parts that `dtype: bfloat16` concerns; the others write codes and features in the precision of their weights."""
 GIGABYTE = 1e9
 
 
@@ -100,13 +102,14 @@ def plan_cost(
     """
     configs = model if isinstance(model, ModelConfigs) else read_configs(model)
     configs = configs if plan.geometry.has_codes else configs.without_codes()
-    defaults, tile = plan.geometry.defaults, None
+    defaults, tile, text_dtype = plan.geometry.defaults, None, torch.float32
     if settings is not None:
+        text_dtype = getattr(torch, settings.text_dtype)
         chosen = {name: getattr(settings, name) for name in ("vae_blend_frames", "ar_guidance_scale")}
         defaults, tile = replace(defaults, **chosen), settings.vae_tile
         if settings.vae_micro_batch is not None:
             configs = replace(configs, vae=replace(configs.vae, micro_batch_size=settings.vae_micro_batch))
-    return _Estimate(plan, configs, defaults, tile, 2 if dtype == "bfloat16" else 0).film()
+    return _Estimate(plan, configs, defaults, tile, 2 if dtype == "bfloat16" else 0, text_dtype).film()
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,8 @@ class _Estimate:
     defaults: GenerationDefaults
     tile: int | None
     copy_bytes: int
-    """Bytes a weight that the part at work takes besides."""
+    """Bytes a weight that the part at work takes besides, if it is one that runs under autocast."""
+    text_dtype: torch.dtype
 
     def film(self) -> FilmCost:
         parts = {"text_encoder": self.text_encoder(), "dit": self.dit(), "vae": self.vae()}
@@ -127,7 +131,8 @@ class _Estimate:
         return FilmCost(parts=tuple(self._part(name, *part) for name, part in parts.items()))
 
     def text_encoder(self) -> tuple[Cost, float]:
-        return cost.text_cost(self.configs.text_encoder), len(text_request(self.plan).prompts)
+        once = cost.text_cost(self.configs.text_encoder, dtype=self.text_dtype)
+        return once, len(text_request(self.plan).prompts)
 
     def dit(self) -> tuple[Cost, float]:
         """Guided passes count one, the others half; a segment between two prompts takes those of both."""
@@ -203,10 +208,11 @@ class _Estimate:
         return self.plan.storyboard.guidance_scale if own is None else own
 
     def _part(self, name: str, once: Cost, calls: float) -> PartCost:
+        copy_bytes = self.copy_bytes if name in UNDER_AUTOCAST else 0
         return PartCost(
             part=name,
-            weight_bytes=once.num_parameters * WEIGHT_BYTES,
-            working_bytes=once.working_bytes + once.num_parameters * self.copy_bytes,
+            weight_bytes=once.num_parameters * (self.text_dtype.itemsize if name == "text_encoder" else WEIGHT_BYTES),
+            working_bytes=once.working_bytes + once.num_parameters * copy_bytes,
             flops=round(once.flops * calls),
         )
 

@@ -36,7 +36,7 @@ X264_PRESETS = (
 )
 
 
-NEWER_SETTINGS = ("vae_blend_frames", "vae_tile", "vae_micro_batch")
+NEWER_SETTINGS = ("vae_blend_frames", "vae_tile", "vae_micro_batch", "text_dtype")
 """Settings that the first films did not have."""
 
 
@@ -72,6 +72,8 @@ class Settings:
     """
     vae_micro_batch: int | None = None
     """Frames that go through the per-frame VAE together; 1 takes the least memory. None: the model's own."""
+    text_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the text encoder's weights; bfloat16 halves its memory, and changes features a little."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_threads <= MAX_THREADS:
@@ -91,7 +93,13 @@ class Settings:
 
     def to_plain(self) -> dict[str, Any]:
         """Plain values for JSON; what is newer than the first films is told where it is not at its default."""
-        return {name: value for name, value in asdict(self).items() if value or name not in NEWER_SETTINGS}
+        newer = self.newer()
+        return {name: value for name, value in asdict(self).items() if name in newer or name not in NEWER_SETTINGS}
+
+    def newer(self) -> dict[str, Any]:
+        """Settings that the first films did not have, where they are not at their default."""
+        chosen = {name: getattr(self, name) for name in NEWER_SETTINGS}
+        return {name: value for name, value in chosen.items() if value != getattr(Settings, name)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -467,7 +475,7 @@ def _inputs(job: Job, refine: RefineRequest) -> dict[str, Any]:
     blend, fit = refine.blend, job.plan.frame_fit
     return {
         **({} if blend is None else {"blend": {"prompt": blend.prompt, "weights": list(blend.weights)}}),
-        **{name: getattr(settings, name) for name in NEWER_SETTINGS if getattr(settings, name)},
+        **settings.newer(),
         **({} if fit.is_exact else {"cut_to": [fit.height, fit.width]}),
         "model": job.model_hash,
         **{name: getattr(segment, name) for name in of_segment},

@@ -92,7 +92,10 @@ class TextWorker:
     """
 
     def __init__(self, job: Job, encoder: TextEncoder | None = None) -> None:
-        self.encoder = encoder or load_text_encoder(job.component("text_encoder"), device=job.settings.device)
+        dtype = getattr(torch, job.settings.text_dtype)
+        self.encoder = encoder or load_text_encoder(
+            job.component("text_encoder"), device=job.settings.device, dtype=dtype
+        )
         self._known: OrderedDict[str, TextFeatures] = OrderedDict()
 
     def run(self, request: TextRequest) -> TextResult:

@@ -19,6 +19,7 @@ from pipelines.cli import app
 from pipelines.film_cost import FilmCost, PartCost, cost_lines, gigabytes, operations, plan_cost, solver_evaluations
 from pipelines.model import open_model, read_configs, read_geometry, read_size
 from pipelines.plan import Plan, make_plan, resolve_storyboard
+from pipelines.requests import Settings
 from pipelines.storyboard import parse_storyboard
 from tests.pipelines import tiny_model as tiny
 
@@ -119,7 +120,17 @@ def test_autocast_keeps_a_rounded_copy(tiny_model: Path) -> None:
     full, half = (plan_cost(plan, model, dtype=dtype) for dtype in ("float32", "bfloat16"))
     for before, after in zip(full.parts, half.parts, strict=True):
         assert after.weight_bytes == before.weight_bytes
-        assert after.working_bytes == before.working_bytes + before.weight_bytes // 2
+        copy = 0 if after.part in ("text_encoder", "ar") else before.weight_bytes // 2
+        assert after.working_bytes == before.working_bytes + copy
+
+
+def test_a_text_encoder_in_bfloat16_takes_half(tiny_model: Path) -> None:
+    plan, model = plan_of(tiny_model, {"prompt": "a"}), open_model(str(tiny_model))[0]
+    full, half = (plan_cost(plan, model, settings=Settings(text_dtype=dtype)) for dtype in ("float32", "bfloat16"))
+    for before, after in zip(full.parts, half.parts, strict=True):
+        is_text = after.part == "text_encoder"
+        assert after.weight_bytes * (2 if is_text else 1) == before.weight_bytes
+        assert (after.working_bytes < before.working_bytes) == is_text
 
 
 def test_solver_evaluations_are_counted() -> None:

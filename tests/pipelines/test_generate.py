@@ -19,6 +19,7 @@ from pipelines.generate import FilmResult, Progress, generate, prepare
 from pipelines.model import read_geometry
 from pipelines.output import output_paths, slug
 from pipelines.requests import film_requests
+from pipelines.runs.resume import read_settings
 from pipelines.runs.run_folder import CODES_NAME, RunFolder, hash_bytes
 from pipelines.storyboard import UsageError, parse_storyboard, storyboard_from_prompts
 from tests.pipelines.films import SHOTS, assert_same_film, prepared_film
@@ -251,6 +252,7 @@ def test_preparing_creates_nothing(tiny_model: Path, tmp_path: Path) -> None:
         ({"ar_top_p": 1.5}, "top_p"),
         ({"device": "toaster"}, "cannot compute on device 'toaster', try 'cpu'"),
         ({"dtype": "float8"}, "dtype"),
+        ({"text_dtype": "float16"}, "text_dtype"),
         ({"crff": 3}, "crff"),
         (
             {"vae_blend_frames": 8},
@@ -285,13 +287,19 @@ def test_tiles_are_told_where_there_are_any(tiny_model: Path, tmp_path: Path) ->
     assert next(film_requests(tiled.job)).write.inputs["vae_tile"] == 32
 
 
-def test_a_micro_batch_is_told_where_it_is_chosen(tiny_model: Path, tmp_path: Path) -> None:
-    films = (prepared_film(tiny_model, tmp_path / "a.mp4", settings={"vae_micro_batch": n}) for n in (None, 1))
-    plain, chosen = films
-    assert "vae_micro_batch" not in plain.record["settings"]
-    assert chosen.record["settings"]["vae_micro_batch"] == 1
-    inputs = [next(film_requests(film.job)).write.inputs for film in (plain, chosen)]
-    assert [values.get("vae_micro_batch") for values in inputs] == [None, 1]
+@pytest.mark.parametrize(
+    ("name", "default", "other"), [("vae_micro_batch", None, 1), ("text_dtype", "float32", "bfloat16")]
+)
+def test_newer_settings_are_told_where_they_are_not_at_their_default(
+    tiny_model: Path, tmp_path: Path, name: str, default: object, other: object
+) -> None:
+    films = [prepared_film(tiny_model, tmp_path / "a.mp4", settings={name: value}) for value in (default, other)]
+    records = [film.record["settings"] for film in films]
+    inputs = [next(film_requests(film.job)).write.inputs for film in films]
+    for plain, chosen in (records, inputs):
+        assert name not in plain
+        assert chosen[name] == other
+    assert [read_settings(film.record) for film in films] == [film.job.settings for film in films]
 
 
 def test_a_model_says_how_many_frames_are_blended(tiny_model: Path) -> None:

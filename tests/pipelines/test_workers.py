@@ -117,6 +117,16 @@ def test_every_prompt_is_encoded_once_and_alone(chain: Chain) -> None:
     assert all(len(features) == 1 for features in chain.text.features.values())
 
 
+def test_the_text_encoder_has_its_weights_in_the_precision_that_is_set(chain: Chain) -> None:
+    exact = TextWorker(chain.job)
+    rounded = TextWorker(replace(chain.job, settings=replace(chain.job.settings, text_dtype="bfloat16")))
+    dtypes = [{weight.dtype for weight in worker.encoder.network.parameters()} for worker in (exact, rounded)]
+    assert dtypes == [{torch.float32}, {torch.bfloat16}]
+    one, other = (worker.run(text_request(chain.job.plan)).features["a blue square"] for worker in (exact, rounded))
+    assert other.tokens.dtype == torch.float32
+    assert 0 < (other.tokens - one.tokens).norm() < 0.05 * one.tokens.norm()
+
+
 def test_codes_written_segment_by_segment_equal_the_take_in_one_go(chain: Chain) -> None:
     schedule = [
         PromptSpan(
