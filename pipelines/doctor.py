@@ -221,7 +221,7 @@ def _advice(fit: Fit, configs: ModelConfigs, defaults: GenerationDefaults, dtype
         rest = plan_cost(fit.plan, configs).bytes
         advice.append(f"--dtype float32 needs {gigabytes(rest)}: bfloat16 keeps a rounded copy of the weights at work")
     if fit.cost.weight_bytes > free:
-        largest = max(fit.cost.parts, key=lambda part: part.weight_bytes)
+        largest = max(fit.cost.largest_together, key=lambda part: part.weight_bytes)
         shares = f"{gigabytes(fit.cost.weight_bytes)}, {gigabytes(largest.weight_bytes)} of it {largest.part}"
         advice.append(
             f"the weights alone take {shares}: use a machine or device with more memory, or spread the parts over "

@@ -1,16 +1,18 @@
 """What a film takes: memory and floating-point operations of every part of a model, computed before anything is loaded.
 
-The parts of a film stay loaded side by side. Their working memory does not add up, as they work in turn, with two
-exceptions: the cache of the code model lasts as long as its take, and the injected features as long as their segment.
-Figures are those of one process; see `arlon.cost` for what they leave out.
+The parts of a film stay loaded side by side, but for a large text encoder, which is gone before the others come if the
+film has few prompts. Their working memory does not add up, as they work in turn, with two exceptions: the cache of the
+code model lasts as long as its take, and the injected features as long as their segment. Figures are those of one
+process; see `arlon.cost` for what they leave out.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import compress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +24,7 @@ from arlon.grids import ceil_div
 from pipelines.model import GenerationDefaults, ModelConfigs, read_configs
 from pipelines.plan import Plan, Segment
 from pipelines.requests import Settings, code_schedule, segment_blend, text_request
+from pipelines.workers import lets_encoder_go
 
 if TYPE_CHECKING:
     from arlon.checkpoint import ModelFolder
@@ -51,24 +54,36 @@ class FilmCost:
     """What a film takes in one process."""
 
     parts: tuple[PartCost, ...]
+    lets_text_go: bool = False
+    """Whether the text encoder is gone before the other parts are loaded."""
+
+    @property
+    def largest_together(self) -> tuple[PartCost, ...]:
+        """The parts that are loaded when most memory is taken."""
+        return max(self._together, key=_bytes_of)
 
     @property
     def weight_bytes(self) -> int:
-        """Memory of all weights."""
-        return sum(part.weight_bytes for part in self.parts)
+        """Memory of weights when most memory is taken."""
+        return _weight_bytes(self.largest_together)
 
     @property
     def working_bytes(self) -> int:
-        """Most memory of everything else, without the headroom."""
-        working = {part.part: part.working_bytes for part in self.parts}
-        lasting = working.pop("ar", 0)
-        working["dit"] += working.pop("injection", 0)
-        return lasting + max(working.values())
+        """Memory of everything else at that time, without the headroom."""
+        return _working_bytes(self.largest_together)
 
     @property
     def bytes(self) -> int:
-        """Weights, and working memory with headroom."""
-        return self.weight_bytes + round(HEADROOM * self.working_bytes)
+        """Most memory taken: weights, and working memory with headroom."""
+        return _bytes_of(self.largest_together)
+
+    @property
+    def _together(self) -> list[tuple[PartCost, ...]]:
+        """Parts that are loaded side by side, one group after the other."""
+        if not self.lets_text_go:
+            return [self.parts]
+        is_text = [part.part == "text_encoder" for part in self.parts]
+        return [tuple(compress(self.parts, group)) for group in (is_text, [not text for text in is_text])]
 
     @property
     def flops(self) -> int:
@@ -86,7 +101,24 @@ class FilmCost:
             for part in self.parts
         }
         totals = {"bytes": self.bytes, "weight_bytes": self.weight_bytes, "working_bytes": self.working_bytes}
-        return totals | {"flops": self.flops, "parts": parts}
+        return totals | {"flops": self.flops, "lets_text_go": self.lets_text_go, "parts": parts}
+
+
+def _weight_bytes(parts: Sequence[PartCost]) -> int:
+    return sum(part.weight_bytes for part in parts)
+
+
+def _working_bytes(parts: Sequence[PartCost]) -> int:
+    """Most memory besides weights of parts that are loaded side by side, without the headroom."""
+    working = {part.part: part.working_bytes for part in parts}
+    lasting, injected = working.pop("ar", 0), working.pop("injection", 0)
+    if "dit" in working:
+        working["dit"] += injected
+    return lasting + max(working.values())
+
+
+def _bytes_of(parts: Sequence[PartCost]) -> int:
+    return _weight_bytes(parts) + round(HEADROOM * _working_bytes(parts))
 
 
 def plan_cost(
@@ -128,7 +160,9 @@ class _Estimate:
         parts = {"text_encoder": self.text_encoder(), "dit": self.dit(), "vae": self.vae()}
         if self.configs.has_codes:
             parts |= {"ar": self.ar(), "vqvae": self.vqvae(), "injection": self.injection()}
-        return FilmCost(parts=tuple(self._part(name, *part) for name, part in parts.items()))
+        costs = tuple(self._part(name, *part) for name, part in parts.items())
+        lets_text_go = lets_encoder_go(costs[0].weight_bytes, len(text_request(self.plan).prompts))
+        return FilmCost(parts=costs, lets_text_go=lets_text_go)
 
     def text_encoder(self) -> tuple[Cost, float]:
         once = cost.text_cost(self.configs.text_encoder, dtype=self.text_dtype)
@@ -232,11 +266,14 @@ def solver_evaluations(solver: str) -> int:
 
 def cost_lines(film: FilmCost) -> list[str]:
     """Two lines for people: memory and operations, the largest parts first."""
+    together = film.largest_together
     by_weight = sorted(film.parts, key=lambda part: -part.weight_bytes)
     by_flops = sorted(film.parts, key=lambda part: -part.flops)
     total = max(1, film.flops)
     shares = [f"{part.part} {part.flops / total:.0%}" for part in by_flops if part.flops >= 0.005 * total]
-    weights = ", ".join(f"{part.part} {gigabytes(part.weight_bytes)}" for part in by_weight)
+    loaded = ", ".join(f"{part.part} {gigabytes(part.weight_bytes)}" for part in by_weight if part in together)
+    apart = ", ".join(f"{part.part} {gigabytes(part.weight_bytes)}" for part in by_weight if part not in together)
+    weights = loaded + (f"; at another time {apart}" if apart else "")
     return [
         f"memory about {gigabytes(film.bytes)} besides the program: "
         f"weights {gigabytes(film.weight_bytes)} ({weights}), "

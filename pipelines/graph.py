@@ -35,6 +35,7 @@ from pipelines.requests import (
     carried_on,
     fill,
     film_requests,
+    prompts_to_encode,
 )
 from pipelines.runs.lock import WriterLock, holder_mark
 from pipelines.runs.run_folder import RunFolder
@@ -95,8 +96,8 @@ class GraphConfig:
 class _Actor:
     """One worker in a process of its own. It is built by `start`, whose errors reach the caller as they are."""
 
-    def __init__(self, role: str, job: Job, holder: str) -> None:
-        self.role, self.job, self.holder = role, job, holder
+    def __init__(self, role: str, job: Job, holder: str, prompts: tuple[str, ...] = ()) -> None:
+        self.role, self.job, self.holder, self.prompts = role, job, holder, prompts
         self._lock: WriterLock | None = None
         self._worker: Any = None
 
@@ -113,6 +114,8 @@ class _Actor:
             self._lock = WriterLock(self.job.run_dir, self.holder)
         state = (_committed(RunFolder(self.job.run_dir)),) if self.role == "write" else ()
         self._worker = getattr(workers, WORKER_OF_ROLE[self.role])(self.job, *state)
+        if self.role == "text":
+            self._worker.encode_ahead(self.prompts)
 
     @property
     def worker(self) -> Any:
@@ -169,16 +172,17 @@ def run_graph(
         FileNotFoundError, ValueError: As raised in a worker.
         RuntimeError: If a worker process died again and again.
     """
-    config = config or GraphConfig()
+    config, committed = config or GraphConfig(), committed or Committed()
+    prompts = tuple(dict.fromkeys(prompts_to_encode(job, committed)))
     with ray_session(address) as ray, _readable_errors(ray):
         crew: dict[str, list[Any]] = {}
         try:
             _check_room(ray, job, config)
             for role in WORKER_OF_ROLE:
                 replicas = getattr(config, role).replicas if role != "write" else 1
-                crew[role] = [_start_actor(ray, role, job, config) for _ in range(replicas)]
+                crew[role] = [_start_actor(ray, role, job, config, prompts) for _ in range(replicas)]
             ray.get([actor.start.remote() for actors in crew.values() for actor in actors])
-            yield from _Film(ray, job, committed or Committed(), crew, config).make()
+            yield from _Film(ray, job, committed, crew, config).make()
             ray.get(crew["write"][0].close.remote())
         finally:
             for actor in (actor for actors in crew.values() for actor in actors):
@@ -197,8 +201,11 @@ def _check_room(ray: Any, job: Job, config: GraphConfig) -> None:
             raise UsageError(f"the actors need {number:g} {kind}, the cluster has {there.get(kind, 0):g}")
 
 
-def _start_actor(ray: Any, role: str, job: Job, config: GraphConfig) -> Any:
-    """An actor of a role; the writer stays on the node of the caller, whose disk it writes."""
+def _start_actor(ray: Any, role: str, job: Job, config: GraphConfig, prompts: tuple[str, ...]) -> Any:
+    """An actor of a role; the writer stays on the node of the caller, whose disk it writes.
+
+    `prompts` are those that an actor of the role `text` encodes at its start, if its encoder is large.
+    """
     options: dict[str, Any] = {"num_cpus": 0, "max_restarts": MAX_RESTARTS, "max_task_retries": MAX_RESTARTS}
     if role == "write":
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -209,7 +216,11 @@ def _start_actor(ray: Any, role: str, job: Job, config: GraphConfig) -> Any:
         options["num_cpus"] = getattr(config, role).num_cpus
         if job.settings.device.startswith("cuda"):
             options["num_gpus"] = getattr(config, role).num_gpus
-    return ray.remote(_Actor).options(**options).remote(role, job, holder_mark(job.run_dir))
+    return (
+        ray.remote(_Actor)
+        .options(**options)
+        .remote(role, job, holder_mark(job.run_dir), prompts if role == "text" else ())
+    )
 
 
 class _Take:

@@ -2,7 +2,8 @@
 
 Segment after segment, each from its codes to its fragment of the film, so the first can be watched after the same time
 however long the film is. Codes are written as far as the segment at hand needs them; they are small and stay in memory.
-Of text features, latents and frames, only what one segment needs is.
+Of text features, latents and frames, only what one segment needs is. A large text encoder works first, and is gone when
+the other networks are loaded.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from pipelines.requests import (
     carried_on,
     fill,
     film_requests,
+    prompts_to_encode,
 )
 from pipelines.runs.run_folder import RunFolder
 from pipelines.workers import CodeWorker, DecodeWorker, RefineWorker, TextWorker, WriteWorker, torch_threads
@@ -77,8 +79,9 @@ def run_local(
 def _make(
     job: Job, committed: Committed, worker: WorkerSource, write_worker: WriteWorker
 ) -> Generator[WriteResult, None, None]:
-    kinds = TextWorker, RefineWorker, DecodeWorker
-    text_worker, refine_worker, decode_worker = (worker(kind, job) for kind in kinds)
+    text_worker = worker(TextWorker, job)
+    text_worker.encode_ahead(prompts_to_encode(job, committed))
+    refine_worker, decode_worker = (worker(kind, job) for kind in (RefineWorker, DecodeWorker))
     film_codes = _FilmCodes(job, committed, worker, text_worker, write_worker)
     folder = RunFolder(job.run_dir)
     refined: RefineResult | None = None

@@ -350,6 +350,16 @@ def text_request(plan: Plan) -> TextRequest:
     return TextRequest(prompts=tuple(prompts))
 
 
+def prompts_to_encode(job: Job, committed: Committed) -> Iterator[str]:
+    """Prompts of what of a film is not on disk yet, as they come; many come again."""
+    for request in film_requests(job):
+        if request.segment.index not in committed.segments:
+            codes = committed.codes.get(request.code.take)
+            if codes is None or codes.shape[1] < request.code.stop:
+                yield from request.code.prompts
+            yield from request.refine.prompts
+
+
 def film_requests(job: Job) -> Iterator[SegmentRequests]:
     """Requests of all segments of a film, in order, one at a time: a long film has many."""
     from pipelines.references import NOTHING, read_given

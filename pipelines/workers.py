@@ -13,7 +13,7 @@ import resource
 import sys
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from functools import cached_property, partial
@@ -28,6 +28,7 @@ from arlon.data.transforms import crop_centre
 from arlon.data.video_io import Fragment, VideoWriter, encode_fragment
 from arlon.diffusion import conditioning, flow, guidance, samplers
 from arlon.diffusion.references import condition_segment
+from arlon.memory import give_back_memory
 from arlon.models.ar import CodeTransformer
 from arlon.models.code_stream import CodeStream, PromptSpan, SamplingConfig
 from arlon.models.injection import SemanticInjection
@@ -59,6 +60,8 @@ if TYPE_CHECKING:
 
 MAX_KNOWN_PROMPTS = 64
 """Prompts whose features are kept: a film may have thousands, and the features of one can take megabytes."""
+LARGE_ENCODER_BYTES = 10**9
+"""Weights of a text encoder from which on it is let go once the prompts of a film are encoded."""
 _NOT_IN_FORCE = torch.zeros(1, 1, 1)
 
 
@@ -92,11 +95,30 @@ class TextWorker:
     """
 
     def __init__(self, job: Job, encoder: TextEncoder | None = None) -> None:
-        dtype = getattr(torch, job.settings.text_dtype)
-        self.encoder = encoder or load_text_encoder(
-            job.component("text_encoder"), device=job.settings.device, dtype=dtype
+        self._load = partial(
+            load_text_encoder,
+            job.component("text_encoder"),
+            device=job.settings.device,
+            dtype=getattr(torch, job.settings.text_dtype),
         )
+        self.encoder: TextEncoder | None = encoder or self._load()
         self._known: OrderedDict[str, TextFeatures] = OrderedDict()
+
+    def encode_ahead(self, prompts: Iterable[str]) -> None:
+        """Encode the prompts of a film and let the encoder go; it is loaded again for a prompt that is not known then.
+
+        Nothing is done if the encoder is small, or the prompts are more than are kept.
+        """
+        if self.encoder is not None and getattr(self.encoder, "weight_bytes", 0) <= LARGE_ENCODER_BYTES:
+            return
+        distinct: dict[str, None] = {}
+        for prompt in prompts:
+            distinct[prompt] = None
+            if len(distinct) > MAX_KNOWN_PROMPTS:
+                return
+        self.run(TextRequest(prompts=tuple(distinct)))
+        self.encoder = None
+        give_back_memory()
 
     def run(self, request: TextRequest) -> TextResult:
         """Encode."""
@@ -107,9 +129,16 @@ class TextWorker:
 
     def _features(self, prompt: str) -> TextFeatures:
         if prompt not in self._known:
+            if self.encoder is None:
+                self.encoder = self._load()
             self._known[prompt] = self.encoder.encode([prompt]).to("cpu")
         self._known.move_to_end(prompt)
         return self._known[prompt]
+
+
+def lets_encoder_go(weight_bytes: int, num_prompts: int) -> bool:
+    """Whether a text encoder encodes the prompts of a film ahead and is let go before other networks work."""
+    return weight_bytes > LARGE_ENCODER_BYTES and num_prompts <= MAX_KNOWN_PROMPTS
 
 
 class CodeWorker:

@@ -111,6 +111,11 @@ class _TransformerEncoder:
         self.max_length = max_length
         self.clean = clean
 
+    @property
+    def weight_bytes(self) -> int:
+        """Memory of the weights."""
+        return sum(tensor.nbytes for tensor in (*self.network.parameters(), *self.network.buffers()))
+
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], *, batch_size: int = 1) -> TextFeatures:
         """Encode prompts.

@@ -85,6 +85,7 @@ def replay_segment(run: Run, index: int) -> Iterator[str]:
     stored = CodeResult(codes=read_fitting_codes(run)[request.code.take], elapsed_s=0.0)
     with torch_threads(job.settings.num_threads):
         text_worker = TextWorker(job)
+        text_worker.encode_ahead((*replace(request.code, start=0).prompts, *request.refine.prompts))
         again = _replay_codes(run, request, text_worker)
         if not again.codes.equal(stored.codes[:, : request.code.stop]):
             yield f"segment {index}: its codes come out otherwise"

@@ -76,3 +76,27 @@ def test_weights_are_moved_to_where_pytorch_puts_them() -> None:
     assert all(t.data_ptr() % memory.ALIGNMENT == 0 for t in (*module.parameters(), *module.buffers()))
     assert module.weight is tied
     assert all(torch.equal(tensor, expected[name]) for name, tensor in module.state_dict().items())
+
+
+GIVEN_BACK = """
+import ctypes, os
+from arlon.memory import give_back_memory, keep_freed_memory
+keep_freed_memory()
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGESIZE")
+import torch
+blocks = [bytes(2**22).replace(b"\\0", b"\\1") for _ in range(32)]
+pin = b"x" * 100_000
+before = resident()
+blocks.clear()
+kept = resident()
+give_back_memory()
+print(before - kept, before - resident())
+"""
+
+
+@pytest.mark.skipif(not memory._is_glibc(), reason="needs glibc")
+def test_freed_memory_goes_back_when_it_is_asked_for() -> None:
+    done = subprocess.run([sys.executable, "-c", GIVEN_BACK], capture_output=True, text=True, check=True)
+    at_once, later = map(int, done.stdout.split())
+    assert at_once < 2**24 < 100 * 2**20 < later

@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 
 from arlon import cost
 from arlon.checkpoint import BASE_COMPONENTS
-from pipelines import doctor
+from pipelines import doctor, workers
 from pipelines.cli import app
 from pipelines.film_cost import FilmCost, PartCost, cost_lines, gigabytes, operations, plan_cost, solver_evaluations
 from pipelines.model import open_model, read_configs, read_geometry, read_size
@@ -112,6 +112,36 @@ def test_parts_work_in_turn_but_cache_and_features_stay() -> None:
     assert FilmCost(parts=parts).bytes == 600 + round(1.75 * 57)
     more = tuple(replace(part, working_bytes=40) if part.part == "dit" else part for part in parts)
     assert FilmCost(parts=more).working_bytes == 7 + 70
+
+
+def test_a_text_encoder_that_is_let_go_counts_alone() -> None:
+    parts = tuple(
+        PartCost(part=name, weight_bytes=weights, working_bytes=working, flops=1)
+        for name, weights, working in (("text_encoder", 100, 8), ("dit", 50, 12), ("vae", 20, 4), ("injection", 5, 4))
+    )
+    together, apart = FilmCost(parts=parts), FilmCost(parts=parts, lets_text_go=True)
+    assert (together.bytes, apart.bytes) == (175 + 28, 100 + 14)
+    assert (apart.weight_bytes, apart.working_bytes) == (100, 8)
+    larger = FilmCost(parts=(replace(parts[0], weight_bytes=60), *parts[1:]), lets_text_go=True)
+    assert (larger.bytes, larger.weight_bytes, larger.working_bytes) == (75 + 28, 75, 16)
+    memory, _ = cost_lines(larger)
+    assert "dit 0 MB, vae 0 MB, injection 0 MB; at another time text_encoder 0 MB" in memory
+
+
+def test_a_text_encoder_is_let_go_if_it_is_large_and_prompts_are_few(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = open_model(str(tiny_model))[0]
+
+    def lets_go(num_shots: int) -> bool:
+        shots = [{"prompt": f"shot {i}", "duration": "17f"} for i in range(num_shots)]
+        return plan_cost(plan_of(tiny_model, *shots), model).lets_text_go
+
+    assert not lets_go(2)
+    monkeypatch.setattr(workers, "LARGE_ENCODER_BYTES", 100)
+    assert lets_go(2)
+    monkeypatch.setattr(workers, "MAX_KNOWN_PROMPTS", 1)
+    assert not lets_go(2)
 
 
 def test_autocast_keeps_a_rounded_copy(tiny_model: Path) -> None:
@@ -245,10 +275,12 @@ def test_a_base_that_does_not_fit_is_told_the_largest_size_that_does(base: Path)
 
 
 def test_the_full_size_needs_no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "memory_limits", lambda: (24_000_000_000, 20_000_000_000))
+    monkeypatch.setattr(doctor, "memory_limits", lambda: (24_000_000_000, 16_000_000_000))
     fit = doctor.check_fit("opensora_v1_2", duration="68f")
     parts = {part.part: part for part in fit.cost.parts}
     assert parts["text_encoder"].weight_bytes == pytest.approx(19.05e9, rel=0.01)
+    assert fit.cost.lets_text_go
+    assert fit.cost.weight_bytes == parts["text_encoder"].weight_bytes
     assert parts["dit"].weight_bytes == 4 * (1_207_643_972 + 300 * 4096)
     assert fit.fits is False
     assert not fit.has_text_encoder

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,17 +17,22 @@ from arlon.models.injection import SemanticInjection
 from arlon.models.stdit import STDiT3
 from arlon.models.video_vae import VideoVAE
 from arlon.models.vqvae import LatentVQVAE
-from arlon.text.encoders import TextFeatures
-from pipelines.generate import prepare
+from arlon.text.encoders import TextEncoder, TextFeatures, load_text_encoder
+from pipelines import graph, workers
+from pipelines.generate import generate, prepare
+from pipelines.local import KeptWorkers, WorkerSource, new_worker
 from pipelines.requests import (
     CodeResult,
+    Committed,
     DecodeRequest,
     Job,
     RefineResult,
     SegmentRequests,
+    TextRequest,
     TextResult,
     fill,
     film_requests,
+    prompts_to_encode,
     text_request,
 )
 from pipelines.runs.run_folder import RunFolder
@@ -125,6 +132,100 @@ def test_the_text_encoder_has_its_weights_in_the_precision_that_is_set(chain: Ch
     one, other = (worker.run(text_request(chain.job.plan)).features["a blue square"] for worker in (exact, rounded))
     assert other.tokens.dtype == torch.float32
     assert 0 < (other.tokens - one.tokens).norm() < 0.05 * one.tokens.norm()
+
+
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[TextEncoder]]:
+    """Every text encoder that is loaded; all count as large."""
+    encoders: list[weakref.ref[TextEncoder]] = []
+
+    def load(*args: Any, **options: Any) -> TextEncoder:
+        encoder = load_text_encoder(*args, **options)
+        encoders.append(weakref.ref(encoder))
+        return encoder
+
+    monkeypatch.setattr(workers, "load_text_encoder", load)
+    monkeypatch.setattr(workers, "LARGE_ENCODER_BYTES", 0)
+    return encoders
+
+
+def test_a_large_text_encoder_is_let_go_and_comes_again_for_another_prompt(
+    chain: Chain, loads: list[weakref.ref[TextEncoder]]
+) -> None:
+    expected = TextWorker(chain.job).run(TextRequest(prompts=("a red circle", "a blue square", "a green circle")))
+    worker = TextWorker(chain.job)
+    worker.encode_ahead(["a red circle", "a blue square", "a red circle"])
+    assert [load() for load in loads] == [None, None], "nobody uses it any more"
+    known = worker.run(TextRequest(prompts=("a blue square", "a red circle"))).features
+    assert len(loads) == 2
+    known |= worker.run(TextRequest(prompts=("a green circle",))).features
+    assert len(loads) == 3
+    assert loads[2]() is worker.encoder
+    assert all(known[prompt].tokens.equal(features.tokens) for prompt, features in expected.features.items())
+    worker.encode_ahead(["a green circle"])
+    assert (loads[2](), len(loads)) == (None, 3)
+
+
+def test_a_text_encoder_stays_if_it_is_small_or_prompts_are_many(
+    chain: Chain, loads: list[weakref.ref[TextEncoder]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = TextWorker(chain.job)
+    worker.encode_ahead(f"a {word}" for word in range(workers.MAX_KNOWN_PROMPTS + 1))
+    assert loads[0]() is worker.encoder is not None
+    monkeypatch.setattr(workers, "LARGE_ENCODER_BYTES", worker.encoder.weight_bytes)
+    worker.encode_ahead(["a red circle"])
+    assert loads[0]() is worker.encoder is not None
+
+
+@pytest.mark.parametrize("source", [new_worker, KeptWorkers()])
+def test_films_have_the_same_bits_where_the_text_encoder_works_first(
+    tiny_model: Path,
+    tmp_path: Path,
+    loads: list[weakref.ref[TextEncoder]],
+    monkeypatch: pytest.MonkeyPatch,
+    source: WorkerSource,
+) -> None:
+    """Films of one batch, too: the second has a prompt that the first has not."""
+    shots = {
+        "one": {"prompt": "a red circle", "duration": "17f"},
+        "two": {"prompt": "a blue square", "duration": "17f"},
+    }
+    monkeypatch.setattr(workers, "LARGE_ENCODER_BYTES", 10**9)
+    expected = {name: generate(prepared_film(tiny_model, tmp_path / f"{name}.mp4", shots[name])) for name in shots}
+    loads.clear()
+    monkeypatch.setattr(workers, "LARGE_ENCODER_BYTES", 0)
+    there: list[int] = []
+    build = RefineWorker.__init__
+
+    def counted(self: RefineWorker, job: Job) -> None:
+        there.append(sum(load() is not None for load in loads))
+        build(self, job)
+
+    monkeypatch.setattr(RefineWorker, "__init__", counted)
+    for name, shot in shots.items():
+        made = generate(prepared_film(tiny_model, tmp_path / name / "again.mp4", shot), worker=source)
+        assert made.film_hash == expected[name].film_hash
+    assert len(loads) == 2
+    assert set(there) == {0}, "the text encoder is gone before the others come"
+    assert all(load() is None for load in loads)
+
+
+def test_an_actor_for_text_lets_its_encoder_go(chain: Chain, loads: list[weakref.ref[TextEncoder]]) -> None:
+    actor = graph._Actor("text", chain.job, "", ("a red circle", "a blue square"))
+    actor.start()
+    assert actor.run(TextRequest(prompts=("a blue square",))).features
+    assert [load() for load in loads] == [None]
+
+
+def test_prompts_of_what_is_on_disk_are_not_encoded(chain: Chain) -> None:
+    codes = {0: chain.codes[1].codes, 1: chain.codes[2].codes}
+    nothing, all_codes = Committed(), Committed(codes=codes)
+    some = Committed(codes=codes, segments=frozenset({0, 1}))
+    first, second, third = (shot.prompt for shot in chain.job.plan.storyboard.shots)
+    wanted = [set(prompts_to_encode(chain.job, there)) for there in (nothing, all_codes, some)]
+    assert wanted == [{first, second, third, "blurry"}, {first, second, third, "blurry"}, {third, "blurry"}]
+    short = Committed(codes={0: chain.codes[0].codes}, segments=frozenset({0, 2}))
+    assert set(prompts_to_encode(chain.job, short)) == {second, "blurry"} | set(chain.requests[1].code.prompts)
 
 
 def test_codes_written_segment_by_segment_equal_the_take_in_one_go(chain: Chain) -> None:
