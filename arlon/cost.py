@@ -32,6 +32,7 @@ from torch.utils.flop_counter import flop_registry
 from arlon.models.ar import CodeTransformer, CodeTransformerConfig
 from arlon.models.injection import InjectionConfig, SemanticInjection
 from arlon.models.stdit import STDiT3, STDiT3Config
+from arlon.models.video_pieces import num_tiles
 from arlon.models.video_vae import VideoVAE, VideoVAEConfig
 from arlon.models.vqvae import LatentVQVAE, LatentVQVAEConfig
 from arlon.text.encoders import TextEncoderConfig, network_config
@@ -196,7 +197,7 @@ def vae_decode_cost(
     """Decoding of one video from a latent of `latent_hw` rows and columns.
 
     Chunks are decoded one after the other and kept, and then joined. So only one is run here, and a border if it is
-    blended.
+    blended; and of tiles, which are all of one size, one.
 
     Args:
         config: Shape of the VAE.
@@ -207,22 +208,26 @@ def vae_decode_cost(
         dtype: Of weights and activations.
     """
     chunk = min(num_frames, config.micro_frame_size or num_frames)
+    side = max(latent_hw) if tile is None else min(max(latent_hw), tile // config.space_stride)
+    tiles = prod(num_tiles(length, side) for length in latent_hw)
 
     def decoding(num_chunks: int, blend: int) -> Cost:
         with torch.device("meta"):
             model = _build(VideoVAE, config, dtype)
-            size = (side * config.space_stride for side in latent_hw)
+            size = (min(length, side) * config.space_stride for length in latent_hw)
             latent = torch.empty(1, *model.latent_shape(num_chunks * chunk, *size), dtype=dtype)
-        return _cost(model, lambda: model.decode(latent, num_chunks * chunk, blend_frames=blend, tile=tile))
+        return _cost(model, lambda: model.decode(latent, num_chunks * chunk, blend_frames=blend))
 
     once, chunks = decoding(1, 0), num_frames // chunk
     border_flops = decoding(2, blend_frames).flops - 2 * once.flops if blend_frames and chunks > 1 else 0
     chunk_bytes = chunk * 3 * prod(latent_hw) * config.space_stride**2 * dtype.itemsize
-    working_bytes = max(once.working_bytes + (chunks - 1) * chunk_bytes, 2 * chunks * chunk_bytes)
-    flops = once.flops * chunks + border_flops * (chunks - 1)
+    kept = chunks - 1 if tiles == 1 else chunks  # tiles are added up in the frames of their chunk
+    working_bytes = max(once.working_bytes + kept * chunk_bytes, 2 * chunks * chunk_bytes)
+    flops = tiles * (once.flops * chunks + border_flops * (chunks - 1))
     return replace(once, flops=flops, working_bytes=working_bytes)
 
 
+@lru_cache(MAX_KEPT)
 def ar_read_cost(
     config: CodeTransformerConfig, *, text_length: int, batch: int = 1, dtype: torch.dtype = torch.float32
 ) -> Cost:
@@ -231,6 +236,7 @@ def ar_read_cost(
     return _ar_cost(config, frames, 0, text_length=text_length, batch=batch, dtype=dtype)
 
 
+@lru_cache(MAX_KEPT)
 def ar_frame_cost(
     config: CodeTransformerConfig, *, text_length: int, batch: int = 1, dtype: torch.dtype = torch.float32
 ) -> Cost:
@@ -264,6 +270,7 @@ def _ar_cost(
     return _at_depth(at, config.depth)
 
 
+@lru_cache(MAX_KEPT)
 def text_cost(config: TextEncoderConfig, *, dtype: torch.dtype = torch.float32) -> Cost:
     """Encoding of one prompt."""
 

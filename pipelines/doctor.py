@@ -9,7 +9,9 @@ import importlib.metadata
 import platform
 import tempfile
 import time
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,13 @@ import numpy as np
 import torch
 
 from arlon.data.video_io import VideoWriter, probe
+from arlon.grids import ceil_div
+from arlon.models.video_pieces import MIN_TILE
+from arlon.models.video_vae import VideoVAEConfig
 from arlon.text.encoders import TextEncoderConfig
 from arlon.text.sources import can_be_had, describe_whence, is_at_hand
 from pipelines.film_cost import FilmCost, cost_lines, gigabytes, operations, plan_cost
-from pipelines.generate import available_cores, check_device
+from pipelines.generate import available_cores, check_device, make_settings
 from pipelines.model import (
     GenerationDefaults,
     ModelConfigs,
@@ -31,6 +36,7 @@ from pipelines.model import (
     read_size,
 )
 from pipelines.plan import Plan, make_plan, resolve_storyboard
+from pipelines.requests import Settings
 from pipelines.storyboard import (
     Storyboard,
     UsageError,
@@ -59,6 +65,10 @@ MODES = {
 ENCODER_NAMES = {"minilm": "all-MiniLM-L6-v2", "t5": "its T5"}
 SMALLER = (0.75, 0.5, 0.375, 0.25)
 """Factors of the frame size that are tried where a film does not fit."""
+RELEASED_VAE_SIDE = 256
+"""Side in pixels of the frames that the VAE of Open-Sora v1.2 was trained on."""
+TILE_LATENTS = 8
+"""Sides of tiles that are tried are multiples of so many latents."""
 MATMUL_SIZE = 1024
 MATMUL_S = 0.2
 """How long one precision is timed."""
@@ -110,7 +120,7 @@ class Fit:
     program_bytes: int
     """Memory of the program without any model."""
     device: Device
-    dtype: str
+    settings: Settings
     has_text_encoder: bool
     lacks_text_encoder: bool
     """Whether the text encoder is not here, and cannot be downloaded."""
@@ -152,6 +162,8 @@ def check_fit(
     duration: str | None = None,
     device: str = "cpu",
     dtype: str = "float32",
+    values: Mapping[str, Any] | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> Fit:
     """Compute what a film of one shot needs, and compare it with what a device has free.
 
@@ -162,9 +174,11 @@ def check_fit(
         duration: Of the film, as in a storyboard; 5 seconds if None.
         device: Where it would run.
         dtype: Precision it would run in.
+        values: Further values of the film, as --set takes them.
+        settings: Values of `Settings`, likewise.
 
     Raises:
-        UsageError: If there is no such model, size or device.
+        UsageError: If there is no such model, size, device or setting.
         ValueError: If the model is damaged.
     """
     configs, defaults, name = _configs(model)
@@ -174,24 +188,24 @@ def check_fit(
     except ValueError as error:
         raise UsageError(str(error)) from error
     film = storyboard_from_prompts(["a film"], duration=length)
-    film = with_overrides(film, {"height": height, "width": width})
+    film = with_overrides(film, {**(values or {}), "height": height, "width": width})
     plan = _plan(film, configs, defaults)
-    cost = plan_cost(plan, configs, dtype=dtype)
+    chosen = make_settings(plan.geometry, {"dtype": dtype, **(settings or {}), "device": device})
     wanted = f"cuda:{torch.cuda.current_device()}" if device == "cuda" else device
     found = next((here for here in (_cpu(timed=False), *_accelerators(timed=False)) if here.name == wanted), None)
     fit = Fit(
         model=name,
         plan=plan,
-        cost=cost,
+        cost=plan_cost(plan, configs, dtype=chosen.dtype, settings=chosen),
         program_bytes=process_memory_bytes(),
         device=found or Device(name=device, kind=device, memory_bytes=None, free_bytes=None, flops_per_s={}),
-        dtype=dtype,
+        settings=chosen,
         has_text_encoder=is_at_hand(configs.text_encoder),
         lacks_text_encoder=not can_be_had(configs.text_encoder),
         text_encoder=f"{ENCODER_NAMES[configs.text_encoder.kind]} {describe_whence(configs.text_encoder)}",
         advice=(),
     )
-    return fit if fit.fits is not False else replace(fit, advice=tuple(_advice(fit, configs, defaults, dtype)))
+    return fit if fit.fits is not False else replace(fit, advice=tuple(_advice(fit, configs, defaults)))
 
 
 def _configs(model: str) -> tuple[ModelConfigs, GenerationDefaults, str]:
@@ -213,12 +227,12 @@ def _plan(film: Storyboard, configs: ModelConfigs, defaults: GenerationDefaults)
     return make_plan(resolve_storyboard(film, defaults, random_seed()), make_geometry(configs, defaults))
 
 
-def _advice(fit: Fit, configs: ModelConfigs, defaults: GenerationDefaults, dtype: str) -> list[str]:
+def _advice(fit: Fit, configs: ModelConfigs, defaults: GenerationDefaults) -> list[str]:
     """What to change, the change that keeps most first."""
     free = fit.device.free_bytes or 0
-    advice = [*_smaller_frames(fit, configs, defaults, dtype)]
-    if dtype == "bfloat16":
-        rest = plan_cost(fit.plan, configs).bytes
+    advice = _options(fit, configs, defaults)
+    if fit.settings.dtype == "bfloat16":
+        rest = plan_cost(fit.plan, configs, settings=fit.settings).bytes
         advice.append(f"--dtype float32 needs {gigabytes(rest)}: bfloat16 keeps a rounded copy of the weights at work")
     if fit.cost.weight_bytes > free:
         largest = max(fit.cost.largest_together, key=lambda part: part.weight_bytes)
@@ -232,22 +246,106 @@ def _advice(fit: Fit, configs: ModelConfigs, defaults: GenerationDefaults, dtype
     return [*advice, "--model shapes needs less than 1 GB and no text encoder beyond all-MiniLM-L6-v2"]
 
 
-def _smaller_frames(fit: Fit, configs: ModelConfigs, defaults: GenerationDefaults, dtype: str) -> list[str]:
-    """The largest smaller frame size that fits, if the model makes other sizes than its own."""
+@dataclass(frozen=True, kw_only=True)
+class _Change:
+    """One way to need less memory."""
+
+    option: str
+    note: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    film: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _options(fit: Fit, configs: ModelConfigs, defaults: GenerationDefaults) -> list[str]:
+    """Options that make the film fit, what keeps most first: one alone; two together where none does; and so on."""
+    kinds = [kind for kind in _changes(fit, configs) if kind]
+    for count in range(1, len(kinds) + 1):
+        found = [_first_that_fits(fit, configs, defaults, chosen) for chosen in combinations(kinds, count)]
+        if any(found):
+            return [line for line in found if line]
+    return []
+
+
+def _first_that_fits(
+    fit: Fit, configs: ModelConfigs, defaults: GenerationDefaults, kinds: Sequence[Sequence[_Change]]
+) -> str | None:
+    """The first changes, one of each kind, with which the film fits, in words; None if none do."""
+    least = tuple(kind[-1] for kind in kinds)
+    if not _changed(fit, configs, defaults, least).fits:
+        return None
+    for changes in product(*kinds):
+        changed = _changed(fit, configs, defaults, changes)
+        if changed.fits:
+            break
+    options = " ".join(change.option for change in changes)
+    notes = "".join(f"; {change.note}" for change in changes if change.note)
+    return f"{options} needs {gigabytes(changed.needed_bytes)}: fits{notes}"
+
+
+def _changed(fit: Fit, configs: ModelConfigs, defaults: GenerationDefaults, changes: Sequence[_Change]) -> Fit:
+    """The film with changes."""
+    settings, plan = fit.settings, fit.plan
+    for change in changes:
+        settings = replace(settings, **change.settings)
+        plan = _plan(with_overrides(plan.storyboard, change.film), configs, defaults) if change.film else plan
+    cost = plan_cost(plan, configs, dtype=settings.dtype, settings=settings)
+    return replace(fit, plan=plan, settings=settings, cost=cost)
+
+
+def _changes(fit: Fit, configs: ModelConfigs) -> list[list[_Change]]:
+    """Kinds of changes, that which keeps most first, and of each kind likewise; the last of a kind needs least."""
+    vae, settings = configs.vae, fit.settings
+    kinds: list[list[_Change]] = []
+    if (settings.vae_micro_batch or vae.micro_batch_size) != 1:
+        kinds.append([_Change(option="--set vae_micro_batch=1", settings={"vae_micro_batch": 1})])
+    largest = max(fit.cost.parts, key=lambda part: part.weight_bytes)
+    if largest.part == "text_encoder" and settings.text_dtype == "float32":
+        note = "the text encoder is its largest part, and changes its features a little in bfloat16"
+        change = _Change(option="--set text_dtype=bfloat16", settings={"text_dtype": "bfloat16"}, note=note)
+        kinds.append([change])
+    return [*kinds, _tiles(fit, configs), _smaller_frames(fit)]
+
+
+def _tiles(fit: Fit, configs: ModelConfigs) -> list[_Change]:
+    """Tiles, the largest first, of the frames the VAE was trained on at least."""
+    smallest, geometry = _trained_side(fit, configs), fit.plan.geometry
+    largest = max(fit.plan.frame_fit.made_height, fit.plan.frame_fit.made_width)
+    if fit.settings.vae_tile is not None:
+        largest = min(largest, fit.settings.vae_tile)
+    unit = TILE_LATENTS * geometry.space_stride
+    sides = [side for side in range(largest // unit * unit, smallest, -unit) if side < largest]
+    note = f"smaller tiles than {smallest} would spoil the picture, the VAE was trained on frames of that size"
+    return [
+        _Change(option=f"--set vae_tile={side}", settings={"vae_tile": side}, note=note)
+        for side in (*sides, smallest)
+        if smallest <= side < largest
+    ]
+
+
+def _trained_side(fit: Fit, configs: ModelConfigs) -> int:
+    """Side in pixels of the frames the VAE was trained on; unless it has the shape of the released one, the model's."""
+    released = VideoVAEConfig()
+    stated = ((part.spatial, part.temporal) for part in (configs.vae, released))
+    if len({repr(shapes) for shapes in stated}) == 1:
+        return RELEASED_VAE_SIDE
+    defaults, stride = fit.plan.geometry.defaults, fit.plan.geometry.space_stride
+    return ceil_div(max(defaults.height, defaults.width, MIN_TILE * stride), stride) * stride
+
+
+def _smaller_frames(fit: Fit) -> list[_Change]:
+    """Smaller frames, the largest first, if the model makes other sizes than its own."""
     film, geometry = fit.plan.storyboard, fit.plan.geometry
     if geometry.code_grid is not None:
         return []
+    sizes = []
     for factor in SMALLER:
         multiple = geometry.size_multiple
         size = {
             name: max(multiple, round(getattr(film, name) * factor / multiple) * multiple)
             for name in ("height", "width")
         }
-        plan = _plan(with_overrides(film, size), configs, defaults)
-        smaller = replace(fit, plan=plan, cost=plan_cost(plan, configs, dtype=dtype))
-        if smaller.fits:
-            return [f"--height {size['height']} --width {size['width']} needs {gigabytes(smaller.needed_bytes)}: fits"]
-    return []
+        sizes.append(_Change(option=f"--height {size['height']} --width {size['width']}", film=size))
+    return sizes
 
 
 def machine_lines(machine: Machine) -> list[tuple[str, str]]:
@@ -284,8 +382,10 @@ def fit_lines(fit: Fit, rates: dict[str, float]) -> list[tuple[str, str]]:
         ),
         *(("needs", line) for line in cost_lines(fit.cost)),
     ]
-    if rate := rates.get(fit.dtype):
-        lines.append(("time", f"at least {_span(fit.cost.flops / rate)} at {operations(rate)}/s in {fit.dtype}"))
+    if rate := rates.get(fit.settings.dtype):
+        lines.append(
+            ("time", f"at least {_span(fit.cost.flops / rate)} at {operations(rate)}/s in {fit.settings.dtype}")
+        )
     lines.append(("text", fit.text_encoder))
     needed, free = gigabytes(fit.needed_bytes), gigabytes(fit.device.free_bytes or 0)
     verdict = {
@@ -321,6 +421,7 @@ def to_plain(machine: Machine, fit: Fit | None) -> dict[str, Any]:
             "device": fit.device.name,
             "free_bytes": fit.device.free_bytes,
             "fits": fit.fits,
+            "settings": fit.settings.to_plain(),
             "has_text_encoder": fit.has_text_encoder,
             "lacks_text_encoder": fit.lacks_text_encoder,
             "text_encoder": fit.text_encoder,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -79,10 +80,23 @@ def sorted_values(options: FilmOptions) -> tuple[dict[str, Any], dict[str, Any]]
     Raises:
         UsageError: If a key is unknown.
     """
+    given = {name: value for name, value in options.values.items() if value is not None}
+    film, settings = read_assignments(options.assignments, given)
+    return (film if options.seed is None else film | {"seed": options.seed}), settings
+
+
+def read_assignments(
+    assignments: Sequence[str], given: Mapping[str, Any] | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`key=value` of --set on top of values given otherwise, as (film-level values, settings).
+
+    Raises:
+        UsageError: If a key is unknown.
+    """
     film_keys = {field.name for field in fields(Storyboard)} - {"shots", "model"}
     setting_keys = {field.name for field in fields(Settings)}
-    given = {name: value for name, value in options.values.items() if value is not None}
-    for text in options.assignments:
+    given = dict(given or {})
+    for text in assignments:
         key, value = _assignment(text)
         if key not in film_keys | setting_keys:
             near = difflib.get_close_matches(key, film_keys | setting_keys, n=1)
@@ -91,8 +105,6 @@ def sorted_values(options: FilmOptions) -> tuple[dict[str, Any], dict[str, Any]]
         if value is None:
             raise UsageError(f"--set {key}: no value given; leave it out to take the model's own")
         given[key] = value
-    if options.seed is not None:
-        given["seed"] = options.seed
     film = {name: value for name, value in given.items() if name in film_keys}
     return film, {name: value for name, value in given.items() if name in setting_keys}
 

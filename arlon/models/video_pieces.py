@@ -101,6 +101,15 @@ def by_tile(
     return joined
 
 
+def num_tiles(length: int, side: int) -> int:
+    """Tiles of an axis."""
+    return 1 if length <= side else ceil_div(length - _overlap(side), side - _overlap(side))
+
+
+def _overlap(side: int) -> int:
+    return max(1, int(side * TILE_OVERLAP))
+
+
 def _tiles(length: int, side: int, unit: int) -> list[tuple[int, int, Tensor]]:
     """Tiles of an axis: start and stop in units, and weights (n,) of its `n = (stop - start) * unit` values.
 
@@ -108,8 +117,7 @@ def _tiles(length: int, side: int, unit: int) -> list[tuple[int, int, Tensor]]:
     """
     if length <= side:
         return [(0, length, torch.ones(length * unit))]
-    overlap = max(1, int(side * TILE_OVERLAP))
-    count = ceil_div(length - overlap, side - overlap)
+    overlap, count = _overlap(side), num_tiles(length, side)
     starts = [round(i * (length - side) / (count - 1)) for i in range(count)]
     steps = (torch.arange(side * unit) + 0.5) / (overlap * unit)
     feather = torch.minimum(steps, steps.flip(0)).clamp(max=1)

@@ -12,6 +12,7 @@ from pipelines.commands.common import (
     DtypeOption,
     HeightOption,
     JsonOption,
+    SetOption,
     WidthOption,
     reported,
 )
@@ -31,18 +32,21 @@ def doctor(
     ] = None,
     device: Annotated[str, typer.Option("--device", help="Where it would run: cpu, cuda, ...")] = "cpu",
     dtype: Annotated[DtypeOption, typer.Option("--dtype", help="Precision it would run in.")] = DtypeOption.float32,
+    assignments: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Look at this machine: devices, memory, codecs; and whether a film fits. Nothing is loaded or downloaded."""
     with reported():
+        from pipelines.options import read_assignments
         from pipelines.storyboard import UsageError
 
-        if model is None and not height is width is duration is None:
-            raise UsageError("--height, --width and --duration say what film is meant: give --model too")
+        if model is None and (assignments or not height is width is duration is None):
+            raise UsageError("--height, --width, --duration and --set say what film is meant: give --model too")
         from pipelines.doctor import check_fit, examine, fit_lines, machine_lines, to_plain
 
+        values, settings = read_assignments(assignments or [])
         options = {"height": height, "width": width, "duration": duration, "device": device, "dtype": dtype.value}
-        fit = None if model is None else check_fit(model, **options)
+        fit = None if model is None else check_fit(model, **options, values=values, settings=settings)
         machine = examine()
         if as_json:
             typer.echo(json.dumps(to_plain(machine, fit), indent=2, ensure_ascii=False))

@@ -140,6 +140,15 @@ def test_blended_borders_cost_what_a_run_of_all_chunks_does() -> None:
     assert cost.vae_decode_cost(VAE, 1, (2, 3), blend_frames=2) == cost.vae_decode_cost(VAE, 1, (2, 3))
 
 
+def test_tiles_cost_what_a_run_of_all_tiles_does() -> None:
+    vae, latent = on_meta(VideoVAE, VAE), empty(1, 4, 15, 6, 11)
+    run = cost.measure(lambda: vae.decode(latent, 51, blend_frames=2, tile=32))
+    found = cost.vae_decode_cost(VAE, 51, (6, 11), blend_frames=2, tile=32)
+    assert found.flops == run.flops
+    assert found.working_bytes == pytest.approx(run.working_bytes, rel=0.1)
+    assert cost.vae_decode_cost(VAE, 51, (6, 11), tile=88) == cost.vae_decode_cost(VAE, 51, (6, 11))
+
+
 def test_a_frame_of_codes_costs_its_steps() -> None:
     model, text, mask = on_meta(CodeTransformer, AR), empty(2, 7, 24), empty(2, 7, dtype=torch.bool)
     codes = empty(2, 5 * 6, dtype=torch.int64)

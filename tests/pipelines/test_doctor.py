@@ -274,6 +274,54 @@ def test_a_base_that_does_not_fit_is_told_the_largest_size_that_does(base: Path)
     assert doctor.check_fit(str(base), duration="51f", height=height, width=width).fits
 
 
+def full_base(monkeypatch: pytest.MonkeyPatch, free: float, **settings: object) -> tuple[str, ...]:
+    """Advice on 51 frames of 512 x 512 by the base of the full size, with so many GB free besides the program.
+
+    The text encoder takes about 19 GB, 9.5 in bfloat16. The rest takes about 12.4, one frame at a time 10.1.
+    """
+    configs, defaults = read_size("opensora_v1_2")
+    monkeypatch.setattr(doctor, "_configs", lambda model: (configs.without_codes(), defaults, model))
+    monkeypatch.setattr(doctor, "process_memory_bytes", lambda: 0)
+    monkeypatch.setattr(doctor, "memory_limits", lambda: (10**12, round(free * 1e9)))
+    return doctor.check_fit("opensora_v1_2", duration="51f", settings=settings).advice
+
+
+def test_advice_keeps_as_much_as_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert full_base(monkeypatch, 20) == ()
+    text, *_ = full_base(monkeypatch, 15)
+    assert text.startswith("--set text_dtype=bfloat16 needs ")
+    assert "fits; the text encoder is its largest part" in text
+    both, *others = full_base(monkeypatch, 11)
+    assert both.startswith("--set vae_micro_batch=1 --set text_dtype=bfloat16 needs ")
+    assert others[0].startswith("--set text_dtype=bfloat16 --set vae_tile=")
+    assert others[1].startswith("--set text_dtype=bfloat16 --height ")
+
+
+def test_of_tiles_the_largest_that_fits_is_advised(monkeypatch: pytest.MonkeyPatch) -> None:
+    micro, tile, frames, *_ = full_base(monkeypatch, 11, text_dtype="bfloat16")
+    assert micro.startswith("--set vae_micro_batch=1 needs ")
+    assert tile.startswith("--set vae_tile=")
+    assert "smaller tiles than 256 would spoil the picture" in tile
+    assert frames.startswith("--height ")
+    side = int(tile.split("=")[1].split()[0])
+    assert full_base(monkeypatch, 11, text_dtype="bfloat16", vae_tile=side) == ()
+    assert full_base(monkeypatch, 11, text_dtype="bfloat16", vae_tile=side + 64) != ()
+
+
+def test_no_tile_is_smaller_than_the_frames_of_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    advice = [line for free in (10.05, 10.2) for line in full_base(monkeypatch, free, text_dtype="bfloat16")]
+    tiles = [int(word.split("=")[1]) for line in advice for word in line.split() if word.startswith("vae_tile=")]
+    assert tiles
+    assert min(tiles) >= 256
+
+
+def test_tiles_of_another_vae_are_no_smaller_than_the_frames_of_its_model(base: Path) -> None:
+    fit = doctor.check_fit(str(base), duration="51f", height=1536, width=1536)
+    configs, *_ = doctor._configs(str(base))
+    tiles = [change.settings["vae_tile"] for change in doctor._tiles(fit, configs)]
+    assert tiles == [*range(1472, 768, -64), 768]
+
+
 def test_the_full_size_needs_no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "memory_limits", lambda: (24_000_000_000, 16_000_000_000))
     fit = doctor.check_fit("opensora_v1_2", duration="68f")
@@ -331,6 +379,9 @@ def test_doctor_says_whether_the_t5_is_downloaded(monkeypatch: pytest.MonkeyPatc
     [
         (("--height", 64), "give --model too"),
         (("--model", "nowhere"), "unknown model 'nowhere'"),
+        (("--set", "vae_tile=64"), "give --model too"),
+        (("--model", "TINY", "--set", "vae_tile=33"), "vae_tile must be a multiple of 8"),
+        (("--model", "TINY", "--set", "vae_tiles=32"), "did you mean 'vae_tile'?"),
         (("--model", "TINY", "--height", 33), "height (33) must be even"),
         (("--model", "TINY", "--duration", "x"), "got 'x'"),
         (("--model", "TINY", "--device", "tpu9"), "cannot compute on device 'tpu9'"),
