@@ -407,6 +407,21 @@ def test_bfloat16_stays_near_float32(chain: Chain, tiny_model: Path, tmp_path: P
     assert (rough - exact).norm() / exact.norm() < 0.05
 
 
+def test_bfloat16_keeps_state_and_weights_in_float32(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = RefineWorker(replace(chain.job, settings=replace(chain.job.settings, dtype="bfloat16")))
+    assert {weight.dtype for weight in worker.dit.parameters()} == {torch.float32}
+    states: list[Tensor] = []
+    forward = STDiT3.forward
+    monkeypatch.setattr(
+        STDiT3, "forward", lambda dit, x, *args, **options: states.append(x) or forward(dit, x, *args, **options)
+    )
+    latent = chain.refine(worker, 0, None).latent
+    assert len(states) == 2
+    for state in (*states, latent):
+        assert state.dtype == torch.float32
+        assert not state.equal(state.bfloat16().float()), "rounded on the way"
+
+
 def test_segments_are_committed_as_they_come_and_enter_the_film_in_order(chain: Chain, tmp_path: Path) -> None:
     """And a segment that is sent again is not stored again."""
     decode = DecodeWorker(chain.job)
