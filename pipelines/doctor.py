@@ -25,7 +25,7 @@ from arlon.models.video_vae import VideoVAEConfig
 from arlon.text.encoders import TextEncoderConfig
 from arlon.text.sources import can_be_had, describe_whence, is_at_hand
 from pipelines.film_cost import FilmCost, cost_lines, gigabytes, operations, plan_cost
-from pipelines.generate import available_cores, check_device, make_settings
+from pipelines.generate import available_cores, make_settings
 from pipelines.model import (
     GenerationDefaults,
     ModelConfigs,
@@ -183,7 +183,6 @@ def check_fit(
     """
     configs, defaults, name = _configs(model)
     try:
-        check_device(device)
         length = None if duration is None else parse_duration(duration)
     except ValueError as error:
         raise UsageError(str(error)) from error
