@@ -94,11 +94,11 @@ def begin_change(old: Run, new: Run, executor: str) -> Committed:
     folder = old.folder
     committed = continue_run(old)
     codes = dict(_unchanged_codes(old.plan, new.plan, committed.codes))
-    stale = sorted(committed.segments & _changed_segments(new, committed.segments, codes))
     version = folder.path / VERSIONS_NAME / f"{folder.num_versions() + 1:04d}"
     _copy(old, OutputPaths(film=version / "film.mp4", run_dir=version))
     if given := encode_references(new.prepared.job, new.prepared.references):
         folder.write_references({**(folder.read_references() if folder.has_references() else {}), **given})
+    stale = sorted(committed.segments & _changed_segments(new, committed.segments, codes))
     # Codes that both versions share are right for either, whichever run.json a crash leaves.
     folder.write_codes(codes)
     record = run_record(new.prepared, executor) | {"versions": old.record["versions"], "stale": stale}

@@ -211,6 +211,26 @@ def test_shots_that_are_added_may_be_given_something(tiny_model: Path, tmp_path:
         )
 
 
+@pytest.mark.parametrize("first_is_given", [False, True])
+def test_a_film_is_extended_by_shots_with_references(
+    tiny_model: Path, tmp_path: Path, picture: Path, clip: Path, first_is_given: bool
+) -> None:
+    first = {"prompt": "a", "duration": "1 segments"} | ({"image": str(picture)} if first_is_given else {})
+    prepared = film(tiny_model, tmp_path / "a.mp4", first, use_codes=False)
+    generate(prepared)
+    before = latents(prepared)
+    old = open_run(prepared.paths.run_dir)
+    shot = first | {"image": None, "transition": "cut", "references": [str(picture), str(clip)]}
+    shot |= {"mask_strategy": "0;0,1,0,5,3"}
+    new = change_run(old, with_shots_added(old, parse_storyboard({"shots": [shot]}).shots))
+    generate(new.prepared, begin=lambda _, executor: begin_change(old, new, executor))
+    kept, added = latents(new.prepared)
+    assert torch.equal(kept, before[0])
+    stored = RunFolder(prepared.paths.run_dir).read_references()
+    assert torch.equal(added[:, :, 5:8], stored["1/references/1"][:, :, :3])
+    assert list(verify_run(open_run(prepared.paths.run_dir))) == []
+
+
 def test_what_is_stored_of_it_cannot_be_exchanged(tiny_model: Path, tmp_path: Path, picture: Path) -> None:
     prepared = film(tiny_model, tmp_path / "a.mp4", PROMPT | {"image": str(picture)})
     generate(prepared)
