@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -88,42 +89,65 @@ def check_references(plan: Plan, *, first_shot: int = 0) -> tuple[Reference, ...
             reason = getattr(error, "strerror", None) or str(error)
             problems.append(f"shots[{shot}].{kind} '{path}': {reason}")
     if not problems:
-        problems += _strategy_problems(plan, found)
+        problems += _room_problems(plan, found)
     if problems:
         raise StoryboardError(problems)
     return tuple(found)
 
 
-def _strategy_problems(plan: Plan, found: Sequence[Reference]) -> list[str]:
-    """What is wrong with the mask strategies of the shots whose references were found."""
+def _room_problems(plan: Plan, found: Sequence[Reference]) -> list[str]:
+    """What is wrong with where files go that were found: a place that is not there, or nothing left to make."""
+    problems = []
+    of_shot = {shot: list(given) for shot, given in groupby(found, key=lambda given: given.shot)}
+    for _, segments in groupby(plan.segments, key=lambda segment: segment.take):
+        take = list(segments)
+        shot = take[0].shot
+        dry = _dry(plan, shot, of_shot.get(shot, ()))
+        problems += [
+            f"shots[{shot}].mask_strategy names segment {group.segment}, but the take that the shot starts has "
+            f"{len(take)} (counted from 0)"
+            for group in dry.placements
+            if group.segment >= len(take)
+        ]
+        for segment, after in zip_longest(take, take[1:]):
+            ends_shot = after is None or after.shot != segment.shot
+            kinds = [given.kind for given in of_shot.get(segment.shot, ())]
+            try:
+                _check_room(plan, segment, dry, has_tail=ends_shot and "end_image" in kinds)
+            except ValueError as error:
+                where = f"{shot}].mask_strategy" if dry.placements else f"{segment.shot}].{' and '.join(kinds)}"
+                problems.append(f"shots[{where}: {error}")
+                break
+    return problems
+
+
+def _dry(plan: Plan, shot: int, found: Sequence[Reference]) -> Given:
+    """What a shot gives its take, of the lengths it will have; only these matter."""
+    from arlon.diffusion.references import given_span
+
+    grid, head, references = plan.geometry.grid, None, []
+    for given in found:
+        if given.kind == "references":
+            latents = num_latent_frames(given.num_frames, grid.chunk_frames, grid.time_stride)
+            references.append(torch.zeros(1, 1, latents, 1, 1))
+        elif given.kind != "end_image":
+            head = torch.zeros(1, 1, given_span(given.num_frames, grid).latents if given.is_video else 1, 1, 1)
+    return Given(head=head, references=tuple(references), placements=_placements(plan, shot) if references else ())
+
+
+def _check_room(plan: Plan, segment: Segment, dry: Given, *, has_tail: bool) -> None:
+    """Refuse a segment in which a placement has no place, or nothing is left to make.
+
+    Raises:
+        ValueError: If so.
+    """
     from arlon.diffusion.references import condition_segment
 
-    grid, problems = plan.geometry.grid, []
-    for shot in dict.fromkeys(given.shot for given in found if given.number is not None):
-        lengths = [
-            num_latent_frames(given.num_frames, grid.chunk_frames, grid.time_stride)
-            for given in found
-            if given.shot == shot and given.number is not None
-        ]
-        dry = Given(references=tuple(torch.zeros(1, 1, n, 1, 1) for n in lengths), placements=_placements(plan, shot))
-        take = next(span.take for span in plan.shots if span.shot == shot)
-        segments = [segment for segment in plan.segments if segment.take == take]
-        for group in dry.placements:
-            if group.segment >= len(segments):
-                problems.append(
-                    f"shots[{shot}].mask_strategy names segment {group.segment}, but the take that the shot starts has "
-                    f"{len(segments)} (counted from 0)"
-                )
-        try:
-            for segment in segments:
-                if (placed := dry.placed(segment, grid)) is None:
-                    continue
-                tail = torch.zeros(1, 1, 1, 1, 1) if plan.storyboard.shots[segment.shot].end_image else None
-                head = torch.zeros(1, 1, segment.overlap, 1, 1) if segment.overlap else None
-                condition_segment((1, 1, segment.num_latents, 1, 1), head=head, tail=tail, placed=placed)
-        except ValueError as error:
-            problems.append(f"shots[{shot}].mask_strategy: {error}")
-    return problems
+    placed = dry.placed(segment, plan.geometry.grid)
+    head = torch.zeros(1, 1, segment.overlap, 1, 1) if segment.overlap else dry.head
+    if placed is not None or has_tail or (dry.head is not None and not segment.overlap):
+        tail = torch.zeros(1, 1, 1, 1, 1) if has_tail else None
+        condition_segment((1, 1, segment.num_latents, 1, 1), head=head, tail=tail, placed=placed)
 
 
 def _placements(plan: Plan, shot: int) -> tuple[Placement, ...]:

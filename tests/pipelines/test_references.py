@@ -22,7 +22,7 @@ from arlon.models.stdit import STDiT3
 from arlon.models.video_vae import VideoVAE
 from arlon.models.vqvae import LatentVQVAE
 from arlon.text.encoders import load_text_encoder
-from pipelines.generate import Prepared, generate, prepare
+from pipelines.generate import Prepared, generate, open_for_film, prepare
 from pipelines.graph import GraphConfig
 from pipelines.references import check_references, encode_references
 from pipelines.requests import film_requests
@@ -421,6 +421,64 @@ def test_a_mask_strategy_that_cannot_be_is_refused_before_any_work(
 ) -> None:
     with pytest.raises(StoryboardError, match=message):
         placed_film(tiny_model, tmp_path / "a.mp4", picture, clip, strategy)
+
+
+@pytest.mark.parametrize(
+    ("num_frames", "names", "message"),
+    [
+        (4, ("image",), r"shots\[0\].image: 1 of 1 latent frames .* nothing is left to make"),
+        (4, ("end_image",), r"shots\[0\].end_image: 1 of 1 latent frames"),
+        (5, ("image", "end_image"), r"shots\[0\].image and end_image: 2 of 2 latent frames"),
+    ],
+)
+def test_a_clip_too_short_for_what_it_is_given_is_refused_before_any_work(
+    tiny_model: Path, tmp_path: Path, picture: Path, num_frames: int, names: tuple[str, ...], message: str
+) -> None:
+    given = dict.fromkeys(names, str(picture))
+
+    def of_length(frames: int) -> Prepared:
+        return film(tiny_model, tmp_path / "a.mp4", {"prompt": "a", "duration": f"{frames}f"} | given, use_codes=False)
+
+    with pytest.raises(StoryboardError, match=message):
+        of_length(num_frames)
+    assert of_length(num_frames + 4).plan.num_frames == num_frames + 4
+
+
+def test_a_shot_ends_on_its_picture_in_its_last_segment_alone(
+    tiny_model: Path, tmp_path: Path, picture: Path, clip: Path
+) -> None:
+    strategy = "0,1,0,0,5;0,1,0,5,5;0,1,0,10,4"
+    shot = PROMPT | {"references": [str(picture), str(clip)], "mask_strategy": strategy, "end_image": str(picture)}
+    prepared = film(tiny_model, tmp_path / "a.mp4", shot)
+    first, second = (request.refine for request in film_requests(replace(prepared.job, run_dir=write_given(prepared))))
+    assert (first.placed[1] == 0).sum() == 14
+    assert (first.tail is None, second.tail is None) == (True, False)
+    with pytest.raises(StoryboardError, match=r"shots\[0\].mask_strategy: 15 of 15 latent frames"):
+        film(tiny_model, tmp_path / "b.mp4", shot | {"duration": "1 segments"})
+
+
+def write_given(prepared: Prepared) -> str:
+    folder = RunFolder(prepared.paths.run_dir)
+    folder.path.mkdir()
+    folder.write_references(encode_references(prepared.job, prepared.references))
+    return str(folder.path)
+
+
+def test_shots_with_references_do_not_each_look_at_all_segments(
+    tiny_model: Path, picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Counted(tuple):
+        looks = 0
+
+        def __iter__(self) -> Any:
+            Counted.looks += 1
+            return super().__iter__()
+
+    shot = {"prompt": "a", "transition": "cut", "duration": "1 segments", "references": [str(picture)]}
+    plan = open_for_film(parse_storyboard({"shots": [shot] * 20}), str(tiny_model))[0]
+    plan = replace(plan, shots=Counted(plan.shots), segments=Counted(plan.segments))
+    assert len(check_references(plan)) == 20
+    assert Counted.looks <= 2
 
 
 def test_references_and_an_image_do_not_go_together(tiny_model: Path, tmp_path: Path, picture: Path) -> None:
