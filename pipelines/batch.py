@@ -7,10 +7,10 @@ A line of `films.jsonl` is a list of prompts, or an object:
     {"storyboard": "boards/two.yaml", "num_inference_steps": 8}
     {"shots": [{"prompt": "a blue square", "duration": "51f"}], "fps": 8}
 
-`storyboard` is a file, looked for beside `films.jsonl`; `shots` is a storyboard written out. Other keys are film-level
-keys of a storyboard and settings. A film without a name gets one of its line and its first prompt. Film NAME is made
-in OUTPUT_DIR/NAME as `arlon generate --output OUTPUT_DIR/NAME` makes it, so every command on runs works there, and a
-second run of the batch goes on where the first ended.
+`storyboard` is a file, looked for beside `films.jsonl`, and so are files that prompts and `shots`, a storyboard written
+out, name. Other keys are film-level keys of a storyboard and settings. A film without a name gets one of its line and
+its first prompt. Film NAME is made in OUTPUT_DIR/NAME as `arlon generate --output OUTPUT_DIR/NAME` makes it, so every
+command on runs works there, and a second run of the batch goes on where the first ended.
 
 A film that cannot be made is a row of the result, never the end of the batch.
 """
@@ -38,6 +38,7 @@ from pipelines.runs.status import read_status
 from pipelines.storyboard import (
     Storyboard,
     UsageError,
+    anchored,
     load_storyboard,
     parse_duration,
     parse_storyboard,
@@ -189,9 +190,9 @@ def _read_storyboard(values: Mapping[str, Any], folder: Path) -> Storyboard:
         source = [source] if isinstance(source, str) else source
         if isinstance(source, list) and all(isinstance(prompt, str) for prompt in source):
             join = values.get("transition", "continue")
-            return storyboard_from_prompts(source, duration=duration, transition=join)
+            return anchored(storyboard_from_prompts(source, duration=duration, transition=join), folder)
         raise UsageError(f"prompts must be a list of texts, got {shown(source)}")
-    return parse_storyboard({"shots": source}, default_duration=duration)
+    return anchored(parse_storyboard({"shots": source}, default_duration=duration), folder)
 
 
 def _duration(value: Any) -> Any:

@@ -201,8 +201,12 @@ def load_storyboard(path: str | Path, *, default_duration: Duration | None = Non
         data: Any = {"shots": _shots_from_text(text)}
     else:
         data = _parse_markup(text, source, is_json=path.suffix.lower() == ".json")
-    film = parse_storyboard(data, source=source, default_duration=default_duration)
-    return replace(film, shots=tuple(_anchored(shot, path.parent) for shot in film.shots))
+    return anchored(parse_storyboard(data, source=source, default_duration=default_duration), path.parent)
+
+
+def anchored(storyboard: Storyboard, folder: Path) -> Storyboard:
+    """The storyboard with relative paths of its files, which start at a folder, as seen from here."""
+    return replace(storyboard, shots=tuple(_anchored(shot, folder) for shot in storyboard.shots))
 
 
 def _anchored(shot: Shot, folder: Path) -> Shot:

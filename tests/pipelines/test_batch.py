@@ -64,6 +64,15 @@ def test_the_ways_to_write_a_film(tmp_path: Path) -> None:
     assert (inline.shots[0].seed, inline.fps) == (9, 8.0)
 
 
+def test_files_that_a_line_names_lie_beside_the_batch(tmp_path: Path) -> None:
+    prompts = read_one(tmp_path, ['|0|a|2|b{"reference_path": "sea.png", "mask_strategy": "0"}'])
+    shots = read_one(tmp_path, {"shots": [{"prompt": "a", "image": "in/sea.png"}]})
+    assert isinstance(prompts, FilmTask)
+    assert isinstance(shots, FilmTask)
+    assert prompts.storyboard.shots[0].references == (str(tmp_path / "sea.png"),)
+    assert shots.storyboard.shots[0].image == str(tmp_path / "in" / "sea.png")
+
+
 def test_values_for_all_films_win(tmp_path: Path) -> None:
     line = {"prompts": ["a"], "fps": 8, "seed": 5, "crf": 30, "preset": "fast"}
     film = read_one(tmp_path, line, film_values={"fps": 12.0}, settings={"crf": 20})
