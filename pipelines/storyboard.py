@@ -506,6 +506,8 @@ def _camera_motion(value: Any) -> str:
 def _file_name(value: Any) -> str:
     if not isinstance(value, str) or not value.strip() or "\0" in value:
         raise ValueError(f"must be the path of a file, got {shown(value)}")
+    if re.match(r"\s*[a-z][a-z0-9+.-]+://", value, re.IGNORECASE):
+        raise ValueError(f"must be the path of a file, got {shown(value)}: download it first")
     return value
 
 

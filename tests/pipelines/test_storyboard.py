@@ -238,6 +238,7 @@ def test_a_prompt_in_the_grammar_of_open_sora_is_several_shots() -> None:
         ('a{"mask_strategy": "0"}', "mask_strategy places references"),
         ('a{"reference_path": "x.png", "mask_strategy": "0,0,0,0,0"}', "mask strategy group '0,0,0,0,0'"),
         ("|0||2|b", "is empty"),
+        ('a{"reference_path": "https://a.b/c.png"}', "download it first"),
     ],
 )
 def test_a_prompt_that_uses_the_grammar_wrongly_is_refused(prompt: str, message: str) -> None:
