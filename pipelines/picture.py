@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -109,18 +109,16 @@ def prepare_picture(
 
 def make_picture(prepared: PreparedPicture) -> PictureResult:
     """Make the picture; the file appears complete."""
-    from arlon.data.pictures import IMAGE_FPS
     from pipelines.workers import CodeWorker, DecodeWorker, RefineWorker, TextWorker, torch_threads
 
     started_s = time.perf_counter()
     job = prepared.job
     request = next(iter(film_requests(job)))
-    refine = replace(request.refine, fps=IMAGE_FPS)
     with torch_threads(job.settings.num_threads):
-        prompts = tuple(dict.fromkeys((*request.code.prompts, *refine.prompts)))
+        prompts = tuple(dict.fromkeys((*request.code.prompts, *request.refine.prompts)))
         text = TextWorker(job).run(TextRequest(prompts=prompts))
         codes = CodeWorker(job).run(fill(request.code, text=text))
-        refined = RefineWorker(job).run(fill(refine, text=text, codes=codes))
+        refined = RefineWorker(job).run(fill(request.refine, text=text, codes=codes))
         frames = DecodeWorker(job).run(fill(request.decode, refined=refined)).frames
     make_folder(prepared.path.parent)
     write_bytes(prepared.path, _png(frames[0], job.tags))

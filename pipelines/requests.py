@@ -443,6 +443,8 @@ def _seed_of(plan: Plan, shot: int) -> int:
 
 
 def _refine_request(plan: Plan, segment: Segment, take: Take) -> RefineRequest:
+    from arlon.data.windows import IMAGE_FPS
+
     film = plan.storyboard
     shot = film.shots[segment.shot]
     resolved = (film.guidance_scale, film.num_inference_steps, film.solver, film.fps, film.height, film.width)
@@ -459,7 +461,7 @@ def _refine_request(plan: Plan, segment: Segment, take: Take) -> RefineRequest:
         guidance_scale=scale if shot.guidance_scale is None else shot.guidance_scale,
         num_inference_steps=num_steps,
         solver=solver,
-        fps=fps,
+        fps=IMAGE_FPS if segment.num_frames == 1 else fps,
         height=fit.made_height,
         width=fit.made_width,
         blend=segment_blend(plan, segment, take),

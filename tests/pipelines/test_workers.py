@@ -114,6 +114,15 @@ def test_scores_and_camera_motion_are_said_to_the_encoder_and_stand_in_the_recor
     assert text_request(plan).prompts[0] == "a red circle"
 
 
+def test_one_frame_is_made_at_the_rate_of_pictures(tiny_model: Path, tmp_path: Path) -> None:
+    for frames, fps in ((1, 120.0), (2, tiny.FPS)):
+        shots = [{"prompt": "a red circle", "duration": f"{frames}f"}]
+        board = parse_storyboard({"seed": 1, "shots": shots, "use_codes": False})
+        job = prepare(board, model=str(tiny_model), output=tmp_path / f"{frames}.mp4").job
+        (request,) = film_requests(job)
+        assert (request.refine.fps, request.write.inputs["fps"], job.plan.fps) == (fps, fps, tiny.FPS)
+
+
 def test_every_prompt_is_encoded_once_and_alone(chain: Chain) -> None:
     assert list(chain.text.features) == [
         "a red circle moves left",
