@@ -309,6 +309,7 @@ class RefineWorker:
         def velocity(x: Tensor, t: Tensor, frame_mask: Tensor) -> Tensor:
             key = tuple(frame_mask[0].tolist())
             if key not in under_mask:
+                under_mask.clear()  # masks only lose frames that stand still: an earlier one does not come back
                 under_mask[key] = self._under_mask(request, frame_mask, inject)
             with _precision(self.settings):
                 return under_mask[key](x, t)
