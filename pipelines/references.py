@@ -238,15 +238,18 @@ def encode_references(job: Job, references: Sequence[Reference]) -> dict[str, Te
         def encode(video: Tensor) -> Tensor:
             return vae.encode(video.to(device), tile=job.settings.vae_tile)
 
+        def codes_of_still(picture: Tensor) -> Tensor | None:
+            if not job.plan.geometry.has_codes:
+                return None
+            return _codes(job, encode(picture.expand(-1, grid.chunk_frames, -1, -1)[None]), 1)
+
         for given in references:
             video = _pixels(given, job.plan)
             if given.kind == "video":
                 latent = encode_continued(encode, video, grid)
                 codes = _codes(job, latent, latent.shape[2] // job.plan.geometry.code_ratio[0])
             elif given.kind == "image":
-                latent = encode_image(encode, video, grid)
-                still = encode(video.expand(-1, grid.chunk_frames, -1, -1)[None])
-                codes = _codes(job, still, 1)
+                latent, codes = encode_image(encode, video, grid), codes_of_still(video)
             elif given.kind == "references":
                 latent, codes = encode_reference(encode, video, grid), None
             else:
@@ -254,21 +257,27 @@ def encode_references(job: Job, references: Sequence[Reference]) -> dict[str, Te
             tensors[given.name] = latent.float().cpu().contiguous()
             if codes is not None:
                 tensors[_name(given.shot, CODES)] = codes.cpu().contiguous()
-        for shot in dict.fromkeys(given.shot for given in references if given.kind == "references"):
-            if (codes := _codes_of_head(job, shot, tensors)) is not None:
+        for shot, of_shot in groupby((g for g in references if g.kind == "references"), key=lambda given: given.shot):
+            if (kept := _kept_head(job.plan, shot, tensors)) is None:
+                continue
+            codes = _codes(job, kept.to(device), kept.shape[2] // job.plan.geometry.code_ratio[0])
+            if codes is None and kept.shape[2] == 1:
+                pictures = (given for given in of_shot if not given.is_video)
+                picture = next((given for given in pictures if torch.equal(tensors[given.name], kept)), None)
+                codes = None if picture is None else codes_of_still(_pixels(picture, job.plan))
+            if codes is not None:
                 tensors[_name(shot, CODES)] = codes.cpu().contiguous()
     return tensors
 
 
-def _codes_of_head(job: Job, shot: int, tensors: Mapping[str, Tensor]) -> Tensor | None:
-    """Code frames of the frames that the references of a shot keep at the head of its take; None if too few."""
-    given, grid = _given_of(job.plan, shot, tensors), job.plan.geometry.grid
-    first = next(segment for segment in job.plan.segments if segment.shot == shot)
-    if (placed := given.placed(first, grid)) is None:
+def _kept_head(plan: Plan, shot: int, tensors: Mapping[str, Tensor]) -> Tensor | None:
+    """Latent frames (1, C, n, H, W) that the references of a shot keep at the head of its take; None if they do not."""
+    first = next(segment for segment in plan.segments if segment.shot == shot)
+    if (placed := _given_of(plan, shot, tensors).placed(first, plan.geometry.grid)) is None:
         return None
     latent, edit_ratio = placed
     kept = int((edit_ratio[0] == 0).long().cumprod(0).sum())
-    return _codes(job, latent[:, :, :kept].to(job.settings.device), kept // job.plan.geometry.code_ratio[0])
+    return latent[:, :, :kept] if kept else None
 
 
 def _pixels(given: Reference, plan: Plan) -> Tensor:

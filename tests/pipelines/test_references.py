@@ -423,6 +423,17 @@ def test_a_mask_strategy_that_cannot_be_is_refused_before_any_work(
         placed_film(tiny_model, tmp_path / "a.mp4", picture, clip, strategy)
 
 
+def test_a_picture_at_the_head_is_the_same_film_by_either_key(tiny_model: Path, tmp_path: Path, picture: Path) -> None:
+    by_image = film(tiny_model, tmp_path / "a.mp4", PROMPT | {"image": str(picture)})
+    by_strategy = film(tiny_model, tmp_path / "b.mp4", PROMPT | {"references": [str(picture)]})
+    changed = film(
+        tiny_model, tmp_path / "c.mp4", PROMPT | {"references": [str(picture)], "mask_strategy": "0,0,0,0,1,0.5"}
+    )
+    assert generate(by_image).num_frames == generate(by_strategy).num_frames
+    assert all(torch.equal(a, b) for a, b in zip(latents(by_image), latents(by_strategy), strict=True))
+    assert "0/codes" not in encode_references(changed.job, changed.references), "what is changed has no codes yet"
+
+
 @pytest.mark.parametrize(
     ("num_frames", "names", "message"),
     [
@@ -447,8 +458,8 @@ def test_a_clip_too_short_for_what_it_is_given_is_refused_before_any_work(
 def test_a_shot_ends_on_its_picture_in_its_last_segment_alone(
     tiny_model: Path, tmp_path: Path, picture: Path, clip: Path
 ) -> None:
-    strategy = "0,1,0,0,5;0,1,0,5,5;0,1,0,10,4"
-    shot = PROMPT | {"references": [str(picture), str(clip)], "mask_strategy": strategy, "end_image": str(picture)}
+    strategy = "0,0,0,0,5;0,0,0,5,5;0,0,0,10,4"
+    shot = PROMPT | {"references": [str(clip)], "mask_strategy": strategy, "end_image": str(picture)}
     prepared = film(tiny_model, tmp_path / "a.mp4", shot)
     first, second = (request.refine for request in film_requests(replace(prepared.job, run_dir=write_given(prepared))))
     assert (first.placed[1] == 0).sum() == 14
