@@ -109,6 +109,10 @@ def _room_problems(plan: Plan, found: Sequence[Reference]) -> list[str]:
             for group in dry.placements
             if group.segment >= len(take)
         ]
+        problems += [
+            f"shots[{shot}].references[{number}] is placed nowhere: name it in mask_strategy, or leave it out"
+            for number in sorted(set(range(len(dry.references))) - {group.reference for group in dry.placements})
+        ]
         for segment, after in zip_longest(take, take[1:]):
             ends_shot = after is None or after.shot != segment.shot
             kinds = [given.kind for given in of_shot.get(segment.shot, ())]

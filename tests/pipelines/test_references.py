@@ -414,6 +414,7 @@ def test_a_film_with_a_mask_strategy_goes_on_is_verified_and_names_its_reference
         ("0,0,0,15", "target start 15 of the mask strategy is outside of 15"),
         ("0,1,6", "reference start 6 of the mask strategy is outside of 6"),
         ("0,1,0,0,5;0,1,0,5,5;0,1,0,10,5", "nothing is left to make"),
+        ("", r"shots\[0\].references\[1\] is placed nowhere"),
     ],
 )
 def test_a_mask_strategy_that_cannot_be_is_refused_before_any_work(
