@@ -67,6 +67,16 @@ def is_picture(storyboard: Storyboard, output: str | Path | None) -> bool:
     return is_one
 
 
+def check_picture(storyboard: Storyboard) -> None:
+    """Refuse a picture that is given files.
+
+    Raises:
+        UsageError: If so.
+    """
+    if kinds := reference_names(storyboard):
+        raise UsageError(f"a picture is made from its prompt alone: leave out {', '.join(kinds)}")
+
+
 def prepare_picture(
     storyboard: Storyboard,
     *,
@@ -83,8 +93,7 @@ def prepare_picture(
         OSError: If the output cannot be written.
         ValueError: If the model is damaged.
     """
-    if kinds := reference_names(storyboard):
-        raise UsageError(f"a picture is made from its prompt alone: leave out {', '.join(kinds)}")
+    check_picture(storyboard)
     plan, identity, folder = open_for_film(storyboard, model)
     plan = clip_plan(plan, 1)
     checked = make_settings(plan.geometry, settings or {})

@@ -188,7 +188,7 @@ def plan(
     with reported():
         from pipelines.generate import make_settings, open_for_film
         from pipelines.options import FilmOptions, read_film_options
-        from pipelines.picture import is_picture
+        from pipelines.picture import check_picture, is_picture
         from pipelines.plan import clip_plan
         from pipelines.references import check_references
 
@@ -216,6 +216,8 @@ def plan(
             video=video,
         )
         film, settings = read_film_options(options)
+        if is_picture(film, None):
+            check_picture(film)
         film_plan, _, folder = open_for_film(film, model)
         references = check_references(film_plan)
         chosen = make_settings(film_plan.geometry, settings)

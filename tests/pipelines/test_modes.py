@@ -272,6 +272,8 @@ def test_a_picture_takes_no_reference_and_no_cluster(tiny_model: Path, tmp_path:
     film = parse_storyboard({"shots": [{"prompt": "a", "duration": "1f", "image": "x.png"}]})
     with pytest.raises(UsageError, match="leave out image"):
         prepare_picture(film, model=str(tiny_model), output=tmp_path / "a.png")
+    common = ["plan", "--model", str(tiny_model), "--prompt", "a", "--num-frames", "1", "--image", "x.png"]
+    assert "leave out image" in CliRunner().invoke(app, common).output
     common = ["generate", "--model", str(tiny_model), "--prompt", "a", "--num-frames", "1", "--output"]
     result = CliRunner().invoke(app, [*common, str(tmp_path / "a.png"), "--executor", "ray", "--sheet", "--hls"])
     assert result.exit_code == 2
