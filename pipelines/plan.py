@@ -206,7 +206,7 @@ def make_plan(storyboard: Storyboard, geometry: ModelGeometry) -> Plan:
         segments=tuple(segments),
     )
     only = storyboard.shots[0]
-    is_one_pass = len(segments) == 1 and not geometry.has_codes and not only.video and only.duration.segments is None
+    is_one_pass = len(segments) == 1 and not geometry.has_codes and not only.video
     return clip_plan(plan, spans[0].asked_frames) if is_one_pass and spans[0].asked_frames < plan.num_frames else plan
 
 

@@ -163,6 +163,18 @@ def test_a_base_alone_makes_a_short_film_of_exactly_the_frames_asked_for(num_fra
     assert plan_of({"prompt": "a", "duration": f"{num_frames}f"}).num_frames == 51, "codes come in whole segments"
 
 
+def test_what_goes_on_from_a_video_is_a_whole_segment_and_so_is_a_length_in_segments() -> None:
+    for shot in ({"prompt": "a", "duration": "20f", "video": "a.mp4"}, {"prompt": "a", "duration": "1 segments"}):
+        assert plan_of(shot, use_codes=False).num_frames == 51
+
+
+def test_a_model_says_which_aesthetic_score_is_asked_for() -> None:
+    defaults = GenerationDefaults(aesthetic_score=6.5)
+    for given, score in ((None, 6.5), (5.0, 5.0), (0.0, 0.0)):
+        film = parse_storyboard({"aesthetic_score": given, "shots": ["a"]})
+        assert resolve_storyboard(film, defaults, 1).aesthetic_score == score
+
+
 @pytest.mark.parametrize("num_frames", [51, 102, 204, 408])
 def test_a_clip_of_any_length_is_one_pass_where_segments_are_that_long(num_frames: int) -> None:
     plan = plan_of({"prompt": "a", "duration": f"{num_frames}f"}, use_codes=False, segment=num_frames // 17 * 5)

@@ -315,6 +315,14 @@ def test_a_picture_too_large_to_hold_is_refused(
         film(tiny_model, tmp_path / "a.mp4", {"prompt": "a", "image": str(large)})
 
 
+def test_a_reference_too_long_to_encode_is_refused(
+    tiny_model: Path, tmp_path: Path, clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipelines.references.MAX_REFERENCE_FRAMES", 19)
+    with pytest.raises(StoryboardError, match="a reference has at most 19 frames, got 20: cut it"):
+        film(tiny_model, tmp_path / "a.mp4", PROMPT | {"references": [str(clip)]})
+
+
 def test_check_looks_at_shots_from_one_on(tiny_model: Path, tmp_path: Path, picture: Path) -> None:
     prepared = film(tiny_model, tmp_path / "a.mp4", PROMPT | {"image": str(picture)})
     assert check_references(prepared.plan, first_shot=1) == ()
