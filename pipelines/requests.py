@@ -19,6 +19,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 from torch import Tensor
 
+from arlon.data.pictures import IMAGE_FPS
 from arlon.models.code_stream import SamplingConfig, blend_weight
 from arlon.text.encoders import TextFeatures
 from arlon.text.prompts import add_scores
@@ -443,8 +444,6 @@ def _seed_of(plan: Plan, shot: int) -> int:
 
 
 def _refine_request(plan: Plan, segment: Segment, take: Take) -> RefineRequest:
-    from arlon.data.windows import IMAGE_FPS
-
     film = plan.storyboard
     shot = film.shots[segment.shot]
     resolved = (film.guidance_scale, film.num_inference_steps, film.solver, film.fps, film.height, film.width)

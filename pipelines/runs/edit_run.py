@@ -97,7 +97,9 @@ def begin_change(old: Run, new: Run, executor: str) -> Committed:
     version = folder.path / VERSIONS_NAME / f"{folder.num_versions() + 1:04d}"
     _copy(old, OutputPaths(film=version / "film.mp4", run_dir=version))
     if given := encode_references(new.prepared.job, new.prepared.references):
-        folder.write_references({**(folder.read_references() if folder.has_references() else {}), **given})
+        known = folder.read_references() if folder.has_references() else {}
+        shots = len(old.plan.storyboard.shots)  # what a change that ended here gave to later ones does not count
+        folder.write_references({name: t for name, t in known.items() if int(name.split("/")[0]) < shots} | given)
     stale = sorted(committed.segments & _changed_segments(new, committed.segments, codes))
     # Codes that both versions share are right for either, whichever run.json a crash leaves.
     folder.write_codes(codes)

@@ -220,6 +220,8 @@ def test_a_film_is_extended_by_shots_with_references(
     generate(prepared)
     before = latents(prepared)
     old = open_run(prepared.paths.run_dir)
+    if first_is_given:  # by a change that ended before its run.json was written
+        old.folder.write_references(old.folder.read_references() | {"1/codes": torch.zeros(1, 1, 1, 1)})
     shot = first | {"image": None, "transition": "cut", "references": [str(picture), str(clip)]}
     shot |= {"mask_strategy": "0;0,1,0,5,3"}
     new = change_run(old, with_shots_added(old, parse_storyboard({"shots": [shot]}).shots))
@@ -227,6 +229,7 @@ def test_a_film_is_extended_by_shots_with_references(
     kept, added = latents(new.prepared)
     assert torch.equal(kept, before[0])
     stored = RunFolder(prepared.paths.run_dir).read_references()
+    assert set(stored) == {"1/references/0", "1/references/1"} | ({"0/image"} if first_is_given else set())
     assert torch.equal(added[:, :, 5:8], stored["1/references/1"][:, :, :3])
     assert list(verify_run(open_run(prepared.paths.run_dir))) == []
 
