@@ -225,7 +225,7 @@ def build(config: ARStageConfig) -> StageParts:
     train, val = windows(data.train, data.texts), windows(data.val, data.texts)
     beside = []
     for part in config.beside:
-        other = load_data(replace(config.data, manifest=None, shapes=part.shapes), with_text=True)
+        other = load_data(replace(config.data, manifest=None, also=(), shapes=part.shapes), with_text=True)
         assert other.texts is not None
         beside.append(FixedBatches(windows(other.train, other.texts), config.train.batch_size))
     torch.manual_seed(config.train.seed)
