@@ -119,7 +119,7 @@ def test_sheet_is_written_beside_the_film(tiny_model: Path, tmp_path: Path) -> N
         (("--prompt", ""), 2, "shots[0].prompt is empty"),
         (("--prompt", "a", "--duration", "0"), 2, "--duration must be more than 0, got '0'"),
         (("--prompt", "a", "--duration", "99999"), 2, "at most one hour"),
-        (("--prompt", "a", "--height", "33"), 2, "nearest are 32 and 48"),
+        (("--prompt", "a", "--height", "33"), 2, "nearest are 32 and 34"),
         (("--prompt", "a", "--storyboard", "b.yaml"), 2, "either --storyboard or --prompt"),
         (("--storyboard", "none.yaml"), 2, "none.yaml': cannot be read"),
         (("--prompt", "a", "--set", "gudance_scale=2"), 2, "did you mean 'guidance_scale'?"),
