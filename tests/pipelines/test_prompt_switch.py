@@ -117,7 +117,7 @@ def test_velocity_of_a_blended_segment_lies_between_that_of_both_prompts(tiny_mo
     mask, t = torch.ones(1, 15, dtype=torch.bool), torch.full((1,), 0.7)
     with torch.inference_mode():
         between, old, new = (
-            worker._velocity(replace(request, text=features, prompt=prompt, blend=blend), coarse, mask)(latent, t)
+            worker._velocity(replace(request, text=features, prompt=prompt, blend=blend), coarse)(latent, t, mask)
             for prompt, blend in ((SECOND, request.blend), (FIRST, None), (SECOND, None))
         )
     assert not old.equal(new)
