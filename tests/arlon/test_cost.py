@@ -123,6 +123,7 @@ def test_the_vqvae_costs_what_a_run_counts() -> None:
     assert cost.vqvae_cost(config, (3, 2, 2)).flops == counted(lambda: model.decode(codes))
 
 
+@pytest.mark.slow
 def test_the_vae_costs_what_a_run_of_all_chunks_does() -> None:
     found = cost.vae_decode_cost(VAE, 51, (2, 3))
     vae, latent = on_meta(VideoVAE, VAE), empty(1, 4, 15, 2, 3)
@@ -140,6 +141,7 @@ def test_blended_borders_cost_what_a_run_of_all_chunks_does() -> None:
     assert cost.vae_decode_cost(VAE, 1, (2, 3), blend_frames=2) == cost.vae_decode_cost(VAE, 1, (2, 3))
 
 
+@pytest.mark.slow
 def test_tiles_cost_what_a_run_of_all_tiles_does() -> None:
     vae, latent = on_meta(VideoVAE, VAE), empty(1, 4, 15, 6, 11)
     run = cost.measure(lambda: vae.decode(latent, 51, blend_frames=2, tile=32))

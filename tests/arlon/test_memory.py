@@ -95,6 +95,7 @@ print(before - kept, before - resident())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not memory._is_glibc(), reason="needs glibc")
 def test_freed_memory_goes_back_when_it_is_asked_for() -> None:
     done = subprocess.run([sys.executable, "-c", GIVEN_BACK], capture_output=True, text=True, check=True)

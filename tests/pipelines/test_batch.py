@@ -137,6 +137,7 @@ def test_files_that_hold_no_films_are_refused(tmp_path: Path) -> None:
         BatchOptions(output_dir="s3://bucket/films")
 
 
+@pytest.mark.slow
 def test_films_equal_those_made_alone_and_load_their_networks_once(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -156,6 +156,7 @@ def test_nothing_can_be_begun_on_a_read_only_disk(tiny_model: Path, disk: Path) 
     assert list(disk.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_disk_that_became_read_only_costs_one_line(
     film: FilmResult, tiny_model: Path, disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -224,6 +224,7 @@ def test_storyboard_of_a_plan_is_resolved() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_ten_thousand_shots_are_planned_in_seconds() -> None:
     shots = [{"prompt": f"shot {number}", "duration": 5} for number in range(10_000)]
     started_s = time.process_time()
@@ -233,6 +234,7 @@ def test_ten_thousand_shots_are_planned_in_seconds() -> None:
     assert time.process_time() - started_s < 20  # 2 s when nothing else runs
 
 
+@pytest.mark.slow
 def test_blends_of_ten_thousand_shots_are_found_at_once() -> None:
     plan = plan_of(*({"prompt": f"shot {number}", "duration": 5, "blend": 1} for number in range(10_000)))
     started_s = time.process_time()

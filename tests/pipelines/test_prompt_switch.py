@@ -58,6 +58,7 @@ class Seen:
         self.codes = RunFolder(self.job.run_dir).read_codes()[0]
 
 
+@pytest.mark.slow
 def test_a_switch_changes_the_code_step_behind_it_and_the_first_segment_of_the_new_shot(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -211,6 +211,7 @@ def test_shots_that_are_added_may_be_given_something(tiny_model: Path, tmp_path:
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first_is_given", [False, True])
 def test_a_film_is_extended_by_shots_with_references(
     tiny_model: Path, tmp_path: Path, picture: Path, clip: Path, first_is_given: bool
@@ -234,6 +235,7 @@ def test_a_film_is_extended_by_shots_with_references(
     assert list(verify_run(open_run(prepared.paths.run_dir))) == []
 
 
+@pytest.mark.slow
 def test_what_is_stored_of_it_cannot_be_exchanged(tiny_model: Path, tmp_path: Path, picture: Path) -> None:
     prepared = film(tiny_model, tmp_path / "a.mp4", PROMPT | {"image": str(picture)})
     generate(prepared)
@@ -401,6 +403,7 @@ def test_a_mask_strategy_films_what_the_loop_of_the_original_samples(
     assert torch.equal(second[:, :, 5:7], sources[1][None, :, 0:2]), "-6 is snapped to the first frame, -5 is a chunk"
 
 
+@pytest.mark.slow
 def test_a_film_with_a_mask_strategy_goes_on_is_verified_and_names_its_references(
     tiny_model: Path, tmp_path: Path, picture: Path, clip: Path
 ) -> None:
@@ -435,6 +438,7 @@ def test_a_mask_strategy_that_cannot_be_is_refused_before_any_work(
         placed_film(tiny_model, tmp_path / "a.mp4", picture, clip, strategy)
 
 
+@pytest.mark.slow
 def test_a_picture_at_the_head_is_the_same_film_by_either_key(tiny_model: Path, tmp_path: Path, picture: Path) -> None:
     by_image = film(tiny_model, tmp_path / "a.mp4", PROMPT | {"image": str(picture)})
     by_strategy = film(tiny_model, tmp_path / "b.mp4", PROMPT | {"references": [str(picture)]})

@@ -26,6 +26,7 @@ def made(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return film
 
 
+@pytest.mark.slow
 def test_a_film_is_forked_redone_extended_and_resumed(made: Path, tmp_path: Path) -> None:
     fork = tmp_path / "other.mp4"
     result = arlon("fork", made, fork)

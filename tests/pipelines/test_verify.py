@@ -40,6 +40,7 @@ def arlon(*arguments: object) -> Result:
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
+@pytest.mark.slow
 def test_a_film_is_what_it_says(film: FilmResult) -> None:
     run = open_run(film.run_dir)
     assert list(verify_run(run)) == []

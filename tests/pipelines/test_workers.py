@@ -204,6 +204,7 @@ def test_a_text_encoder_stays_if_it_is_small_or_prompts_are_many(
     assert loads[0]() is worker.encoder is not None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", [new_worker, KeptWorkers()])
 def test_films_have_the_same_bits_where_the_text_encoder_works_first(
     tiny_model: Path,

@@ -63,6 +63,7 @@ def test_beside_must_leave_steps_for_the_takes_of_data(stage_config: StageConfig
 ALSO = "data.also=[{num_takes: 3, num_frames: 51, height: 16, width: 16, more_colours: true, seed: 7}]"
 
 
+@pytest.mark.slow
 def test_takes_of_another_palette_are_trained_on_beside_the_others(stage_config: StageConfigs) -> None:
     config = stage_config("ar", ALSO)
     plain, joined = load_data(stage_config("ar").data, with_text=True), load_data(config.data, with_text=True)

@@ -47,6 +47,7 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.empty(shape, device="meta", dtype=dtype)
 
 
+@pytest.mark.slow
 def test_vae_runs() -> None:
     vae = on_meta(VideoVAE, stage_config("vae").vae)
     latent = vae.encode(empty(1, 3, 17, 512, 512))
@@ -63,6 +64,7 @@ def test_vqvae_runs(name: str, grid: tuple[int, int, int]) -> None:
     assert vqvae(empty(*LATENT)).reconstruction.is_meta
 
 
+@pytest.mark.slow
 def test_dit_and_injection_run() -> None:
     """Injection reaches the first half of the temporal blocks, and the last of them changes no shape."""
     dit, injection = (

@@ -93,6 +93,7 @@ def test_loss_of_one_batch_falls(stage: str, stage_config: Any, tmp_path: Path) 
     assert losses[-1] < 0.995 * losses[0], losses
 
 
+@pytest.mark.slow
 def test_run_folder_holds_figures_pictures_and_export(stage_config: Any, tmp_path: Path) -> None:
     run_stage("dit", stage_config("dit"), tmp_path, export_to=tmp_path / "model" / "dit")
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

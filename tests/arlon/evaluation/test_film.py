@@ -92,6 +92,7 @@ def render_two(*seconds: world.ObjectLook) -> np.ndarray:
     return world.render_scene(scene, height=48, width=64, fps=FPS, num_frames=24 * len(shots)).frames
 
 
+@pytest.mark.slow
 def test_of_two_objects_each_is_held_against_what_is_asked_of_it():
     circle = look(shape="circle", colour="blue", motion="still")
     prompts = outline(TWO.format("green"), TWO.format("blue"))
