@@ -54,6 +54,8 @@ MAX_LISTED = 20
 REFERENCE_KINDS = ("image", "end_image", "video")
 """Shot keys that name a file; see `pipelines.references`."""
 MAX_SCORE = 100.0
+_UNITS = {"f": "frames", "frames": "frames", "segment": "segments", "segments": "segments"}
+"""Of a duration, by how they are written; anything else is seconds."""
 
 
 class UsageError(ValueError):
@@ -364,9 +366,6 @@ def parse_duration(value: Any) -> Duration:
     if number > (MAX_DURATION_S * MAX_FPS if unit == "frames" else MAX_DURATION_S):
         raise ValueError(f"must be at most one hour ({MAX_DURATION_S:.0f} s), got {shown(value)}")
     return Duration(frames=int(number)) if unit == "frames" else Duration(seconds=number)
-
-
-_UNITS = {"f": "frames", "frames": "frames", "segment": "segments", "segments": "segments"}
 
 
 def _read_shots(data: Any, default_duration: Duration | None, problems: list[str]) -> list[Shot]:
