@@ -76,6 +76,8 @@ class ShapesTakesConfig:
     """Phrasings stored of each shot."""
     more_colours: bool = False
     """Objects have the colours of the whole palette, twice as many as prompts of the evaluation name."""
+    more_shapes: bool = False
+    """Objects have ten shapes instead of the four that prompts of the evaluation name."""
 
     def __post_init__(self) -> None:
         problems = []
@@ -105,8 +107,9 @@ class ShapesTakes:
     def identity(self) -> dict[str, Any]:
         """The configuration, and a fingerprint that changes when the renderer or the grammar does."""
         settings = {name: value for name, value in asdict(self.config).items() if name != "num_takes"}
-        if not self.config.more_colours:  # sets made before there were more keep their identity
-            del settings["more_colours"]
+        for name in ("more_colours", "more_shapes"):
+            if not settings[name]:  # sets made before there were more keep their identity
+                del settings[name]
         digest = hashlib.sha256()
         for index in range(3):
             take = self.take(index)
@@ -133,6 +136,7 @@ class ShapesTakes:
             two_objects_prob=config.two_objects_prob,
             aspect=config.width / config.height,
             colours=tuple(shapes_world.PALETTE if config.more_colours else shapes_world.COLOURS),
+            shapes=shapes_world.ALL_SHAPES if config.more_shapes else shapes_world.SHAPES,
         )
         rendered = shapes_world.render_scene(
             scene, height=config.height, width=config.width, fps=config.fps, num_frames=config.num_frames

@@ -40,6 +40,9 @@ MORE_COLOURS: dict[str, tuple[int, int, int]] = {
 """Colours that prompts of the evaluation never name: a model learns from them that colour and shape are two things."""
 PALETTE = COLOURS | MORE_COLOURS
 SHAPES = ("circle", "square", "triangle", "star")
+MORE_SHAPES = ("ring", "cross", "bar", "diamond", "semicircle", "crescent")
+"""Shapes that prompts of the evaluation never name, for the same reason."""
+ALL_SHAPES = SHAPES + MORE_SHAPES
 SIZES: dict[str, float] = {"small": 0.11, "large": 0.18}
 MOTIONS = ("left", "right", "up", "down", "bounce", "circle", "still", "grow", "shrink", "spin")
 SPEEDS = ("slow", "fast")
@@ -125,17 +128,22 @@ def is_held_out(look: ObjectLook) -> bool:
 
 def is_possible(look: ObjectLook) -> bool:
     """False for looks that cannot be seen: a circle does not visibly spin."""
-    return not (look.shape == "circle" and look.motion == "spin")
+    return not (look.shape in {"circle", "ring"} and look.motion == "spin")
 
 
 def sample_look(
-    rng: np.random.Generator, split: Split, *, motions: Sequence[str] = MOTIONS, colours: Sequence[str] = tuple(COLOURS)
+    rng: np.random.Generator,
+    split: Split,
+    *,
+    motions: Sequence[str] = MOTIONS,
+    colours: Sequence[str] = tuple(COLOURS),
+    shapes: Sequence[str] = SHAPES,
 ) -> ObjectLook:
     """Draw a look; `train` never has a held-out pair, `held_out` always has one."""
     while True:
         look = ObjectLook(
             colour=str(rng.choice(list(colours))),
-            shape=str(rng.choice(SHAPES)),
+            shape=str(rng.choice(shapes)),
             size=str(rng.choice(list(SIZES))),
             motion=str(rng.choice(motions)),
             speed=str(rng.choice(SPEEDS)),
@@ -170,6 +178,7 @@ def sample_scene(
     two_objects_prob: float = 0.3,
     aspect: float = 1.0,
     colours: Sequence[str] = tuple(COLOURS),
+    shapes: Sequence[str] = SHAPES,
 ) -> Scene:
     """Draw a scene of `len(seconds)` shots; every shot after the first changes one attribute of one object.
 
@@ -180,10 +189,11 @@ def sample_scene(
         two_objects_prob: Share of scenes with two objects. Their colours differ and their lanes are apart.
         aspect: Frame width over height.
         colours: Names of `PALETTE` that objects have.
+        shapes: Names of `ALL_SHAPES` that objects have.
     """
-    looks = [sample_look(rng, split, colours=colours)]
+    looks = [sample_look(rng, split, colours=colours, shapes=shapes)]
     if rng.random() < two_objects_prob:
-        looks.append(_sample_second(rng, looks[0], split, colours))
+        looks.append(_sample_second(rng, looks[0], split, colours, shapes))
     background = str(rng.choice(BACKGROUNDS))
     shots = [Shot(objects=tuple(looks), background=background, seconds=seconds[0])]
     for length in seconds[1:]:
@@ -198,9 +208,12 @@ def sample_scene(
     )
 
 
-def _sample_second(rng: np.random.Generator, first: ObjectLook, split: Split, colours: Sequence[str]) -> ObjectLook:
+def _sample_second(
+    rng: np.random.Generator, first: ObjectLook, split: Split, colours: Sequence[str], shapes: Sequence[str]
+) -> ObjectLook:
     while True:
-        look = sample_look(rng, "train" if split == "train" or rng.random() < 0.5 else split, colours=colours)
+        chosen: Split = "train" if split == "train" or rng.random() < 0.5 else split
+        look = sample_look(rng, chosen, colours=colours, shapes=shapes)
         if look.colour != first.colour and not _paths_cross(first.motion, look.motion):
             return look
 
@@ -332,7 +345,23 @@ def signed_distance(shape: str, x: np.ndarray, y: np.ndarray, radius: np.ndarray
         tip, notch = 1.5 * radius, 0.68 * radius
         ex, ey = notch * np.cos(fold) - tip, notch * np.sin(fold)
         return (ey * (u - tip) - ex * v) / np.sqrt(ex * ex + ey * ey)
-    raise ValueError(f"unknown shape {shape!r}, choose from {', '.join(map(repr, SHAPES))}")
+    if shape == "ring":
+        return np.abs(np.sqrt(x * x + y * y) - 0.92 * radius) - 0.27 * radius
+    if shape == "cross":
+        long, wide = 1.2 * radius, 0.42 * radius
+        ax, ay = np.abs(x), np.abs(y)
+        return np.minimum(np.maximum(ax - long, ay - wide), np.maximum(ax - wide, ay - long))
+    if shape == "bar":
+        return np.maximum(np.abs(x) - 1.4 * radius, np.abs(y) - 0.56 * radius)
+    if shape == "diamond":
+        return 0.8660254 * np.abs(x) + 0.5 * np.abs(y) - 0.825 * radius
+    if shape == "semicircle":
+        below = y - 0.6 * radius
+        return np.maximum(np.sqrt(x * x + below * below) - 1.414 * radius, below)
+    if shape == "crescent":
+        inside, bite = x + 0.2 * radius, x - 0.55 * radius
+        return np.maximum(np.sqrt(inside * inside + y * y) - 1.3 * radius, radius - np.sqrt(bite * bite + y * y))
+    raise ValueError(f"unknown shape {shape!r}, choose from {', '.join(map(repr, ALL_SHAPES))}")
 
 
 def render_scene(

@@ -21,7 +21,7 @@ def test_rendering_is_seeded() -> None:
     np.testing.assert_array_equal(*(world.render_scene(scene).frames for scene in scenes))
 
 
-@pytest.mark.parametrize("shape", world.SHAPES)
+@pytest.mark.parametrize("shape", world.ALL_SHAPES)
 def test_shapes_have_about_the_area_of_their_disc(shape: str) -> None:
     frame = world.render_scene(one_object(shape=shape), height=128, width=128, num_frames=1).frames[0]
     covered = (frame[..., 0].astype(float) - 10) / (222 - 10)
@@ -85,6 +85,18 @@ def test_more_colours_are_drawn_with_every_shape_and_leave_held_out_pairs_out() 
     colours = np.array(list(world.PALETTE.values()), float)
     apart = np.linalg.norm(colours[:, None] - colours, axis=-1) + 1e3 * np.eye(len(colours))
     assert apart.min() > 50
+
+
+def test_more_shapes_are_drawn_in_every_colour_and_leave_held_out_pairs_out() -> None:
+    plain = ShapesTakesConfig(num_takes=500, num_frames=17)
+    wide = ShapesTakes(replace(plain, more_shapes=True))
+    texts = [text for index in range(500) for text in wide.take(index).spans[0].captions]
+    pairs = {(c, s) for c in world.COLOURS for s in world.ALL_SHAPES if any(f"{c} {s}" in text for text in texts)}
+    assert pairs.isdisjoint(world.HELD_OUT_COLOUR_SHAPE)
+    assert pairs >= {(colour, shape) for colour in world.COLOURS for shape in world.MORE_SHAPES}
+    assert not any("ring" in re.findall(r"\w+", text) and "spins" in text for text in texts if " and " not in text)
+    assert "more_shapes" not in ShapesTakes(plain).identity
+    assert wide.identity["more_shapes"] is True
 
 
 def test_held_out_scenes_always_have_a_held_out_pair_and_say_it() -> None:
