@@ -191,6 +191,7 @@ def vae_decode_cost(
     latent_hw: tuple[int, int],
     *,
     blend_frames: int = 0,
+    is_joined: bool = False,
     tile: int | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Cost:
@@ -204,26 +205,28 @@ def vae_decode_cost(
         num_frames: Frames of the video, a multiple of a chunk or less than one.
         latent_hw: (H, W).
         blend_frames: As of `VideoVAE.decode`.
-        tile: Likewise.
+        is_joined: The border to the chunk before the video is blended too: that chunk passes the temporal part again.
+        tile: As of `VideoVAE.decode`.
         dtype: Of weights and activations.
     """
     chunk = min(num_frames, config.micro_frame_size or num_frames)
     side = max(latent_hw) if tile is None else min(max(latent_hw), tile // config.space_stride)
     tiles = prod(num_tiles(length, side) for length in latent_hw)
 
-    def decoding(num_chunks: int, blend: int) -> Cost:
+    def decoding(num_chunks: int, blend: int, part: slice = slice(None)) -> Cost:
         with torch.device("meta"):
             model = _build(VideoVAE, config, dtype)
             size = (min(length, side) * config.space_stride for length in latent_hw)
             latent = torch.empty(1, *model.latent_shape(num_chunks * chunk, *size), dtype=dtype)
-        return _cost(model, lambda: model.decode(latent, num_chunks * chunk, blend_frames=blend))
+        return _cost(model, lambda: model.decode(latent, num_chunks * chunk, blend_frames=blend, part=part))
 
     once, chunks = decoding(1, 0), num_frames // chunk
     border_flops = decoding(2, blend_frames).flops - 2 * once.flops if blend_frames and chunks > 1 else 0
+    join_flops = decoding(2, blend_frames, slice(chunk, None)).flops - once.flops if blend_frames and is_joined else 0
     chunk_bytes = chunk * 3 * prod(latent_hw) * config.space_stride**2 * dtype.itemsize
     kept = chunks - 1 if tiles == 1 else chunks  # tiles are added up in the frames of their chunk
     working_bytes = max(once.working_bytes + kept * chunk_bytes, 2 * chunks * chunk_bytes)
-    flops = tiles * (once.flops * chunks + border_flops * (chunks - 1))
+    flops = tiles * (once.flops * chunks + border_flops * (chunks - 1) + join_flops)
     return replace(once, flops=flops, working_bytes=working_bytes)
 
 

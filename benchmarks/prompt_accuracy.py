@@ -198,9 +198,8 @@ class CoarseWorker(RefineWorker):
 
 @dataclass(frozen=True)
 class SegmentParts:
-    """What one segment of a film was made from: its shot, frames (F, pH, pW, 3) uint8, and what each role gave."""
+    """What each role gave for one segment of a film; the frames (F, pH, pW, 3) uint8 are those it adds to the film."""
 
-    shot: int
     frames: np.ndarray
     codes: CodeResult
     refined: RefineResult
@@ -232,10 +231,7 @@ class FilmMaker:
 
     def shots(self, job: Job, given: torch.Tensor | None = None) -> list[np.ndarray]:
         """Frames (F, pH, pW, 3) uint8 of every shot of a film, as they are before the film is encoded."""
-        frames: list[list[np.ndarray]] = [[] for _ in job.plan.shots]
-        for parts in self.segments(job, given):
-            frames[parts.shot].append(parts.frames)
-        return [np.concatenate(of_shot) for of_shot in frames]
+        return shots_of(job, [parts.frames for parts in self.segments(job, given)])
 
     def segments(self, job: Job, given: torch.Tensor | None = None) -> Iterator[SegmentParts]:
         """The segments of a film in order; `given` are codes (1, n, cH, cW) in place of those of the code model."""
@@ -250,9 +246,15 @@ class FilmMaker:
                 codes = refined = None
             codes = code_step.run(fill(request.code, text=text, before=codes))
             shown = self._shown(codes, job)
-            refined = self._refine.run(fill(request.refine, text=text, codes=shown, before=refined))
-            frames = self._decode.run(fill(request.decode, refined=refined)).frames
-            yield SegmentParts(request.segment.shot, frames, codes, refined)
+            before, refined = refined, self._refine.run(fill(request.refine, text=text, codes=shown, before=refined))
+            frames = self._decode.run(fill(request.decode, refined=refined, before=before)).frames
+            yield SegmentParts(frames, codes, refined)
+
+
+def shots_of(job: Job, parts: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """The shots of a film whose frames come in `parts`; these may end a few frames before a shot does."""
+    ends = [shot.start_frame + shot.num_frames for shot in job.plan.shots]
+    return np.split(np.concatenate(parts), ends[:-1])
 
 
 # --- measuring -----------------------------------------------------------------------------------------------

@@ -188,11 +188,17 @@ class _Estimate:
         return once, passes * evaluations
 
     def vae(self) -> tuple[Cost, float]:
-        """The segment that starts a take has the most new frames."""
-        frames = [segment.num_frames for segment in self.plan.segments]
+        """All segments together: those that start a take have more new frames, the others a border to blend."""
+        kinds = Counter((segment.num_frames, segment.overlap > 0) for segment in self.plan.segments)
         options = {"blend_frames": self.defaults.vae_blend_frames, "tile": self.tile}
-        once = cost.vae_decode_cost(self.configs.vae, max(frames), self._segment_size[1:], **options)
-        return once, sum(frames) / max(frames)
+        costs = {
+            (frames, is_joined): cost.vae_decode_cost(
+                self.configs.vae, frames, self._segment_size[1:], is_joined=is_joined, **options
+            )
+            for frames, is_joined in kinds
+        }
+        largest = max(costs.values(), key=lambda once: once.working_bytes)
+        return replace(largest, flops=sum(count * costs[kind].flops for kind, count in kinds.items())), 1
 
     def vqvae(self) -> tuple[Cost, float]:
         """Codes of a segment with the halo on both sides."""

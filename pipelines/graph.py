@@ -308,7 +308,7 @@ class _Film:
         text = self._text_of(request.refine.prompts)
         take.refined = refine.run.remote(request.refine, text=text, codes=code, before=before)
         decode = self.crew["decode"][index % len(self.crew["decode"])]
-        decoded = decode.run.remote(request.decode, refined=take.refined)
+        decoded = decode.run.remote(request.decode, refined=take.refined, before=before)
         if index in self._unkept:  # a committed segment whose codes are not stored would be made again
             self._keep(index)
         written = write.run.remote(request.write, codes=code, refined=take.refined, decoded=decoded)

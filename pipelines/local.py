@@ -95,8 +95,8 @@ def _make(
         elif refined is None:
             refined = carried_on(folder.read_latent(index - 1))
         text = text_worker.run(TextRequest(prompts=request.refine.prompts))
-        refined = refine_worker.run(fill(request.refine, text=text, codes=codes, before=refined))
-        decoded = decode_worker.run(fill(request.decode, refined=refined))
+        before, refined = refined, refine_worker.run(fill(request.refine, text=text, codes=codes, before=refined))
+        decoded = decode_worker.run(fill(request.decode, refined=refined, before=before))
         yield write_worker.run(fill(request.write, codes=codes, refined=refined, decoded=decoded))
 
 

@@ -286,9 +286,16 @@ class DecodeRequest:
     """Turn the new latent frames of a segment into video frames."""
 
     num_frames: int
+    """Frames that the new latent frames hold."""
+    lead: int = 0
+    """Frames before them that the segment before left out, so that both sides of the border can be blended."""
+    held: int = 0
+    """Last frames that are left to the segment after."""
     size: tuple[int, int] | None = None
     """Height and width of the frames, which are cut out of the centre; None: as they are decoded."""
     refined: RefineResult | None = None
+    before: RefineResult | None = None
+    """The segment before in the take; needed for a lead."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -374,12 +381,20 @@ def film_requests(job: Job) -> Iterator[SegmentRequests]:
             schedule = code_schedule(plan, take)
             begins_with = given.get(segment.shot, NOTHING)
         ends_shot = after is None or after.shot != segment.shot
+        is_take_end = after is None or after.take != segment.take
         refine = _refine_request(plan, segment, take)
         refine = replace(
             refine,
             head=begins_with.head if is_take_start else None,
             tail=given.get(segment.shot, NOTHING).tail if ends_shot else None,
             placed=begins_with.placed(segment, plan.geometry.grid),
+        )
+        blended = job.settings.vae_blend_frames if plan.geometry.grid.overlap else 0
+        decode = DecodeRequest(
+            num_frames=segment.num_frames,
+            lead=0 if is_take_start else blended,
+            held=0 if is_take_end else blended,
+            size=None if fit.is_exact else (fit.height, fit.width),
         )
         yield SegmentRequests(
             segment=segment,
@@ -391,10 +406,10 @@ def film_requests(job: Job) -> Iterator[SegmentRequests]:
                 given=begins_with.codes,
             ),
             refine=refine,
-            decode=DecodeRequest(num_frames=segment.num_frames, size=None if fit.is_exact else (fit.height, fit.width)),
-            write=WriteRequest(segment=segment, inputs=_inputs(job, refine)),
+            decode=decode,
+            write=WriteRequest(segment=segment, inputs=_inputs(job, refine, decode)),
             is_take_start=is_take_start,
-            is_take_end=after is None or after.take != segment.take,
+            is_take_end=is_take_end,
         )
         before = segment
 
@@ -467,7 +482,7 @@ def _refine_request(plan: Plan, segment: Segment, take: Take) -> RefineRequest:
     )
 
 
-def _inputs(job: Job, refine: RefineRequest) -> dict[str, Any]:
+def _inputs(job: Job, refine: RefineRequest, decode: DecodeRequest) -> dict[str, Any]:
     """The plain part of what a segment is made from."""
     names = (
         "prompt",
@@ -488,6 +503,7 @@ def _inputs(job: Job, refine: RefineRequest) -> dict[str, Any]:
         **({} if blend is None else {"blend": {"prompt": blend.prompt, "weights": list(blend.weights)}}),
         **settings.newer(),
         **({} if fit.is_exact else {"cut_to": [fit.height, fit.width]}),
+        **{name: count for name in ("lead", "held") if (count := getattr(decode, name))},
         "model": job.model_hash,
         **{name: getattr(segment, name) for name in of_segment},
         **{name: getattr(refine, name) for name in names},

@@ -365,8 +365,8 @@ def load_vae(job: Job) -> VideoVAE:
 class DecodeWorker:
     """Decodes latents with the video VAE; segments start at chunk borders, so each decodes by itself.
 
-    Borders between chunks are blended inside a segment only: those of two segments would change frames that are
-    committed.
+    Where borders between chunks are blended, that of two segments changes frames of both. So a segment leaves its last
+    ones to the segment after it, which decodes them together with its own from the latents of both.
     """
 
     def __init__(self, job: Job) -> None:
@@ -378,12 +378,20 @@ class DecodeWorker:
         """Decode."""
         assert request.refined is not None
         started_s = time.perf_counter()
+        latent, known = request.refined.latent, 0
+        if request.lead:
+            if request.before is None:
+                raise ValueError("a segment that begins with frames of the one before it needs its latents")
+            chunk = self.vae.config.chunk_latents
+            latent = torch.cat([request.before.latent[:, :, -chunk:], latent], dim=2)
+            known = self.vae.config.micro_frame_size
         with _precision(self.settings):
             video = self.vae.decode(
-                request.refined.latent.to(self.settings.device),
-                request.num_frames,
+                latent.to(self.settings.device),
+                known + request.num_frames,
                 blend_frames=self.settings.vae_blend_frames,
                 tile=self.settings.vae_tile,
+                part=slice(known - request.lead, known + request.num_frames - request.held),
             )
         if request.size is not None:
             video = crop_centre(video, height=request.size[0], width=request.size[1])

@@ -48,6 +48,23 @@ def regroup(parts: Iterable[Tensor], size: int | None) -> Iterator[Tensor]:
         yield join_chunks(held)
 
 
+def within(parts: Iterable[Tensor], frames: slice) -> Iterator[Tensor]:
+    """What consecutive pieces (B, C, n, H, W) have of `frames`, counted from the start of the first piece.
+
+    Raises:
+        ValueError: If `frames` has a step, or counts from the end.
+    """
+    start, stop = frames.start or 0, frames.stop
+    if frames.step not in (None, 1) or start < 0 or (stop is not None and stop < 0):
+        raise ValueError(f"frames must be consecutive and counted from the start, got {frames}")
+    at = 0
+    for part in parts:
+        kept = part[:, :, max(0, start - at) : None if stop is None else max(0, stop - at)]
+        at += part.shape[2]
+        if kept.shape[2]:
+            yield kept
+
+
 def join_chunks(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 

@@ -43,7 +43,7 @@ from arlon.models.temporal_vae import (
     full_precision,
     like_weights,
 )
-from arlon.models.video_pieces import MIN_TILE, border_window, by_tile, checked_pieces, ramp, regroup
+from arlon.models.video_pieces import MIN_TILE, border_window, by_tile, checked_pieces, ramp, regroup, within
 
 __all__ = [
     "Posterior",
@@ -235,7 +235,13 @@ class VideoVAE(nn.Module):
         )
 
     def decode(
-        self, latent: Tensor, num_frames: int | None = None, *, blend_frames: int = 0, tile: int | None = None
+        self,
+        latent: Tensor,
+        num_frames: int | None = None,
+        *,
+        blend_frames: int = 0,
+        tile: int | None = None,
+        part: slice = slice(None),
     ) -> Tensor:
         """Decode a normalised latent.
 
@@ -245,13 +251,14 @@ class VideoVAE(nn.Module):
             blend_frames: Frames on each side of a chunk border that are blended (see the module), at most
                 `config.max_blend_frames`; 2 is enough for the `shapes` VAE. 0: chunks stay as they are.
             tile: Side of the tiles, pixels, a multiple of the space stride. None: whole frames.
+            part: Frames that are wanted, consecutive ones; the spatial part decodes no others.
 
         Returns:
-            Video (B, 3, num_frames, pH, pW), about [-1, 1], float32.
+            Video (B, 3, frames of `part`, pH, pW), about [-1, 1], float32.
 
         Raises:
             ValueError: If the latent has another shape or no frames, `num_frames` video frames do not make T latent
-                frames, or an option is out of range.
+                frames, an option is out of range, or `part` has no frames.
         """
         self._check_latent(latent)
         if not latent.shape[2]:
@@ -264,7 +271,11 @@ class VideoVAE(nn.Module):
             raise ValueError(
                 f"num_frames={num_frames} makes {expected} latent frames, but the latent has {latent.shape[2]}"
             )
-        return torch.cat(list(self.decode_stream([latent], num_frames, blend_frames=blend_frames, tile=tile)), dim=2)
+        options = {"blend_frames": blend_frames, "tile": tile, "part": part}
+        pieces = list(self.decode_stream([latent], num_frames, **options))
+        if not pieces:
+            raise ValueError(f"{part} has none of the frames of the video")
+        return torch.cat(pieces, dim=2)
 
     def decode_stream(
         self,
@@ -273,6 +284,7 @@ class VideoVAE(nn.Module):
         *,
         blend_frames: int = 0,
         tile: int | None = None,
+        part: slice = slice(None),
     ) -> Iterator[Tensor]:
         """Decode a latent that comes in pieces, a chunk at a time.
 
@@ -284,6 +296,7 @@ class VideoVAE(nn.Module):
             num_frames: Frames of the video. None: as many as the latent holds.
             blend_frames: As in `decode`.
             tile: As in `decode`.
+            part: As in `decode`, counted from the start of the video.
 
         Returns:
             Consecutive pieces of the video, one a chunk; together exactly what `decode` makes of the whole.
@@ -302,6 +315,8 @@ class VideoVAE(nn.Module):
         frames = self._decode_chunks(checked_pieces(latents, self._check_latent), num_frames, side)
         if blend_frames:
             frames = self._blend_borders(frames, blend_frames, side)
+        if part != slice(None):
+            frames = within(frames, part)
         return (self.decode_frames(chunk, tile=tile) for chunk in frames)
 
     def encode_frames(

@@ -159,29 +159,24 @@ def _film_record(
 ) -> tuple[Record, CodeResult]:
     """Make and measure a film of one take, of `given` codes if there are any; its record and its codes."""
     started_s = time.perf_counter()
-    shots: list[list[np.ndarray]] = [[] for _ in case.prompts]
-    starts, code_s, refine_s, at = [], 0.0, 0.0, 0
+    made, code_s, refine_s = [], 0.0, 0.0
     for parts in maker.segments(job, None if given is None else given.codes):
-        starts.append(at)
-        at += len(parts.frames)
-        shots[parts.shot].append(parts.frames)
+        made.append(parts.frames)
         code_s, refine_s = code_s + parts.codes.elapsed_s, refine_s + parts.refined.elapsed_s
     total_s = time.perf_counter() - started_s
     if given is not None:
         code_s, total_s = given.elapsed_s, total_s + given.elapsed_s
     codes = CodeResult(codes=parts.codes.codes, elapsed_s=code_s)
-    frames = [np.concatenate(of_shot) for of_shot in shots]
-    measured = measure_film(
-        np.concatenate(frames),
-        _outline(case.prompts, [len(of_shot) for of_shot in frames], starts),
-        fps=model.geometry.defaults.fps,
-    )
+    starts = [segment.start_frame for segment in job.plan.segments]
+    lengths = [shot.num_frames for shot in job.plan.shots]
+    outline = _outline(case.prompts, lengths, starts)
+    measured = measure_film(np.concatenate(made), outline, fps=model.geometry.defaults.fps)
     steps = 0 if maker.mode == "codes" else job.plan.storyboard.num_inference_steps or 0
     record = {
         "figures": measured["figures"],
         "shots": [shot["scores"] for shot in measured["shots"]],
         "asked": [_asked(shot) for shot in case.scene.shots],
-        "seconds": {"total": total_s, "code": code_s, "refine": refine_s, "film": at / model.geometry.defaults.fps},
+        "seconds": {"total": total_s, "code": code_s, "refine": refine_s, "film": job.plan.duration_s},
         "calls": len(starts) * steps,
     }
     return record, codes

@@ -94,7 +94,7 @@ def replay_segment(run: Run, index: int) -> Iterator[str]:
         refined = RefineWorker(job).run(fill(request.refine, text=text, codes=stored, before=before))
         if not refined.latent.equal(folder.read_latent(index)):
             yield f"segment {index}: its latents come out otherwise"
-        decoded = DecodeWorker(job).run(fill(request.decode, refined=refined))
+        decoded = DecodeWorker(job).run(fill(request.decode, refined=refined, before=before))
     if encode_fragment(decoded.frames, **film_settings(job)).data != folder.read_fragment(index):
         yield f"segment {index}: its encoded frames come out otherwise"
 

@@ -139,6 +139,9 @@ def test_blended_borders_cost_what_a_run_of_all_chunks_does() -> None:
     assert cost.vae_decode_cost(VAE, 51, (2, 3), blend_frames=2).flops == blended
     assert blended > counted(lambda: vae.decode(latent, 51))
     assert cost.vae_decode_cost(VAE, 1, (2, 3), blend_frames=2) == cost.vae_decode_cost(VAE, 1, (2, 3))
+    joined = counted(lambda: vae.decode(latent, 51, blend_frames=2, part=slice(15, 49)))
+    assert cost.vae_decode_cost(VAE, 34, (2, 3), blend_frames=2, is_joined=True).flops == joined
+    assert cost.vae_decode_cost(VAE, 34, (2, 3), is_joined=True) == cost.vae_decode_cost(VAE, 34, (2, 3))
 
 
 @pytest.mark.slow

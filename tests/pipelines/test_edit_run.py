@@ -12,7 +12,7 @@ from pipelines.runs.edit_run import begin_change, change_run, fork_run, with_sho
 from pipelines.runs.resume import Run, continue_run, open_run
 from pipelines.runs.run_folder import RunFolder
 from pipelines.storyboard import Storyboard, StoryboardError, UsageError, parse_storyboard
-from tests.pipelines.films import SHOTS, prepared_film
+from tests.pipelines.films import SHOTS, assert_same_film, prepared_film
 
 pytestmark = pytest.mark.slow
 
@@ -147,6 +147,20 @@ def test_an_extended_film_is_the_longer_film(
     made = change(run, with_shots_added(run, parse_storyboard({"shots": [added]}).shots))
     assert made.num_made == num_made
     assert made.film.read_bytes() == made_whole(tiny_model, tmp_path / "whole.mp4", *FOUR, added).film.read_bytes()
+
+
+@pytest.mark.slow
+def test_a_film_with_blended_borders_is_changed_and_extended(tiny_model: Path, tmp_path: Path) -> None:
+    settings = {"vae_blend_frames": 2}
+    made = generate(prepared_film(tiny_model, tmp_path / "film.mp4", *FOUR, settings=settings))
+    run = open_run(made.run_dir)
+    made = change(run, with_shot_changed(run, 2, prompt="a blue circle"))
+    run = open_run(made.run_dir)
+    added = {"prompt": "a green circle", "duration": "34f", "transition": "continue"}
+    made = change(run, with_shots_added(run, parse_storyboard({"shots": [added]}).shots))
+    shots = [FOUR[0], {**FOUR[1], "prompt": "a blue circle"}, *FOUR[2:], added]
+    whole = generate(prepared_film(tiny_model, tmp_path / "whole.mp4", *shots, settings=settings))
+    assert_same_film(made.film, whole.film)
 
 
 def test_a_fork_leaves_the_first_run_alone(film: FilmResult, run: Run) -> None:

@@ -278,6 +278,9 @@ def test_blended_frames_are_told_where_there_are_any(tiny_model: Path, tmp_path:
     assert blended.record["settings"]["vae_blend_frames"] == 2
     inputs = [next(film_requests(film.job)).write.inputs for film in (plain, blended)]
     assert [values.get("vae_blend_frames") for values in inputs] == [None, 2]
+    decodes = [[(d.lead, d.held) for d in (r.decode for r in film_requests(film.job))] for film in (plain, blended)]
+    assert decodes == [[(0, 0)] * 3, [(0, 2), (2, 0), (0, 0)]]
+    assert [[values.get(name) for name in ("lead", "held")] for values in inputs] == [[None, None], [None, 2]]
 
 
 def test_tiles_are_told_where_there_are_any(tiny_model: Path, tmp_path: Path) -> None:

@@ -222,6 +222,30 @@ def test_decoding_a_stream_gives_the_same_bits(options: dict[str, int]) -> None:
     assert [part.shape[2] for part in unbounded] == [17, 17, 8]
 
 
+@pytest.mark.parametrize("part", [slice(15, 35), slice(0, 17), slice(20, None), slice(0, 0)])
+@torch.no_grad()
+def test_a_part_of_the_frames_is_that_part_of_all(part: slice, monkeypatch: pytest.MonkeyPatch) -> None:
+    vae, latent = lively_vae(micro_batch_size=1), torch.randn(1, 4, 12, 3, 2)
+    whole = vae.decode(latent, num_frames=39, blend_frames=2)
+    decoded: list[int] = []
+    run = vae.decode_frames
+    monkeypatch.setattr(vae, "decode_frames", lambda x, **options: decoded.append(x.shape[2]) or run(x, **options))
+    parts = list(vae.decode_stream([latent], 39, blend_frames=2, part=part))
+    wanted = whole[:, :, part]
+    assert sum(decoded) == wanted.shape[2], "other frames are decoded as well"
+    if parts:
+        torch.testing.assert_close(torch.cat(parts, dim=2), wanted)
+    else:
+        with pytest.raises(ValueError, match="none of the frames"):
+            vae.decode(latent, 39, part=part)
+
+
+@pytest.mark.parametrize("part", [slice(-2, None), slice(0, -1), slice(0, 9, 2)])
+def test_a_part_that_is_not_consecutive_frames_is_refused(part: slice) -> None:
+    with pytest.raises(ValueError, match="must be consecutive and counted from the start"):
+        tiny_vae().decode(torch.zeros(1, 4, 5, 2, 2), part=part)
+
+
 @torch.no_grad()
 def test_sampling_a_stream_gives_the_same_bits() -> None:
     vae, video = lively_vae(micro_batch_size=3), torch.rand(1, 3, 20, 16, 16) * 2 - 1
