@@ -62,10 +62,8 @@ class Settings:
     preset: str = "medium"
     """x264 preset of the film."""
     vae_blend_frames: int = 0
-    """Frames on each side of a border between two chunks of the VAE that are blended; 0: none, as in Open-Sora.
-
-    Borders inside a segment only: those between segments stay as they are, since the frames before them are committed.
-    """
+    """Frames on each side of a border between two chunks of the VAE, or two segments, that are blended; 0: none, as in
+    Open-Sora."""
     vae_tile: int | None = None
     """Side in pixels of the tiles that the VAE works on, where frames do not fit into memory; None: whole frames.
 
