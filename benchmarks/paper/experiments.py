@@ -85,7 +85,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     "long": Experiment(
         title=f"Long films of {LONG_SHOTS} shots: base, codes alone, ARLON",
         claim="Long films are more consistent and more dynamic than those of the base continued segment by segment.",
-        conditions=_parts((10,)),
+        conditions=_parts((5, 10, 30)),
         figures=LONG_FIGURES,
         num_shots=LONG_SHOTS,
         default_cases=8,
