@@ -69,14 +69,16 @@ def join_chunks(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
-def border_window(chunk: int, stride: int, available: int) -> tuple[int, int]:
+def border_window(chunk: int, stride: int, available: int, wanted: int) -> tuple[int, int]:
     """Frames before and after the border of a chunk that are coded together, `available` of them being there after it.
 
-    One frame and then groups of `stride` frames, like a chunk and no longer, with the border in the middle of a group.
+    One frame and then groups of `stride` frames, like a chunk and no longer, with the border in the middle of a group;
+    as many groups as it takes for `wanted` frames on both sides.
     """
-    groups = (chunk - 1) // stride
-    before = 1 + stride * ((groups - 1) // 2) + stride // 2
-    after = min(available, chunk - before)
+    most = ((chunk - 1) // stride - 1) // 2
+    whole = min(most, max(0, ceil_div(wanted - 1 - stride // 2, stride)))
+    before = 1 + stride * whole + stride // 2
+    after = min(available, chunk - before, 1 + 2 * stride * (whole + 1) - before)
     surplus = (before + after - 1) % stride
     # A single frame after the border ends a group instead: it cannot be half of one.
     return (before, after - surplus) if after > surplus else (stride, after)

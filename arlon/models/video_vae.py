@@ -8,12 +8,13 @@ through both parts one after another, so that memory does not grow with the leng
 unless asked for, which the original does not have:
 
 Blending. Chunks of 17 frames know nothing of each other, so the picture jumps from one to the next. With
-`blend_frames`, the 17 frames around a border (7 before, 10 after) are encoded and decoded once more as a chunk of their
-own: the border falls in the middle of the four frames that share a latent frame, so both sides come from the same
-numbers. The result is faded in over the last `blend_frames` frames before the border and out again over as many after
-it. All of that happens in per-frame latents; every frame still passes the spatial decoder once. (Decoding latents from
-both sides of a border as one window makes the jump larger, not smaller: the first latent frame of a chunk holds one
-frame, the others hold four, and the decoder tells them apart by the zeros in front.)
+`blend_frames`, the frames around a border (3 before and 6 after it; 7 and 10 for more than 3 blended frames) are
+encoded and decoded once more as a chunk of their own: the border falls in the middle of the four frames that share a
+latent frame, so both sides come from the same numbers. The result is faded in over the last `blend_frames` frames
+before the border and out again over as many after it. All of that happens in per-frame latents; every frame still
+passes the spatial decoder once. (Decoding latents from both sides of a border as one window makes the jump larger,
+not smaller: the first latent frame of a chunk holds one frame, the others hold four, and the decoder tells them apart
+by the zeros in front.)
 
 Tiling. With `tile`, both parts run on overlapping squares of that many pixels, feathered into each other.
 
@@ -107,7 +108,7 @@ class VideoVAEConfig:
     def max_blend_frames(self) -> int:
         """Most frames on each side of a chunk border that blending can change (7); 0: blending is not possible."""
         chunk, stride = self.micro_frame_size, self.temporal.time_stride
-        return 0 if chunk is None or chunk <= stride else min(border_window(chunk, stride, chunk)[0], chunk // 2)
+        return 0 if chunk is None or chunk <= stride else min(border_window(chunk, stride, chunk, chunk)[0], chunk // 2)
 
 
 class VideoVAE(nn.Module):
@@ -405,7 +406,8 @@ class VideoVAE(nn.Module):
         self, left: Tensor, right: Tensor, left_blended: Tensor, blend_frames: int, side: int | None
     ) -> tuple[Tensor, Tensor]:
         """Both sides of a border, blended; `left_blended` is `left` with its other border done already."""
-        before, after = border_window(left.shape[2], self.config.temporal.time_stride, right.shape[2])
+        stride = self.config.temporal.time_stride
+        before, after = border_window(left.shape[2], stride, right.shape[2], blend_frames)
         around = torch.cat([left[:, :, left.shape[2] - before :], right[:, :, :after]], dim=2)
 
         def again(part: Tensor) -> Tensor:

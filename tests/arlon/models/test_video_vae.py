@@ -286,19 +286,23 @@ def test_a_stream_that_does_not_fit_its_frame_count_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("num_frames", "windows"),
+    ("blend_frames", "num_frames", "windows"),
     [
-        (51, {17: (7, 10), 34: (7, 10)}),
-        (40, {17: (7, 10), 34: (7, 6)}),
-        (22, {17: (7, 2)}),
-        (20, {17: (7, 2)}),
-        (18, {17: (4, 1)}),
+        (1, 51, {17: (3, 6), 34: (3, 6)}),
+        (2, 40, {17: (3, 6), 34: (3, 6)}),
+        (3, 22, {17: (3, 2)}),
+        (2, 20, {17: (3, 2)}),
+        (2, 18, {17: (4, 1)}),
+        (4, 51, {17: (7, 10), 34: (7, 10)}),
+        (7, 40, {17: (7, 10), 34: (7, 6)}),
+        (7, 22, {17: (7, 2)}),
+        (7, 20, {17: (7, 2)}),
+        (7, 18, {17: (4, 1)}),
     ],
 )
-@pytest.mark.parametrize("blend_frames", [1, 2, 7])
 @torch.no_grad()
 def test_blending_fades_to_the_border_coded_as_one_chunk(
-    num_frames: int, windows: dict[int, tuple[int, int]], blend_frames: int
+    blend_frames: int, num_frames: int, windows: dict[int, tuple[int, int]]
 ) -> None:
     vae = lively_vae()
     temporal = vae.temporal_vae
