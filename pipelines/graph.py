@@ -1,4 +1,4 @@
-"""Make a film with Ray: the workers of `pipelines.workers` as actors. The only file that knows Ray.
+"""Make a film with Ray: the workers of `pipelines.workers` and `writer` as actors. The only file that knows Ray.
 
     text -> codes -> refine -> decode -> write
 
@@ -22,6 +22,7 @@ from collections import OrderedDict, deque
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from importlib import import_module
 from itertools import groupby
 from typing import Any
 
@@ -51,11 +52,11 @@ MAX_KNOWN_PROMPTS = 64
 OBJECT_STORE_BYTES = 512 * 1024**2
 """Object store of a Ray that lives for one film."""
 WORKER_OF_ROLE = {
-    "text": "TextWorker",
-    "code": "CodeWorker",
-    "refine": "RefineWorker",
-    "decode": "DecodeWorker",
-    "write": "WriteWorker",
+    "text": ("workers", "TextWorker"),
+    "code": ("workers", "CodeWorker"),
+    "refine": ("workers", "RefineWorker"),
+    "decode": ("workers", "DecodeWorker"),
+    "write": ("writer", "WriteWorker"),
 }
 
 
@@ -106,14 +107,14 @@ class _Actor:
         import torch
 
         from arlon.memory import keep_freed_memory
-        from pipelines import workers
 
         keep_freed_memory()
         torch.set_num_threads(self.job.settings.num_threads)
         if self.role == "write" and self._lock is None:
             self._lock = WriterLock(self.job.run_dir, self.holder)
         state = (_committed(RunFolder(self.job.run_dir)),) if self.role == "write" else ()
-        self._worker = getattr(workers, WORKER_OF_ROLE[self.role])(self.job, *state)
+        module, name = WORKER_OF_ROLE[self.role]
+        self._worker = getattr(import_module(f"pipelines.{module}"), name)(self.job, *state)
         if self.role == "text":
             self._worker.encode_ahead(self.prompts)
 

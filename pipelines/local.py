@@ -28,7 +28,8 @@ from pipelines.requests import (
     prompts_to_encode,
 )
 from pipelines.runs.run_folder import RunFolder
-from pipelines.workers import CodeWorker, DecodeWorker, RefineWorker, TextWorker, WriteWorker, torch_threads
+from pipelines.workers import CodeWorker, DecodeWorker, RefineWorker, TextWorker, torch_threads
+from pipelines.writer import WriteWorker
 
 WorkerSource = Callable[[type[Any], Job], Any]
 """From a class of worker and a film to a worker for it."""

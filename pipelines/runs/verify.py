@@ -16,7 +16,8 @@ from pipelines.requests import CodeResult, SegmentRequests, TextRequest, carried
 from pipelines.runs.resume import Run, misfit, read_fitting_codes
 from pipelines.runs.run_folder import RunFolderError
 from pipelines.storyboard import UsageError
-from pipelines.workers import CodeWorker, DecodeWorker, RefineWorker, TextWorker, film_settings, torch_threads
+from pipelines.workers import CodeWorker, DecodeWorker, RefineWorker, TextWorker, torch_threads
+from pipelines.writer import film_settings
 
 
 def verify_run(run: Run) -> Iterator[str]:

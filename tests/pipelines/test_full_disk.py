@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from pipelines import workers
 from pipelines.cli import app
 from pipelines.generate import FilmResult, generate
 from pipelines.runs.durable import append_line, read_lines
 from pipelines.runs.run_folder import RunFolder
+from pipelines.writer import WriteWorker
 from tests.pipelines.films import SHOTS, prepared_film
 
 PAGE = 4096
@@ -161,14 +161,14 @@ def test_a_disk_that_became_read_only_costs_one_line(
     film: FilmResult, tiny_model: Path, disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The film is stopped in its second segment, and then the disk is mounted read-only."""
-    write = workers.WriteWorker.run
+    write = WriteWorker.run
 
     def stopped(self: Any, request: Any) -> Any:
         if request.segment.index:
             raise OSError(30, "Read-only file system", str(disk))
         return write(self, request)
 
-    monkeypatch.setattr(workers.WriteWorker, "run", stopped)
+    monkeypatch.setattr(WriteWorker, "run", stopped)
     assert_one_line(make(disk, tiny_model), "Read-only file system")
     remount(disk, "ro")
     monkeypatch.undo()

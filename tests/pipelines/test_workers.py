@@ -38,7 +38,8 @@ from pipelines.requests import (
 )
 from pipelines.runs.run_folder import RunFolder
 from pipelines.storyboard import parse_storyboard
-from pipelines.workers import CodeWorker, DecodeWorker, RefineWorker, TextWorker, WriteWorker, video_to_frames
+from pipelines.workers import CodeWorker, DecodeWorker, RefineWorker, TextWorker, video_to_frames
+from pipelines.writer import WriteWorker
 from tests.pipelines import tiny_model as tiny
 from tests.pipelines.films import prepared_film
 
