@@ -40,11 +40,11 @@ from pipelines.storyboard import (
     UsageError,
     anchored,
     load_storyboard,
-    parse_duration,
     parse_storyboard,
     storyboard_from_prompts,
     with_overrides,
 )
+from pipelines.storyboard_values import parse_duration
 
 MAX_NAME_LENGTH = 100
 SOURCES = ("prompts", "storyboard", "shots")

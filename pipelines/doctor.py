@@ -40,11 +40,11 @@ from pipelines.requests import Settings
 from pipelines.storyboard import (
     Storyboard,
     UsageError,
-    parse_duration,
     random_seed,
     storyboard_from_prompts,
     with_overrides,
 )
+from pipelines.storyboard_values import parse_duration
 from pipelines.version import version
 from pipelines.workers import process_memory_bytes
 

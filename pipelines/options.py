@@ -15,11 +15,11 @@ from pipelines.storyboard import (
     StoryboardError,
     UsageError,
     load_storyboard,
-    parse_duration,
     storyboard_from_prompts,
     with_overrides,
     with_shot,
 )
+from pipelines.storyboard_values import parse_duration
 
 
 @dataclass(frozen=True, kw_only=True)

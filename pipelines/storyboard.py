@@ -23,39 +23,24 @@ Reading never stops at the first problem: one StoryboardError lists them all, on
 
 from __future__ import annotations
 
-import difflib
-import math
 import re
 import secrets
-import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
-from arlon.text.prompts import add_scores, is_script, parse_prompt
-from pipelines.markup import MAX_SHOWN, parse_json, parse_yaml, read_text, shown
+from arlon.text.prompts import is_script, parse_prompt
+from pipelines.markup import parse_json, parse_yaml, read_text
+from pipelines.storyboard_values import FILM_READERS, SHOT_READERS, Duration, Transition, read_values
 
-Transition = Literal["continue", "cut"]
-
-DEFAULT_DURATION_S = 5.0
-MAX_DURATION_S = 3600.0
-MAX_DURATION_SEGMENTS = 20_000
-MAX_PROMPT_LENGTH = 2000
+DEFAULT_DURATION = Duration(seconds=5.0)
 MAX_SHOTS = 10_000
-MAX_BLEND = 64
-"""Code frames."""
-MAX_SEED = 2**63 - 1
 RANDOM_SEED_LIMIT = 2**31
-MAX_SIZE = 8192
-MAX_FPS = 240.0
 MAX_LISTED = 20
 """How many problems a message lists."""
 REFERENCE_KINDS = ("image", "end_image", "video")
 """Shot keys that name a file; see `pipelines.references`."""
-MAX_SCORE = 100.0
-_UNITS = {"f": "frames", "frames": "frames", "segment": "segments", "segments": "segments"}
-"""Of a duration, by how they are written; anything else is seconds."""
 
 
 class UsageError(ValueError):
@@ -82,30 +67,11 @@ class StoryboardError(UsageError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Duration:
-    """A length of time, in seconds, frames or segments: exactly one of them is set."""
-
-    seconds: float | None = None
-    frames: int | None = None
-    segments: int | None = None
-
-    def num_frames(self, fps: float) -> int:
-        """Nearest number of frames at `fps`, at least 1; a length in segments has one on the grid of a model only."""
-        return self.frames if self.frames is not None else max(1, round((self.seconds or 0.0) * fps))
-
-    def to_plain(self) -> float | str:
-        """The value as it stands in a storyboard file: 4.5, "36f" or "2 segments"."""
-        if self.segments is not None:
-            return f"{self.segments} segments"
-        return f"{self.frames}f" if self.frames is not None else float(self.seconds or 0.0)
-
-
-@dataclass(frozen=True, kw_only=True)
 class Shot:
     """A stretch of film under one prompt."""
 
     prompt: str
-    duration: Duration = Duration(seconds=DEFAULT_DURATION_S)
+    duration: Duration = DEFAULT_DURATION
     transition: Transition = "continue"
     """How the shot follows the one before: `continue` carries frames over, `cut` starts afresh."""
     blend: int | None = None
@@ -256,11 +222,42 @@ def parse_storyboard(data: Any, *, source: str = "storyboard", default_duration:
     if not isinstance(data, Mapping):
         raise StoryboardError([f"must be a mapping with the key 'shots', got {_kind(data)}"], source)
     problems: list[str] = []
-    film = _read(data, "", {f.name for f in fields(Storyboard)}, _FILM_READERS, problems)
+    film = read_values(data, FILM_READERS, problems, also=("shots",))
     shots = _read_shots(data.get("shots"), default_duration, problems)
     if problems:
         raise StoryboardError(problems, source)
     return Storyboard(shots=tuple(shots), **film)
+
+
+def _read_shots(data: Any, default_duration: Duration | None, problems: list[str]) -> list[Shot]:
+    if not isinstance(data, Sequence) or isinstance(data, str) or not data:
+        problems.append("shots must be a list of at least one shot with a prompt: give a prompt")
+        return []
+    if len(data) > MAX_SHOTS:
+        problems.append(f"shots: at most {MAX_SHOTS} shots, got {len(data)}")
+        return []
+    shots = []
+    for index, item in enumerate(data):
+        where = f"shots[{index}]"
+        item = {"prompt": item} if isinstance(item, str) else item
+        if not isinstance(item, Mapping):
+            problems.append(f"{where} must be a mapping with the key 'prompt', got {_kind(item)}")
+            continue
+        values = read_values(item, SHOT_READERS, problems, prefix=f"{where}.")
+        if "prompt" not in item:
+            problems.append(f"{where}.prompt is missing")
+        elif values.get("blend") and values.get("transition") == "cut":
+            problems.append(f"{where}.blend needs transition 'continue': behind a cut there is nothing to blend with")
+        elif values.get("mask_strategy") and not values.get("references"):
+            problems.append(f"{where}.mask_strategy places references: name them in {where}.references")
+        elif "prompt" in values:
+            shots.append(Shot(**({"duration": default_duration} if default_duration else {}) | values))
+    return shots
+
+
+def _kind(value: Any) -> str:
+    name = type(value).__name__
+    return "nothing" if value is None else f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
 def storyboard_from_prompts(
@@ -311,8 +308,7 @@ def with_overrides(storyboard: Storyboard, values: Mapping[str, Any], source: st
     """
     given = {name: value for name, value in values.items() if value is not None}
     problems: list[str] = []
-    known = {f.name for f in fields(Storyboard)} - {"shots"}
-    film = _read(given, "", known, _FILM_READERS, problems)
+    film = read_values(given, FILM_READERS, problems)
     if problems:
         raise StoryboardError(problems, source)
     return replace(storyboard, **film)
@@ -331,243 +327,9 @@ def with_shot(storyboard: Storyboard, index: int, values: Mapping[str, Any]) -> 
     """
     given = {name: value for name, value in values.items() if value is not None}
     problems: list[str] = []
-    read = _read(given, "", {f.name for f in fields(Shot)}, _SHOT_READERS, problems)
+    read = read_values(given, SHOT_READERS, problems)
     if problems:
         raise StoryboardError(problems, f"shot {index + 1}")
     shots = list(storyboard.shots)
     shots[index] = replace(shots[index], **read)
     return replace(storyboard, shots=tuple(shots))
-
-
-def parse_duration(value: Any) -> Duration:
-    """Read a duration: a number or "4.5" or "4.5s" in seconds, "36f" in frames, "2 segments".
-
-    Raises:
-        ValueError: If it is not a duration, not positive, or longer than an hour.
-    """
-    match = re.fullmatch(r"\s*([^\s]+?)\s*(s|f|frames|segments?)?\s*", str(value).lower())
-    try:
-        if isinstance(value, bool) or match is None:
-            raise ValueError
-        number = float(match[1])
-        unit = _UNITS.get(match[2], "seconds")
-        if unit != "seconds" and not number.is_integer():
-            raise ValueError
-    except (ValueError, OverflowError):
-        raise ValueError(
-            f'must be seconds such as 4.5, frames such as "36f", or "2 segments", got {shown(value)}'
-        ) from None
-    if not number > 0:
-        raise ValueError(f"must be more than 0, got {shown(value)}")
-    if unit == "segments":
-        if number > MAX_DURATION_SEGMENTS:
-            raise ValueError(f"must be at most {MAX_DURATION_SEGMENTS} segments, got {shown(value)}")
-        return Duration(segments=int(number))
-    if number > (MAX_DURATION_S * MAX_FPS if unit == "frames" else MAX_DURATION_S):
-        raise ValueError(f"must be at most one hour ({MAX_DURATION_S:.0f} s), got {shown(value)}")
-    return Duration(frames=int(number)) if unit == "frames" else Duration(seconds=number)
-
-
-def _read_shots(data: Any, default_duration: Duration | None, problems: list[str]) -> list[Shot]:
-    if not isinstance(data, Sequence) or isinstance(data, str) or not data:
-        problems.append("shots must be a list of at least one shot with a prompt: give a prompt")
-        return []
-    if len(data) > MAX_SHOTS:
-        problems.append(f"shots: at most {MAX_SHOTS} shots, got {len(data)}")
-        return []
-    shots = []
-    known = {f.name for f in fields(Shot)}
-    for index, item in enumerate(data):
-        where = f"shots[{index}]"
-        item = {"prompt": item} if isinstance(item, str) else item
-        if not isinstance(item, Mapping):
-            problems.append(f"{where} must be a mapping with the key 'prompt', got {_kind(item)}")
-            continue
-        values = _read(item, f"{where}.", known, _SHOT_READERS, problems)
-        if "prompt" not in item:
-            problems.append(f"{where}.prompt is missing")
-        elif values.get("blend") and values.get("transition") == "cut":
-            problems.append(f"{where}.blend needs transition 'continue': behind a cut there is nothing to blend with")
-        elif values.get("mask_strategy") and not values.get("references"):
-            problems.append(f"{where}.mask_strategy places references: name them in {where}.references")
-        elif "prompt" in values:
-            shots.append(Shot(**({"duration": default_duration} if default_duration else {}) | values))
-    return shots
-
-
-def _read(
-    data: Mapping[Any, Any],
-    prefix: str,
-    known: set[str],
-    readers: Mapping[str, Callable[[Any], Any]],
-    problems: list[str],
-) -> dict[str, Any]:
-    """Read the known keys of a mapping; what is wrong is added to `problems`."""
-    values = {}
-    for key, value in data.items():
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
-            hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(sorted(known))}"
-            name = key if str(key).isprintable() and len(str(key)) <= MAX_SHOWN else shown(key)
-            problems.append(f"{prefix}{name}: unknown key; {hint}")
-        elif key in readers and value is not None:
-            try:
-                values[key] = readers[key](value)
-            except ValueError as error:
-                problems.append(f"{prefix}{key} {error}")
-        elif key in readers and key in ("prompt", "duration"):
-            problems.append(f"{prefix}{key} is empty")
-    return values
-
-
-def _kind(value: Any) -> str:
-    name = type(value).__name__
-    return "nothing" if value is None else f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
-
-
-def _number(low: float, high: float) -> Callable[[Any], float]:
-    def read(value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise ValueError(f"must be a number, got {shown(value)}")
-        if not low <= value <= high:
-            raise ValueError(f"must be between {low:g} and {high:g}, got {shown(value)}")
-        return float(value)
-
-    return read
-
-
-def _whole(low: int, high: int) -> Callable[[Any], int]:
-    def read(value: Any) -> int:
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise ValueError(f"must be a whole number, got {shown(value)}")
-        if not low <= value <= high:
-            raise ValueError(f"must be between {low} and {high}, got {shown(value)}")
-        return value
-
-    return read
-
-
-def _flag(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError(f"must be true or false, got {shown(value)}")
-    return value
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"must be text, got {shown(value)}")
-    text = " ".join(value.split())
-    if len(text) > MAX_PROMPT_LENGTH:
-        raise ValueError(f"must have at most {MAX_PROMPT_LENGTH} characters, got {len(text)}")
-    strange = next((char for char in text if unicodedata.category(char) in ("Cc", "Cs")), None)
-    if strange is not None:
-        raise ValueError(f"holds the control character U+{ord(strange):04X}: remove it")
-    return text
-
-
-def _prompt(value: Any) -> str:
-    text = _text(value)
-    if not text:
-        raise ValueError("is empty: say what the shot shows")
-    return text
-
-
-def _shot_prompt(value: Any) -> str:
-    text = _prompt(value)
-    if is_script(text):
-        raise ValueError(
-            "holds segment marks or references of Open-Sora: give every text a shot of its own with `duration: 2 "
-            "segments`, files in `references` and their places in `mask_strategy`"
-        )
-    return text
-
-
-def _file_names(value: Any) -> tuple[str, ...]:
-    if not isinstance(value, Sequence) or isinstance(value, str):
-        raise ValueError(f"must be a list of files, got {shown(value)}")
-    return tuple(_file_name(name) for name in value)
-
-
-def _mask_strategy(value: Any) -> str:
-    from arlon.diffusion.references import parse_mask_strategy
-
-    text = _text(str(value) if isinstance(value, int) and not isinstance(value, bool) else value)
-    parse_mask_strategy(text)
-    return text
-
-
-def _camera_motion(value: Any) -> str:
-    text = _prompt(value)
-    add_scores("", camera=text)
-    return text
-
-
-def _file_name(value: Any) -> str:
-    if not isinstance(value, str) or not value.strip() or "\0" in value:
-        raise ValueError(f"must be the path of a file, got {shown(value)}")
-    if re.match(r"\s*[a-z][a-z0-9+.-]+://", value, re.IGNORECASE):
-        raise ValueError(f"must be the path of a file, got {shown(value)}: download it first")
-    return value
-
-
-def _aspect(value: Any) -> str:
-    from arlon.data.aspect import aspect_ratio
-
-    aspect_ratio(_prompt(value))
-    return _prompt(value)
-
-
-def _resolution(value: Any) -> str:
-    from arlon.data.aspect import PIXEL_BUDGETS
-
-    name = str(value) if isinstance(value, int) and not isinstance(value, bool) else _prompt(value)
-    if name not in PIXEL_BUDGETS:
-        raise ValueError(f"must be one of {', '.join(PIXEL_BUDGETS)}, got {shown(name)}")
-    return name
-
-
-def _transition(value: Any) -> str:
-    if value not in get_args(Transition):
-        raise ValueError(f"must be 'continue' or 'cut', got {shown(value)}")
-    return value
-
-
-def _film_seed(value: Any) -> int | None:
-    seed = _whole(-1, MAX_SEED)(value)
-    return None if seed == -1 else seed
-
-
-_SHOT_READERS: dict[str, Callable[[Any], Any]] = {
-    "prompt": _shot_prompt,
-    "duration": parse_duration,
-    "transition": _transition,
-    "blend": _whole(0, MAX_BLEND),
-    "seed": _whole(0, MAX_SEED),
-    "guidance_scale": _number(0.0, 100.0),
-    "image": _file_name,
-    "end_image": _file_name,
-    "video": _file_name,
-    "references": _file_names,
-    "mask_strategy": _mask_strategy,
-    "camera_motion": _camera_motion,
-    "notes": _text,
-}
-_FILM_READERS: dict[str, Callable[[Any], Any]] = {
-    "seed": _film_seed,
-    "fps": _number(1.0, MAX_FPS),
-    "height": _whole(2, MAX_SIZE),
-    "width": _whole(2, MAX_SIZE),
-    "model": _prompt,
-    "negative_prompt": _text,
-    "guidance_scale": _number(0.0, 100.0),
-    "num_inference_steps": _whole(1, 1000),
-    "solver": _prompt,
-    "aspect": _aspect,
-    "resolution": _resolution,
-    "use_codes": _flag,
-    "segment": _whole(1, MAX_DURATION_SEGMENTS),
-    "overlap": _whole(1, MAX_DURATION_SEGMENTS),
-    "aesthetic_score": _number(0.0, MAX_SCORE),
-    "motion_score": _number(0.0, MAX_SCORE),
-    "camera_motion": _camera_motion,
-}

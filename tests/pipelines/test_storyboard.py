@@ -9,15 +9,14 @@ import pytest
 import yaml
 
 from pipelines.storyboard import (
-    Duration,
     StoryboardError,
     load_storyboard,
-    parse_duration,
     parse_storyboard,
     storyboard_from_prompts,
     with_overrides,
     with_shot,
 )
+from pipelines.storyboard_values import Duration, parse_duration
 
 FILM = {
     "seed": 7,
