@@ -25,18 +25,9 @@ from arlon.models.ar import CodeTransformer, CodeTransformerConfig, code_loss
 from arlon.models.code_stream import PromptSpan, SamplingConfig, generate_codes
 from arlon.models.video_vae import VideoVAE
 from arlon.models.vqvae import LatentVQVAE
-from stages.common import (
-    Stage,
-    StageParts,
-    init_model,
-    load_codes,
-    load_data,
-    load_frozen,
-    mix_in,
-    trim_text,
-    window_parts,
-)
+from stages.common import Stage, StageParts, init_model, mix_in, window_parts
 from stages.config import DataConfig, OptimConfig, RunConfig
+from stages.data import load_codes, load_data, load_frozen, trim_text
 from stages.dit import picture_of_pairs
 
 NUM_PICTURES = 3

@@ -34,21 +34,9 @@ from arlon.diffusion.conditioning import sample_frame_masks
 from arlon.models import pixart
 from arlon.models.stdit import STDiT3, STDiT3Config
 from arlon.models.video_vae import VideoVAE
-from stages.common import (
-    Stage,
-    StageParts,
-    fill_texts,
-    init_model,
-    load_data,
-    load_encoder,
-    load_frozen,
-    mix_in,
-    open_texts,
-    picture_of_videos,
-    trim_text,
-    window_parts,
-)
+from stages.common import Stage, StageParts, init_model, mix_in, picture_of_videos, window_parts
 from stages.config import DataConfig, FlowConfig, OptimConfig, RunConfig
+from stages.data import fill_texts, load_data, load_encoder, load_frozen, open_texts, trim_text
 from stages.flow_matching import draw_times, even_times, flow_losses, grid_times, sample_latents, shift_for
 
 NUM_PICTURES = 4

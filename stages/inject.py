@@ -19,18 +19,9 @@ from arlon.models.injection import InjectionConfig, SemanticInjection
 from arlon.models.stdit import Inject, STDiT3
 from arlon.models.video_vae import VideoVAE
 from arlon.models.vqvae import LatentVQVAE
-from stages.common import (
-    CachedData,
-    Stage,
-    StageParts,
-    init_model,
-    load_codes,
-    load_data,
-    load_frozen,
-    trim_text,
-    window_parts,
-)
+from stages.common import Stage, StageParts, init_model, window_parts
 from stages.config import DataConfig, FlowConfig, OptimConfig, RunConfig
+from stages.data import CachedData, load_codes, load_data, load_frozen, trim_text
 from stages.dit import example_batch, picture_of_pairs
 from stages.flow_matching import draw_times, even_times, flow_losses, sample_latents, shift_for
 

@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from arlon.data.windows import BatchStream, FixedBatches, Sample, VideoWindows
 from arlon.grids import CHUNK_FRAMES
 from arlon.models.video_vae import Posterior, VideoVAE, VideoVAEConfig, latent_statistics
-from stages.common import Stage, StageParts, init_model, make_sources, picture_of_videos, window_parts
+from stages.common import Stage, StageParts, init_model, picture_of_videos, window_parts
 from stages.config import DataConfig, OptimConfig, RunConfig
+from stages.data import make_sources
 
 STATISTICS_BATCHES = 8
 

@@ -16,8 +16,9 @@ from torch import Tensor
 from arlon.data.windows import LatentWindows, Sample, WindowConfig
 from arlon.models.video_vae import VideoVAE
 from arlon.models.vqvae import LatentVQVAE, LatentVQVAEConfig, codebook_usage
-from stages.common import Stage, StageParts, init_model, load_data, load_frozen, window_parts
+from stages.common import Stage, StageParts, init_model, window_parts
 from stages.config import DataConfig, OptimConfig, RunConfig
+from stages.data import load_data, load_frozen
 from stages.dit import example_batch, picture_of_pairs
 
 

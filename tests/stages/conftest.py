@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-import stages.common
+import stages.data
 from arlon.checkpoint import save_component
 from arlon.models.stdit import STDiT3
 from arlon.models.video_vae import VideoVAE
@@ -43,7 +43,7 @@ class HashEncoder:
 @pytest.fixture
 def hash_text(monkeypatch: pytest.MonkeyPatch) -> None:
     """Captions are encoded by `HashEncoder`, 384 wide."""
-    monkeypatch.setattr(stages.common, "make_text_encoder", lambda config: HashEncoder(384, config.text_length))
+    monkeypatch.setattr(stages.data, "make_text_encoder", lambda config: HashEncoder(384, config.text_length))
 
 
 @pytest.fixture(scope="session")

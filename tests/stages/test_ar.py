@@ -9,7 +9,7 @@ import torch
 
 from arlon.data.windows import MixedBatches
 from stages.ar import ARStageConfig, build, replace_codes
-from stages.common import load_data
+from stages.data import load_data
 from tests.stages.conftest import StageConfigs
 
 

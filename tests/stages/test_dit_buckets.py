@@ -18,7 +18,7 @@ from arlon.data.buckets import Bucket
 from arlon.data.manifest import Clip, build_manifest, read_manifest, write_manifest
 from arlon.data.video_io import VideoWriter
 from arlon.models.stdit import STDiT3
-from stages import common
+from stages import data
 from stages.callbacks import LAST_CHECKPOINT
 from stages.dit import DiTStageConfig, build
 from stages.flow_matching import flow_losses
@@ -171,7 +171,7 @@ def test_buckets_without_what_they_need_are_refused(stage_config: Any, manifest:
     with pytest.raises(ValueError, match=r"has 8 clips, of which data\.val_clips = 8"):
         build(replace(config, data=replace(config.data, val_clips=8)))
     with pytest.raises(ValueError, match=r"data\.buckets is read by the stage dit only"):
-        common.make_sources(config.data)
+        data.make_sources(config.data)
     with pytest.raises(ValueError, match=r"data\.val_clips must be at least 1, got 0"):
         replace(config.data, val_clips=0)
 
@@ -182,7 +182,7 @@ def test_clips_that_fit_no_bucket_are_refused_before_captions_are_encoded(
     def refuse(config: Any) -> Any:
         raise AssertionError("the text encoder is loaded")
 
-    monkeypatch.setattr(common, "make_text_encoder", refuse)
+    monkeypatch.setattr(data, "make_text_encoder", refuse)
     config = bucket_config(stage_config, manifest, tmp_path, f"data.cache_dir={tmp_path}")
     pictures = replace(config.data.buckets[0], num_frames=1)
     with pytest.raises(

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from arlon.text.encoders import TextFeatures
-from stages import common
+from stages import data
 from stages.config import DataConfig
 
 
@@ -32,10 +32,10 @@ def test_the_encoder_is_put_on_the_gpu_in_the_precision_of_the_config(
 ) -> None:
     made: list[tuple[Any, dict[str, Any]]] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
-    monkeypatch.setattr(common, "MiniLMEncoder", lambda **options: made.append(("minilm", options)))
-    monkeypatch.setattr(common, "load_text_encoder", lambda folder, **options: made.append((folder, options)))
+    monkeypatch.setattr(data, "MiniLMEncoder", lambda **options: made.append(("minilm", options)))
+    monkeypatch.setattr(data, "load_text_encoder", lambda folder, **options: made.append((folder, options)))
     for name in ("minilm", "weights/t5"):
-        common.make_text_encoder(DataConfig(text_encoder=name, text_length=7, text_precision=precision))
+        data.make_text_encoder(DataConfig(text_encoder=name, text_length=7, text_precision=precision))
     options = {"device": device, "dtype": getattr(torch, precision)}
     assert made == [("minilm", {"max_length": 7, **options}), ("weights/t5", options)]
 
@@ -48,19 +48,19 @@ def test_the_encoder_is_freed_when_the_captions_are_encoded(tmp_path: Path, monk
         made.append(weakref.ref(encoder))
         return encoder
 
-    monkeypatch.setattr(common, "make_text_encoder", make)
+    monkeypatch.setattr(data, "make_text_encoder", make)
     config = DataConfig(cache_dir=str(tmp_path), text_length=4)
-    texts = common.load_texts(config, ["a", "b", "a"])
+    texts = data.load_texts(config, ["a", "b", "a"])
     assert [encoder() for encoder in made] == [None]
     assert texts.features("b")[0].shape == (4, 2)
-    common.load_texts(config, ["b", "a"])
+    data.load_texts(config, ["b", "a"])
     assert len(made) == 1, "nothing is missing"
 
 
 def test_features_of_another_precision_are_kept_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(common, "make_text_encoder", lambda config: RingEncoder())
-    common.load_texts(DataConfig(cache_dir=str(tmp_path), text_length=4), ["a"])
+    monkeypatch.setattr(data, "make_text_encoder", lambda config: RingEncoder())
+    data.load_texts(DataConfig(cache_dir=str(tmp_path), text_length=4), ["a"])
     half = DataConfig(cache_dir=str(tmp_path), text_length=4, text_precision="bfloat16")
-    assert "a" not in common.open_texts(half)
-    common.load_texts(half, ["a"])
-    assert "a" in common.open_texts(half)
+    assert "a" not in data.open_texts(half)
+    data.load_texts(half, ["a"])
+    assert "a" in data.open_texts(half)

@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 from arlon.config import save_config
 from arlon.data.windows import FixedBatches
 from arlon.models.video_vae import VideoVAE
-from stages import common
+from stages import common, data
 from stages.callbacks import LAST_CHECKPOINT
 from stages.dit import DiTStage
 from stages.train import check_checkpoint, fit, main, run_stage
@@ -277,7 +277,7 @@ def test_trimmed_padding_changes_nothing(stage: str, stage_config: Any) -> None:
     parts = build(stage, stage_config(stage))
     batch = next(iter(parts.val))
     batch["text_mask"][:, 16:] = False  # however long the captions are
-    trimmed = common.trim_text(batch)
+    trimmed = data.trim_text(batch)
     assert trimmed["text"].shape[1] == trimmed["text_mask"].shape[1] < batch["text"].shape[1]
     assert torch.equal(trimmed["text_mask"].sum(dim=1), batch["text_mask"].sum(dim=1))
     parts.stage.model.eval()
