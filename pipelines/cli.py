@@ -18,8 +18,9 @@ from pipelines.commands.doctor import doctor
 from pipelines.commands.evaluate import evaluate
 from pipelines.commands.extend import extend
 from pipelines.commands.fork import fork
-from pipelines.commands.generate import generate, plan
+from pipelines.commands.generate import generate
 from pipelines.commands.inspect import inspect
+from pipelines.commands.plan import plan
 from pipelines.commands.redo import redo
 from pipelines.commands.resume import resume
 from pipelines.commands.sheet import sheet

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from arlon.data.aspect import NUM_FRAMES
 from pipelines.markup import parse_yaml, shown
 from pipelines.requests import Settings
 from pipelines.storyboard import (
@@ -41,6 +42,22 @@ class FilmOptions:
     """Of the last shot."""
     video: Path | None = None
     """Of the first shot."""
+
+
+def shot_length(duration: str | None, num_frames: str | None) -> str | None:
+    """Length of shots that give none, from the two options that say it.
+
+    Raises:
+        UsageError: If both do, or --num-frames is no number of frames.
+    """
+    if num_frames is None:
+        return duration
+    if duration is not None:
+        raise UsageError("give either --duration or --num-frames, not both")
+    named = {name: frames for name, frames in NUM_FRAMES.items() if name.endswith("x")}
+    if num_frames not in named and not num_frames.isdecimal():
+        raise UsageError(f"--num-frames must be a whole number or one of {', '.join(named)}, got '{num_frames}'")
+    return f"{named.get(num_frames, num_frames)}f"
 
 
 def read_film_options(options: FilmOptions) -> tuple[Storyboard, dict[str, Any]]:
