@@ -8,6 +8,7 @@ and checks the sources; what comes out is plain Python, and no OmegaConf type le
 from __future__ import annotations
 
 import difflib
+import functools
 import os
 import types
 import typing
@@ -113,13 +114,19 @@ def _parse_overrides(overrides: Sequence[str]) -> DictConfig:
 def _build(schema: type[T], *sources: Any) -> T:
     """Merge the sources over the defaults of `schema`, check them, and build plain dataclasses."""
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(schema), *sources)
+        merged = OmegaConf.merge(_defaults(schema), *sources)
         values = OmegaConf.to_container(
             merged, resolve=False, throw_on_missing=True, structured_config_mode=SCMode.DICT
         )
     except (OmegaConfBaseException, TypeError) as error:
         raise ConfigError(_explain(error, schema, sources)) from error
     return _to_dataclass(schema, values, "")
+
+
+@functools.lru_cache
+def _defaults(schema: type) -> DictConfig:
+    """Defaults of a schema as OmegaConf holds them, remembered as they take long to build; merging copies them."""
+    return OmegaConf.structured(schema)
 
 
 def _to_dataclass(schema: type[T], values: Mapping[str, Any], prefix: str) -> T:
@@ -210,7 +217,7 @@ def _culprit(schema: type, sources: Sequence[Any]) -> str | None:
         plain = OmegaConf.to_container(source) if OmegaConf.is_config(source) else source
         for key, nested in _leaves(plain):
             try:
-                OmegaConf.merge(OmegaConf.structured(schema), nested)
+                OmegaConf.merge(_defaults(schema), nested)
             except (OmegaConfBaseException, TypeError):
                 return key
     return None

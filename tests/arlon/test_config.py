@@ -43,6 +43,14 @@ def test_defaults_are_the_base() -> None:
     assert load() == Run(learning_rate=1e-4)
 
 
+def test_no_configuration_leaves_anything_to_the_next() -> None:
+    values = {"learning_rate": 1, "block": {"width": 6}, "other": {"width": 2}, "names": ["a"], "weights": {"a": 0.5}}
+    first = config_from_dict(Run, values)
+    first.names.append("b")
+    first.weights["b"] = 1.0
+    assert config_from_dict(Run, {"learning_rate": 2}) == Run(learning_rate=2.0)
+
+
 def test_files_merge_left_to_right_and_overrides_win(tmp_path: Path) -> None:
     first, second = tmp_path / "a.yaml", tmp_path / "b.yaml"
     first.write_text("learning_rate: 1\nblock: {width: 2, limit: 0.5}\n")
