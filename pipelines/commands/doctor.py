@@ -42,7 +42,8 @@ def doctor(
 
         if model is None and (assignments or not height is width is duration is None):
             raise UsageError("--height, --width, --duration and --set say what film is meant: give --model too")
-        from pipelines.doctor import check_fit, examine, fit_lines, machine_lines, to_plain
+        from pipelines.doctor import check_fit, fit_lines, to_plain
+        from pipelines.machine import examine, machine_lines
 
         values, settings = read_assignments(assignments or [])
         options = {"height": height, "width": width, "duration": duration, "device": device, "dtype": dtype.value}

@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 
 from arlon import cost
 from arlon.checkpoint import BASE_COMPONENTS
-from pipelines import doctor, workers
+from pipelines import doctor, film_fit, machine, workers
 from pipelines.cli import app
 from pipelines.film_cost import FilmCost, PartCost, cost_lines, gigabytes, operations, plan_cost, solver_evaluations
 from pipelines.model import open_model, read_configs, read_geometry, read_size
@@ -54,7 +54,7 @@ def scarce(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine with room for two hundred megabytes besides the program."""
     program = 500_000_000
     monkeypatch.setattr(doctor, "process_memory_bytes", lambda: program)
-    monkeypatch.setattr(doctor, "memory_limits", lambda: (10**9, program + 200_000_000))
+    monkeypatch.setattr(machine, "memory_limits", lambda: (10**9, program + 200_000_000))
 
 
 def test_a_film_costs_its_segments_and_steps(tiny_model: Path) -> None:
@@ -235,7 +235,7 @@ def test_broken_video_output_is_reported(monkeypatch: pytest.MonkeyPatch) -> Non
     def fail(*args: object, **options: object) -> None:
         raise OSError("no encoder 'libx264'")
 
-    monkeypatch.setattr(doctor, "VideoWriter", fail)
+    monkeypatch.setattr(machine, "VideoWriter", fail)
     result = arlon("doctor")
     assert result.exit_code == 1
     assert "H.264 cannot be written: no encoder 'libx264'" in result.stdout
@@ -251,11 +251,11 @@ def test_a_model_that_fits(tiny_model: Path) -> None:
 
 
 def test_the_device_cuda_is_the_current_one_of_several(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def gpu(number: int, free: int) -> doctor.Device:
-        return doctor.Device(name=f"cuda:{number}", kind="GPU", memory_bytes=free, free_bytes=free, flops_per_s={})
+    def gpu(number: int, free: int) -> machine.Device:
+        return machine.Device(name=f"cuda:{number}", kind="GPU", memory_bytes=free, free_bytes=free, flops_per_s={})
 
     monkeypatch.setattr("pipelines.generate.check_device", lambda device: None)
-    monkeypatch.setattr(doctor, "_accelerators", lambda *, timed: [gpu(0, 10), gpu(1, 10**12)])
+    monkeypatch.setattr(machine, "_accelerators", lambda *, timed: [gpu(0, 10), gpu(1, 10**12)])
     for current, fits in ((0, False), (1, True)):
         monkeypatch.setattr(torch.cuda, "current_device", lambda current=current: current)
         fit = doctor.check_fit(str(tiny_model), device="cuda")
@@ -282,7 +282,7 @@ def full_base(monkeypatch: pytest.MonkeyPatch, free: float, **settings: object) 
     configs, defaults = read_size("opensora_v1_2")
     monkeypatch.setattr(doctor, "_configs", lambda model: (configs.without_codes(), defaults, model))
     monkeypatch.setattr(doctor, "process_memory_bytes", lambda: 0)
-    monkeypatch.setattr(doctor, "memory_limits", lambda: (10**12, round(free * 1e9)))
+    monkeypatch.setattr(machine, "memory_limits", lambda: (10**12, round(free * 1e9)))
     return doctor.check_fit("opensora_v1_2", duration="51f", settings=settings).advice
 
 
@@ -318,12 +318,12 @@ def test_no_tile_is_smaller_than_the_frames_of_training(monkeypatch: pytest.Monk
 def test_tiles_of_another_vae_are_no_smaller_than_the_frames_of_its_model(base: Path) -> None:
     fit = doctor.check_fit(str(base), duration="51f", height=1536, width=1536)
     configs, *_ = doctor._configs(str(base))
-    tiles = [change.settings["vae_tile"] for change in doctor._tiles(fit, configs)]
+    tiles = [change.settings["vae_tile"] for change in film_fit._tiles(fit, configs)]
     assert tiles == [*range(1472, 768, -64), 768]
 
 
 def test_the_full_size_needs_no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "memory_limits", lambda: (24_000_000_000, 16_000_000_000))
+    monkeypatch.setattr(machine, "memory_limits", lambda: (24_000_000_000, 16_000_000_000))
     fit = doctor.check_fit("opensora_v1_2", duration="68f")
     parts = {part.part: part for part in fit.cost.parts}
     assert parts["text_encoder"].weight_bytes == pytest.approx(19.05e9, rel=0.01)
@@ -396,13 +396,13 @@ def test_wrong_usage_is_one_message(tiny_model: Path, arguments: tuple[object, .
 
 def test_memory_of_a_container_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     limit, used = tmp_path / "max", tmp_path / "current"
-    total, _ = doctor.memory_limits()
-    monkeypatch.setattr(doctor, "CGROUP_FILES", ((str(limit), str(used)),))
+    total, _ = machine.memory_limits()
+    monkeypatch.setattr(machine, "CGROUP_FILES", ((str(limit), str(used)),))
     limit.write_text("1000000\n")
     used.write_text("400000\n")
-    assert doctor.memory_limits() == (1_000_000, 600_000)
+    assert machine.memory_limits() == (1_000_000, 600_000)
     limit.write_text("max\n")
-    assert doctor.memory_limits()[0] == total
+    assert machine.memory_limits()[0] == total
 
 
 @pytest.mark.parametrize("name", ["", "..", "nowhere", "shapes/tiny"])
