@@ -83,6 +83,7 @@ def test_library_is_imported_in_one_place(library: str) -> None:
     assert found <= ONLY_IN[library], f"{library} is imported in {sorted(found - ONLY_IN[library])}"
 
 
+@pytest.mark.slow
 def test_modules_of_arlon_import_without_side_effects(tmp_path: Path) -> None:
     code = f"HEAVY = {sorted(HEAVY)!r}\n{PROBE}"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
