@@ -43,12 +43,12 @@ from pipelines.requests import (
     Job,
     RefineRequest,
     RefineResult,
-    Settings,
     fill,
     film_requests,
     text_request,
 )
 from pipelines.runs.run_folder import write_json
+from pipelines.settings import Settings
 from pipelines.sheet import SheetRow, evenly_spaced, frames_to_sheet, write_sheet
 from pipelines.storyboard import Duration, Shot, Storyboard
 from pipelines.workers import CodeWorker, DecodeWorker, RefineWorker, TextWorker, torch_threads

@@ -29,12 +29,12 @@ from pipelines.generate import Begin, Prepared, generate, make_settings, open_fo
 from pipelines.local import WorkerSource, new_worker
 from pipelines.markup import parse_json, read_text, shown
 from pipelines.output import output_paths, slug
-from pipelines.requests import Settings
 from pipelines.runs.durable import hash_plain
 from pipelines.runs.lock import RunLockedError
 from pipelines.runs.resume import Run, continue_run, open_run
 from pipelines.runs.run_folder import RunFolder
 from pipelines.runs.status import read_status
+from pipelines.settings import Settings
 from pipelines.storyboard import (
     Storyboard,
     UsageError,

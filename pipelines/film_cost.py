@@ -23,7 +23,8 @@ from arlon.diffusion import samplers
 from arlon.grids import ceil_div
 from pipelines.model import GenerationDefaults, ModelConfigs, read_configs
 from pipelines.plan import Plan, Segment
-from pipelines.requests import Settings, code_schedule, segment_blend, text_request
+from pipelines.requests import code_schedule, segment_blend, text_request
+from pipelines.settings import Settings
 from pipelines.workers import lets_encoder_go
 
 if TYPE_CHECKING:

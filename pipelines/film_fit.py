@@ -14,7 +14,7 @@ from pipelines.film_cost import FilmCost, gigabytes, plan_cost
 from pipelines.machine import Device, devices
 from pipelines.model import GenerationDefaults, ModelConfigs, make_geometry
 from pipelines.plan import Plan, make_plan, resolve_storyboard
-from pipelines.requests import Settings
+from pipelines.settings import Settings
 from pipelines.storyboard import Storyboard, random_seed, with_overrides
 
 SMALLER = (0.75, 0.5, 0.375, 0.25)

@@ -22,10 +22,11 @@ from pipelines.model import ModelGeometry, open_model, read_geometry
 from pipelines.output import OutputPaths, check_output, output_paths
 from pipelines.plan import Plan, make_plan, resolve_storyboard, with_frame_size
 from pipelines.references import Reference, check_references, encode_references
-from pipelines.requests import Committed, Job, Settings, WriteResult
+from pipelines.requests import Committed, Job, WriteResult
 from pipelines.runs.durable import make_folder, sweep, write_json
 from pipelines.runs.lock import RunLock
 from pipelines.runs.run_folder import RunFolder
+from pipelines.settings import Settings
 from pipelines.storyboard import Storyboard, UsageError, random_seed
 from pipelines.version import version
 

@@ -61,7 +61,7 @@ class GenerationDefaults:
     aesthetic_score: float | None = None
     """Said after every prompt; released weights were trained on captions with scores. None: it is not said."""
     vae_blend_frames: int = 0
-    """Frames blended on each side of the VAE's chunk borders; see `pipelines.requests.Settings`."""
+    """Frames blended on each side of the VAE's chunk borders; see `pipelines.settings.Settings`."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 from arlon.data.aspect import NUM_FRAMES
 from pipelines.markup import parse_yaml, shown
-from pipelines.requests import Settings
+from pipelines.settings import Settings
 from pipelines.storyboard import (
     Storyboard,
     StoryboardError,

@@ -41,11 +41,11 @@ from pipelines.requests import (
     Job,
     RefineRequest,
     RefineResult,
-    Settings,
     TextRequest,
     TextResult,
 )
 from pipelines.runs.durable import hash_tensor
+from pipelines.settings import Settings
 
 if TYPE_CHECKING:
     from arlon.models.vqvae import LatentVQVAE

@@ -95,7 +95,7 @@ def _check_values(film_values: dict[str, Any], settings: dict[str, Any], model: 
     """Refuse what would fail every film."""
     from arlon.config import config_from_dict
     from pipelines.model import open_model
-    from pipelines.requests import Settings
+    from pipelines.settings import Settings
     from pipelines.storyboard import UsageError, storyboard_from_prompts, with_overrides
 
     with_overrides(storyboard_from_prompts(["any"]), film_values)

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
     from pipelines.film_cost import FilmCost
     from pipelines.plan import Plan
-    from pipelines.requests import Settings
+    from pipelines.settings import Settings
 
 T = TypeVar("T")
 MAX_ROWS, TAIL_ROWS = 30, 10

@@ -18,7 +18,8 @@ from pipelines.generate import Prepared, assemble, library_versions, sweep_film
 from pipelines.model import open_model, read_geometry
 from pipelines.output import paths_of_run
 from pipelines.plan import Plan, Segment, make_plan
-from pipelines.requests import Committed, Settings, film_requests
+from pipelines.requests import Committed, film_requests
+from pipelines.settings import Settings
 from pipelines.runs.run_folder import RUN_NAME, RunFolder, RunFolderError
 from pipelines.storyboard import Storyboard, StoryboardError, UsageError, parse_storyboard
 

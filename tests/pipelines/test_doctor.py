@@ -19,7 +19,7 @@ from pipelines.cli import app
 from pipelines.film_cost import FilmCost, PartCost, cost_lines, gigabytes, operations, plan_cost, solver_evaluations
 from pipelines.model import open_model, read_configs, read_geometry, read_size
 from pipelines.plan import Plan, make_plan, resolve_storyboard
-from pipelines.requests import Settings
+from pipelines.settings import Settings
 from pipelines.storyboard import parse_storyboard
 from tests.pipelines import tiny_model as tiny
 
