@@ -22,6 +22,8 @@ from torch import Tensor
 
 from arlon.checkpoint import read_json, resolve_model
 
+RULES = 2
+"""Of what this module computes with networks: with other ones, such figures are computed again."""
 FLOW_FPS = 8
 """Frames a second at which motion is looked at."""
 FASTEST_SHARE = 0.05
@@ -348,17 +350,19 @@ def _prepare(
     *,
     side: int = INPUT_SIDE,
 ) -> Tensor:
-    """Frames (n, pH, pW, 3) uint8 to normalised pictures (n, 3, h, w) whose shorter side is `side`."""
+    """Frames (n, pH, pW, 3) uint8 to normalised pictures (n, 3, h, w) whose shorter side is `side`.
+
+    As torchvision does it for VBench: without anti-aliasing, and what bicubic filtering makes of edges is not clamped.
+    """
     pictures = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2).float()
     height, width = pictures.shape[-2:]
-    scale = side / min(height, width)
-    size = (side, int(width * scale)) if height <= width else (int(height * scale), side)
-    pictures = F.interpolate(pictures, size=size, mode=mode, align_corners=False).clamp(0, 255) / 255
+    size = (side, side * width // height) if height <= width else (side * height // width, side)
+    pictures = F.interpolate(pictures, size=size, mode=mode, align_corners=False) / 255
     shape = (1, 3, 1, 1)
     return (pictures - torch.tensor(mean).view(shape)) / torch.tensor(std).view(shape)
 
 
 def _centre(pictures: Tensor, side: int) -> Tensor:
-    """The middle (side, side) of pictures (n, 3, h, w)."""
-    top, left = ((length - side) // 2 for length in pictures.shape[-2:])
+    """The middle (side, side) of pictures (n, 3, h, w), where torchvision finds it: halves are rounded to even."""
+    top, left = (round((length - side) / 2) for length in pictures.shape[-2:])
     return pictures[..., top : top + side, left : left + side]

@@ -30,7 +30,7 @@ from arlon.data.video_io import probe, read_video
 from arlon.evaluation import suite
 from arlon.evaluation.figures import FIGURES, FORMAT
 from arlon.evaluation.film import measure_film
-from arlon.evaluation.vbench import Backbone, load_backbone
+from arlon.evaluation.vbench import RULES, Backbone, load_backbone
 from pipelines.evaluation.film_set import Film, Problem, add_prompts, find_films, outline_of, prompt_of_name
 from pipelines.evaluation.report import render_report
 from pipelines.runs.durable import hash_file, hash_plain, write_bytes, write_json
@@ -174,6 +174,7 @@ def film_key(film: Film, backbones: Mapping[str, str]) -> str:
         "sidecar": hash_file(sidecar) if sidecar.is_file() else None,
         "prompts": film.prompts or prompt_of_name(film.path),
         "backbones": dict(backbones),
+        "rules": RULES,
     }
     return hash_plain(known)[:24]
 

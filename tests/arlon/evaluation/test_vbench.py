@@ -104,6 +104,28 @@ def test_pictures_are_scaled_as_a_reference_scales_them():
     np.testing.assert_allclose(found.permute(1, 2, 0).numpy(), expected, atol=1.5 / 255)
 
 
+@pytest.mark.parametrize(
+    ("height", "width", "size"),
+    [(110, 110, (224, 224)), (20, 90, (224, 1008)), (90, 20, (1008, 224)), (100, 103, (224, 230))],
+)
+def test_pictures_have_the_size_and_the_middle_that_torchvision_gives_them(height, width, size):
+    """int(224 * long / short), which 224 / short in floating point misses; round((long - side) / 2)."""
+    found = vbench._prepare(frames(1, height, width), "bilinear", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    assert found.shape[-2:] == size
+    row = torch.arange(227.0).expand(1, 3, 224, 227)
+    assert vbench._centre(row, 224)[0, 0, 0, 0] == 2
+
+
+def test_what_bicubic_filtering_adds_at_edges_stays():
+    step = np.zeros((1, 16, 16, 3), np.uint8)
+    step[:, :, 8:] = 255
+    found = vbench._prepare(step, "bicubic", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), side=32)
+    expected = nn.functional.interpolate(torch.from_numpy(step).permute(0, 3, 1, 2) / 255, size=(32, 32), mode="bicubic")
+    torch.testing.assert_close(found, expected)
+    assert found.min() < 0
+    assert found.max() > 1
+
+
 def test_what_is_no_backbone_is_refused_by_name(dino, clip, tmp_path):
     def refused(dimension: str, source: object) -> str:
         with pytest.raises(ValueError) as caught:  # noqa: PT011 (messages are compared below)
