@@ -14,7 +14,9 @@ import io
 import json
 import math
 import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -265,8 +267,17 @@ def _start_worker(sources: dict[str, str], device: str) -> None:
     import torch
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides; a film that is begun is finished
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     _worker.backbones = {name: load_backbone(name, source, device=device) for name, source in sources.items()}
+
+
+def _end_with_parent() -> None:
+    """A pool whose owner was killed would wait for its next film for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _measure_here(task: _Task) -> str:

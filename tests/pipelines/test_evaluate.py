@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import time
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -195,6 +196,34 @@ def test_a_film_that_ends_its_process_is_the_only_one_that_is_not_measured(films
     assert found.num_films == 3
     assert [problem.source for problem in found.problems] == ["killer.mp4"]
     assert "ended the process" in found.problems[0].reason
+
+
+def _pool_of_one(connection) -> None:
+    with evaluation._pool({}, "cpu", 1) as pool:
+        connection.send(pool.submit(os.getpid).result())
+        connection.recv()  # for ever
+
+
+@pytest.mark.slow
+def test_workers_end_with_an_evaluation_that_is_killed():
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    owner = context.Process(target=_pool_of_one, args=(there,))
+    owner.start()
+    worker = here.recv()
+    owner.kill()
+    owner.join()
+    deadline = time.monotonic() + 60
+    while Path(f"/proc/{worker}").exists() and _state(worker) != "Z":
+        assert time.monotonic() < deadline, f"process {worker} is still there"
+        time.sleep(0.1)
+
+
+def _state(process: int) -> str:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(") ")[2][0]
+    except OSError:
+        return "Z"
 
 
 def test_a_link_has_its_own_name(films, tmp_path):
