@@ -150,7 +150,7 @@ def evaluate(
     record = summarise(entries, problems, used)
     write_json(output / RESULT_NAME, record)
     sheets = {entry["key"]: (folder / f"{entry['key']}.png").read_bytes() for entry in entries}
-    write_bytes(output / PAGE_NAME, render_report(record, sheets).encode())
+    write_bytes(output / PAGE_NAME, render_report(record, sheets).encode(errors="backslashreplace"))
     return Evaluation(
         result=output / RESULT_NAME,
         page=output / PAGE_NAME,

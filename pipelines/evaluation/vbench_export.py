@@ -9,14 +9,14 @@ video, encoded again at the highest quality. Dimensions are those that VBench ca
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from arlon.data.video_io import VideoWriter, probe, read_video
 from pipelines.evaluation.film_set import Film, Problem, add_prompts, find_films, outline_of
-from pipelines.runs.durable import copy_file, publish, temporary_beside, write_bytes
+from pipelines.runs.durable import copy_file, publish, temporary_beside, write_json
 from pipelines.storyboard import UsageError
 
 VIDEOS_NAME = "videos"
@@ -77,7 +77,7 @@ def export_films(
     info = [
         {"prompt_en": prompt, "dimension": list(DIMENSIONS), "video_list": names} for prompt, names in written.items()
     ]
-    write_bytes(folder / INFO_NAME, (json.dumps(info, indent=2, ensure_ascii=False) + "\n").encode())
+    write_json(folder / INFO_NAME, info)
     return Export(info=folder / INFO_NAME, num_videos=sum(map(len, written.values())), problems=tuple(problems))
 
 
@@ -127,5 +127,5 @@ def check_prompt(prompt: str) -> None:
         raise ValueError("its prompt is not known: give --prompts")
     if "/" in prompt or "\0" in prompt:
         raise ValueError(f"VBench names videos by their prompt, which must not hold '/': {prompt[:60]!r}")
-    if len(prompt.encode()) > MAX_NAME_BYTES:
+    if len(os.fsencode(prompt)) > MAX_NAME_BYTES:
         raise ValueError(f"VBench names videos by their prompt, of at most {MAX_NAME_BYTES} bytes: {prompt[:60]!r}...")

@@ -15,7 +15,7 @@ import os
 import shutil
 import signal
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -50,9 +50,9 @@ def write_bytes(path: str | Path, data: bytes) -> None:
             temporary.unlink(missing_ok=True)
 
 
-def write_json(path: str | Path, values: Mapping[str, Any]) -> None:
-    """Write a JSON file, as `write_bytes` does."""
-    write_bytes(path, (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode())
+def write_json(path: str | Path, values: Mapping[str, Any] | Sequence[Any]) -> None:
+    """Write a JSON file, as `write_bytes` does. File names that are no Unicode are escaped."""
+    write_bytes(path, (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode(errors="backslashreplace"))
 
 
 def publish(temporary: Path, path: Path) -> None:
@@ -164,7 +164,8 @@ def hash_file(path: Path) -> str:
 
 def hash_plain(values: Any) -> str:
     """SHA-256 of plain values, whatever the order of keys."""
-    return hash_bytes(json.dumps(values, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode())
+    text = json.dumps(values, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hash_bytes(text.encode(errors="backslashreplace"))
 
 
 def hash_tensor(tensor: Tensor) -> str:

@@ -24,6 +24,7 @@ from pipelines.evaluation import evaluate as evaluation
 from pipelines.evaluation.evaluate import evaluate
 from pipelines.evaluation.film_set import Film, Problem, add_prompts, find_films, outline_of
 from pipelines.evaluation.plots import nice_range
+from pipelines.evaluation.vbench_export import export_films
 from pipelines.film_file import RECORD_TAG
 from pipelines.storyboard import UsageError
 
@@ -308,6 +309,19 @@ def test_what_films_say_of_themselves_cannot_become_markup(films, tmp_path):
     page = _Page(found.page.read_text())
     assert not {tag for tag, _ in page.seen} & {"script", "b>", "i"}
     assert "&lt;i&gt;.mp4" in found.page.read_text()
+
+
+@pytest.mark.skipif(os.sep != "/", reason="names of files are bytes on Unix only")
+def test_a_name_that_is_no_unicode_ends_nothing(tmp_path):
+    name = os.fsdecode(b"a red caf\xe9-0.mp4")
+    write_film(tmp_path / "films" / name, frames_of("red", length=4))
+    (tmp_path / "films" / os.fsdecode(b"broken \xff.mp4")).write_bytes(b"x")
+    found = evaluate([tmp_path / "films", tmp_path / os.fsdecode(b"missing \xff")], tmp_path / "out")
+    assert (found.num_films, len(found.problems)) == (1, 2)
+    assert json.loads(found.result.read_text())["films"][0]["name"] == name
+    assert r"a red caf\udce9-0.mp4" in found.page.read_text()
+    assert export_films([tmp_path / "films"], tmp_path / "vbench").num_videos == 1
+    assert (tmp_path / "vbench" / "videos" / name).is_file()
 
 
 def test_axes_have_round_ends_around_the_values():
