@@ -128,6 +128,8 @@ def read_video(
         pictures = _stored_frames(container) if fps is None else _frames_by_clock(container, fps, start)
         frames = []
         for index, frame in pictures:
+            if frame.is_corrupt:  # a decoder makes up what it cannot read
+                raise VideoError(f"frame {index} is damaged")
             if index >= start:
                 frames.append(_to_rgb(frame))
             if stop is not None and index + 1 >= stop:

@@ -184,6 +184,20 @@ def test_sound_without_pictures_is_refused(tmp_path: Path) -> None:
         probe(path)
 
 
+def test_a_frame_that_the_decoder_makes_up_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.mp4"
+    frames = np.random.default_rng(0).integers(0, 256, (6, 32, 48, 3), dtype=np.uint8)
+    with VideoWriter(path, fps=8, crf=20) as writer:
+        writer.append(frames)
+    data = bytearray(path.read_bytes())
+    hole = slice(len(data) * 6 // 10, len(data) * 65 // 100)
+    data[hole] = b"\xff" * len(data[hole])
+    path.write_bytes(data)
+    with pytest.raises(VideoError, match="frame 3 is damaged"):
+        read_video(path)
+    assert len(read_video(path, num_frames=3)) == 3
+
+
 def test_too_short_a_file_says_how_many_frames_it_has(tmp_path: Path) -> None:
     path = write_clip(tmp_path / "a.mp4", 5)
     with pytest.raises(VideoError, match="8 frames from frame 2 on were asked for, but it has 3 of them"):
