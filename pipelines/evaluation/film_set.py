@@ -194,8 +194,9 @@ def _read_record(path: Path, tags: Mapping[str, str]) -> dict[str, Any] | None:
     Raises:
         ValueError: If the film has a sidecar only, and that is not JSON.
     """
+    told = {name.lower(): text for name, text in tags.items()}  # Matroska has them in capitals
     with suppress(ValueError):  # any program may write a comment into a film
-        record = json.loads(tags.get(RECORD_TAG, ""))
+        record = json.loads(told.get(RECORD_TAG, ""))
         if isinstance(record, dict) and "timeline" in record:
             return record
     sidecar = path.with_suffix(".json")

@@ -356,6 +356,7 @@ def test_prompts_come_from_file_then_record_then_name(tmp_path):
     tags = {RECORD_TAG: json.dumps(timeline("from inside"))}
     assert outline_of(film, tags, 16).shots[0].prompt == "from inside"
     assert outline_of(film, {RECORD_TAG: "holiday 2019"}, 16).shots[0].prompt == "from the sidecar"
+    assert outline_of(film, {RECORD_TAG.upper(): tags[RECORD_TAG]}, 16).shots[0].prompt == "from inside"  # Matroska
     (given,), _ = add_prompts([film], _text(tmp_path, "from the file"))
     assert outline_of(given, tags, 16).shots[0].prompt == "from the file"
 
