@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from arlon.data.video_io import read_tags
 from arlon.evaluation.film import FilmShot, Outline
 from pipelines.film_file import RECORD_TAG
 from pipelines.markup import parse_json, shown
@@ -112,11 +113,13 @@ def add_prompts(films: Sequence[Film], prompt_file: Path) -> tuple[list[Film], l
     source = prompt_file.name
     try:
         text = prompt_file.read_text(encoding="utf-8-sig")
-        if prompt_file.suffix.lower() == ".json":
-            return _add_by_name(films, parse_json(text), source)
         if prompt_file.suffix.lower() in (".jsonl", ".csv", ".yaml", ".yml"):
             raise ValueError("expected JSON (.json), or text with one prompt a line (.txt)")
-        return _add_by_line(films, text, source)
+        is_json = prompt_file.suffix.lower() == ".json"
+        added, problems = _add_by_name(films, parse_json(text), source) if is_json else _add_by_line(films, text)
+        misfits = [_misfit(film) for film in added]
+        problems += [Problem(source=source, reason=reason) for reason in misfits if reason]
+        return [film if misfit else new for film, new, misfit in zip(films, added, misfits, strict=True)], problems
     except (OSError, UnicodeDecodeError, ValueError) as error:
         return list(films), [Problem(source=source, reason=f"not a prompt file: {_reason(error)}")]
 
@@ -141,11 +144,26 @@ def _add_by_name(films: Sequence[Film], data: Any, source: str) -> tuple[list[Fi
     return added, [Problem(source=source, reason=reason) for reason in reasons]
 
 
-def _add_by_line(films: Sequence[Film], text: str, source: str) -> tuple[list[Film], list[Problem]]:
+def _add_by_line(films: Sequence[Film], text: str) -> tuple[list[Film], list[Problem]]:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if len(lines) != len(films):
         raise ValueError(f"expected one prompt a line for each of {len(films)} films, got {len(lines)} lines")
     return [_with_prompts(film, (line,)) for film, line in zip(films, lines, strict=True)], []
+
+
+def _misfit(film: Film) -> str:
+    """Why its given prompts cannot be those of its shots; empty if they can, or if it cannot be read."""
+    if film.prompts is None:
+        return ""
+    try:
+        record = _read_record(film.path, read_tags(film.path))
+        shots = [] if record is None else record["timeline"]["shots"]
+        if not shots or len(shots) == len(film.prompts):
+            return ""
+        given = "1 prompt is" if len(film.prompts) == 1 else f"{len(film.prompts)} prompts are"
+        return f"{shown(film.name)}: {given} given for its {len(shots)} shots; those of its record are used"
+    except (OSError, ValueError, KeyError, TypeError):  # told when it is measured
+        return ""
 
 
 def _with_prompts(film: Film, prompts: tuple[str, ...] | None) -> Film:

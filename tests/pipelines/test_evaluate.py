@@ -390,6 +390,14 @@ def test_a_prompt_file_of_a_wrong_form_changes_nothing(tmp_path, name, content):
     assert "not a prompt file" in problems[0].reason
 
 
+def test_a_film_with_another_number_of_shots_than_prompts_stays_as_it_is(films, tmp_path):
+    found, _ = find_films([films])
+    added, problems = add_prompts(found, _text(tmp_path, "one", "two", "three"))
+    assert added == found
+    assert problems[0].reason == "'a.mp4': 1 prompt is given for its 2 shots; those of its record are used"
+    assert len(problems) == 3
+
+
 def test_a_damaged_record_is_refused(tmp_path):
     film = Film(name="a.mp4", path=tmp_path / "a.mp4")
     with pytest.raises(ValueError, match="no usable timeline"):
