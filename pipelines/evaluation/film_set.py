@@ -1,8 +1,8 @@
 """Sets of films to measure: which files, and what each was asked for.
 
-Films are files, run folders, or folders searched for films to any depth; pieces of runs and films that still grow are
-left out. What a film was asked for comes from, in this order: a prompt file, the record inside or beside the film, a
-file name as VBench has it (`a red circle-0.mp4`).
+Films are files, run folders, or folders searched for films to any depth; pieces of runs, films that still grow and
+exports for VBench in such a folder are left out. What a film was asked for comes from, in this order: a prompt file,
+the record inside or beside the film, a file name as VBench has it (`a red circle-0.mp4`).
 
 A prompt file is JSON, film name to prompt, or to a list of prompts, one a shot; or text, one prompt a line, in the
 order of the film names. What is wrong with a film or with a prompt is collected, and the others go on.
@@ -29,6 +29,8 @@ from pipelines.sheet import find_film
 FILM_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
 PARTIAL = ".partial"
 SEGMENT_MARK = "segment.json"
+EXPORT_MARK = "arlon_full_info.json"
+"""In a folder with copies of films for VBench."""
 _NUMBERED = re.compile(r"(?P<prompt>.*\S.*\s.*\S)-\d+")
 
 
@@ -90,13 +92,19 @@ def _films_of(source: Path, leave_out: Path | None, problems: list[Problem]) -> 
         return [_finished(find_film(source))]
     found = []
     for folder, names, files in os.walk(source, onerror=note):
-        if SEGMENT_MARK in files or (leave_out is not None and Path(folder).resolve() == leave_out.resolve()):
+        if _is_left_out(Path(folder), files, source, leave_out):
             names.clear()
             continue
         names.sort()
         paths = (Path(folder) / name for name in files)
         found += [p for p in paths if p.suffix.lower() in FILM_SUFFIXES and not p.stem.endswith(PARTIAL)]
     return found
+
+
+def _is_left_out(folder: Path, files: Sequence[str], source: Path, leave_out: Path | None) -> bool:
+    if leave_out is not None and folder.resolve() == leave_out.resolve():
+        return True
+    return SEGMENT_MARK in files or (folder != source and (EXPORT_MARK in files or folder.name.endswith(PARTIAL)))
 
 
 def _finished(film: Path) -> Path:

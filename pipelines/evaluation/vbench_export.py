@@ -9,18 +9,20 @@ video, encoded again at the highest quality. Dimensions are those that VBench ca
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from arlon.data.video_io import VideoWriter, probe, read_video
-from pipelines.evaluation.film_set import Film, Problem, add_prompts, find_films, outline_of
+from pipelines.evaluation.film_set import EXPORT_MARK, PARTIAL, Film, Problem, add_prompts, find_films, outline_of
 from pipelines.runs.durable import copy_file, publish, temporary_beside, write_json
 from pipelines.storyboard import UsageError
 
 VIDEOS_NAME = "videos"
-INFO_NAME = "arlon_full_info.json"
+INFO_NAME = EXPORT_MARK
 DIMENSIONS = (
     "subject_consistency",
     "background_consistency",
@@ -53,12 +55,12 @@ def export_films(
 
     Args:
         sources: Films and folders; see `pipelines.evaluation.film_set`.
-        folder: Where to; it must not hold another export.
+        folder: Where to; the videos of an export that is there are replaced, others are not touched.
         prompts: Prompt file.
         leave_out: Folder that is not searched for films.
 
     Raises:
-        UsageError: If the folder holds videos already.
+        UsageError: If the folder holds other videos.
         OSError: If it cannot be written.
     """
     check_export(folder)
@@ -67,17 +69,22 @@ def export_films(
     if prompts is not None:
         films, more = add_prompts(films, prompts)
         problems += more
-    videos.mkdir(parents=True, exist_ok=True)
+    growing = folder / f"{VIDEOS_NAME}{PARTIAL}"  # an export that was killed is made again
+    shutil.rmtree(growing, ignore_errors=True)
+    growing.mkdir(parents=True)
     written: dict[str, list[str]] = {}
     for film in films:
         try:
-            _export(film, videos, written)
+            _export(film, growing, written)
         except (ValueError, OSError) as error:
             problems.append(Problem(source=film.name, reason=f"not exported: {error}"))
     info = [
         {"prompt_en": prompt, "dimension": list(DIMENSIONS), "video_list": names} for prompt, names in written.items()
     ]
+    if videos.is_dir():
+        shutil.rmtree(videos)
     write_json(folder / INFO_NAME, info)
+    publish(growing, videos)
     return Export(info=folder / INFO_NAME, num_videos=sum(map(len, written.values())), problems=tuple(problems))
 
 
@@ -85,25 +92,33 @@ def check_export(folder: Path) -> None:
     """Refuse a folder that cannot take an export.
 
     Raises:
-        UsageError: If it holds videos already, or is a file.
+        UsageError: If it holds videos that are of no export, or is a file.
     """
     videos = folder / VIDEOS_NAME
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"'{folder}' is a file: name a folder as --export-vbench")
-    if videos.is_dir() and any(videos.iterdir()):
-        raise UsageError(f"'{videos}' holds videos already: choose another --export-vbench, or remove it")
+    if videos.exists() and (not videos.is_dir() or {path.name for path in videos.iterdir()} - _exported(folder)):
+        raise UsageError(f"'{videos}' holds other videos: choose another --export-vbench, or remove it")
+
+
+def _exported(folder: Path) -> set[str]:
+    """File names of the videos of an export."""
+    try:
+        entries = json.loads((folder / INFO_NAME).read_text(encoding="utf-8"))
+        return {Path(name).name for entry in entries for name in entry["video_list"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
 
 
 def _export(film: Film, videos: Path, written: dict[str, list[str]]) -> None:
-    """Write the videos of a film; `written` has the names so far, by prompt."""
+    """Write the videos of a film into a folder; `written` has the names so far, by prompt."""
     info = probe(film.path)
     frames = read_video(film.path)
     shots = outline_of(film, info.tags, len(frames)).shots
     for shot in shots:
         check_prompt(shot.prompt)
     for shot in shots:
-        names = written.setdefault(shot.prompt, [])
-        target = videos / f"{shot.prompt}-{len(names)}.mp4"
+        target = videos / f"{shot.prompt}-{len(written.get(shot.prompt, ()))}.mp4"
         temporary = temporary_beside(target)
         try:
             if len(shots) == 1 and film.path.suffix.lower() == ".mp4":
@@ -114,7 +129,7 @@ def _export(film: Film, videos: Path, written: dict[str, list[str]]) -> None:
             publish(temporary, target)
         finally:
             temporary.unlink(missing_ok=True)
-        names.append(f"{VIDEOS_NAME}/{target.name}")
+        written.setdefault(shot.prompt, []).append(f"{VIDEOS_NAME}/{target.name}")
 
 
 def check_prompt(prompt: str) -> None:

@@ -21,6 +21,7 @@ from arlon.data.video_io import VideoWriter, probe, read_video
 from arlon.evaluation import suite
 from pipelines.cli import app
 from pipelines.evaluation import evaluate as evaluation
+from pipelines.evaluation import vbench_export
 from pipelines.evaluation.evaluate import evaluate
 from pipelines.evaluation.film_set import Film, Problem, add_prompts, find_films, outline_of
 from pipelines.evaluation.plots import nice_range
@@ -442,4 +443,26 @@ def test_an_export_does_not_mix_with_another(films, tmp_path):
         films / "a.mp4", "--output", tmp_path / "out", "--workers", 1, "--export-vbench", tmp_path / "vbench"
     )
     assert result.exit_code == 2
-    assert "holds videos already" in result.stderr
+    assert "holds other videos" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_export_that_was_killed_or_made_before_is_made_again(films, tmp_path, monkeypatch):
+    sources, folder = [films / "a.mp4"], tmp_path / "films" / "vbench"
+
+    def killed(*paths: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(vbench_export, "write_json", killed)
+        with pytest.raises(KeyboardInterrupt):
+            export_films(sources, folder)
+    assert find_films([tmp_path / "films"])[0] == []
+    for colour in (RED, BLUE, RED):
+        write_film(tmp_path / "take.mp4", frames_of("red"), timeline(colour))
+        export_films([*sources, tmp_path / "take.mp4"], folder)
+        names = {path.name for path in (folder / "videos").iterdir()}
+        assert names == {f"{RED}-0.mp4", f"{BLUE}-0.mp4", f"{colour}-1.mp4"}
+        assert names == vbench_export._exported(folder)
+    assert find_films([tmp_path / "films"])[0] == []
+    assert len(find_films([folder])[0]) == 3
