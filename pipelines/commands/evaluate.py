@@ -105,6 +105,8 @@ def _read_backbones(given: list[str]) -> dict[str, str]:
         if not equals or not source or name not in BACKBONE_KINDS:
             known = ", ".join(BACKBONE_KINDS)
             raise UsageError(f"--backbone must be DIMENSION=MODEL with one of {known}, got '{text}'")
+        if name in backbones:
+            raise UsageError(f"--backbone {name} is given twice: '{backbones[name]}' and '{source}'")
         backbones[name] = source
     return backbones
 
