@@ -75,7 +75,11 @@ FIGURES: Mapping[str, Figure] = {
         meaning="Mean over frames of a linear head on the normalised image embedding, over 10.",
         backbone="CLIP ViT-L/14 with LAION's aesthetic head",
     ),
-    "imaging_quality": Figure(group="vbench", meaning="Mean quality of frames over 100.", backbone="MUSIQ, SPAQ"),
+    "imaging_quality": Figure(
+        group="vbench",
+        meaning="Mean quality of frames, of at most 512 pixels a side, over 100.",
+        backbone="MUSIQ, SPAQ",
+    ),
     "motion_smoothness": Figure(
         group="vbench", meaning="How well every second frame is interpolated from its neighbours.", backbone="AMT-S"
     ),
@@ -86,7 +90,9 @@ FIGURES: Mapping[str, Figure] = {
         backbone="RAFT, C + T",
     ),
     "overall_consistency": Figure(
-        group="vbench", meaning="Likeness of film and prompt in a common space.", backbone="ViCLIP"
+        group="vbench",
+        meaning="Cosine of the embeddings of prompt and of eight frames; with several shots their mean.",
+        backbone="ViCLIP",
     ),
     "dynamic_degree_lk": Figure(
         group="motion",

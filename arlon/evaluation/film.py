@@ -267,13 +267,23 @@ class _Film:
                 continue
             if name in backbones:
                 try:
-                    self.values[name] = backbones[name].score(self.frames, fps=self.fps)
+                    self.values[name] = self._score(backbones[name])
                 except ValueError as error:
                     self.skip(str(error), name)
             elif name in vbench.BACKBONE_KINDS:
                 self.skip(f"needs {figure.backbone}: give --backbone {name}=PLACE", name)
             else:
                 self.skip(f"needs {figure.backbone}, {vbench.NO_ARCHITECTURE[name]}: use the official suite", name)
+
+    def _score(self, backbone: vbench.Backbone) -> float:
+        """The figure of a network; of one that needs prompts the mean over shots, as each has its own."""
+        if not isinstance(backbone, vbench.PromptBackbone):
+            return backbone.score(self.frames, fps=self.fps)
+        shots = [shot for shot in self.outline.shots if shot.prompt]
+        if not shots:
+            raise ValueError("its prompts are not known")
+        parts = ((self.frames[shot.start_frame :][: shot.num_frames], shot.prompt) for shot in shots)
+        return _mean(backbone.agreement(*part) for part in parts)
 
 
 def score_join(before: AskedShot, after: AskedShot, seen: Reading, then: Reading) -> dict[str, float]:

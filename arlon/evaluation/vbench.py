@@ -2,7 +2,7 @@
 
 Source: Huang et al., "VBench: Comprehensive benchmark suite for video generative models", arXiv:2311.17982, and its
 code where the paper leaves something open (preprocessing, thresholds). A backbone is a folder or hub id in the layout
-of transformers, read from safetensors only; RAFT is a file of torchvision's weights, read as tensors only.
+of transformers, read from safetensors only; RAFT, MUSIQ and ViCLIP are files of weights, read as tensors only.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import hashlib
 import pickle
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from arlon.checkpoint import read_json, resolve_model
+from arlon.evaluation.viclip import ViCLIP
 
 RULES = 2
 """Of what this module computes with networks: with other ones, such figures are computed again."""
@@ -38,6 +40,10 @@ RAFT_UPDATES = 20
 RAFT_MIN_SIDE = 128
 """Pixels: features are an eighth of it, and the coarsest level of their pyramid an eighth of that."""
 RAFT_BATCH_SIZE = 4
+MUSIQ_LONGEST_SIDE = 512
+MUSIQ_SCALE = 100
+CONSISTENCY_FRAMES = 8
+"""Of a shot, held against its prompt."""
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 
@@ -108,6 +114,18 @@ class Backbone(ABC):
         """
 
 
+class PromptBackbone(Backbone):
+    """A network that holds a shot against its prompt."""
+
+    @abstractmethod
+    def agreement(self, frames: np.ndarray, prompt: str) -> float:
+        """Cosine of frames (pT, pH, pW, 3) uint8 and a prompt, [-1, 1]."""
+
+    def score(self, frames: np.ndarray, *, fps: float) -> float:
+        """Refused: `agreement` needs a prompt."""
+        raise ValueError("it needs the prompt of every shot")
+
+
 class DinoBackbone(Backbone):
     """Class token of a vision transformer: subject consistency."""
 
@@ -138,19 +156,20 @@ class ClipBackbone(Backbone):
         from transformers import CLIPVisionModelWithProjection
 
         self.description = _describe(folder)
-        width = read_json(folder / "config.json", "a configuration").get("projection_dim", 512)
-        self._model = _load(CLIPVisionModelWithProjection, folder, device, projection_dim=width)
+        self.width = read_json(folder / "config.json", "a configuration").get("projection_dim", 512)
+        self._model = _load(CLIPVisionModelWithProjection, folder, device, projection_dim=self.width)
+        self.side = self._model.config.image_size
 
-    @torch.inference_mode()
     def embed(self, frames: np.ndarray) -> Tensor:
         """Embeddings of frames, (pT, E) float32."""
-        side = self._model.config.image_size
-        features = []
-        for start in range(0, len(frames), BATCH_SIZE):
-            pictures = _prepare(frames[start : start + BATCH_SIZE], "bicubic", *_CLIP, side=side)
-            pictures = _centre(pictures, side).to(self._model.device)
-            features.append(self._model(pixel_values=pictures).image_embeds.float().cpu())
-        return torch.cat(features)
+        parts = (frames[start : start + BATCH_SIZE] for start in range(0, len(frames), BATCH_SIZE))
+        pictures = (_centre(_prepare(part, "bicubic", *_CLIP, side=self.side), self.side) for part in parts)
+        return torch.cat([self.embed_pictures(batch) for batch in pictures])
+
+    @torch.inference_mode()
+    def embed_pictures(self, pictures: Tensor) -> Tensor:
+        """Embeddings (n, E) float32 of normalised pictures (n, 3, side, side)."""
+        return self._model(pixel_values=pictures.to(self._model.device)).image_embeds.float().cpu()
 
     def score(self, frames: np.ndarray, *, fps: float) -> float:
         """Consistency of the embeddings."""
@@ -174,7 +193,7 @@ class AestheticBackbone(ClipBackbone):
         if shapes != {"weight": (1, width), "bias": (1,)}:
             raise ValueError(f"'{head}' must hold weight (1, {width}) and bias (1,), got {shapes}")
         self._weight, self._bias = tensors["weight"].float()[0], tensors["bias"].float()
-        self.description += f", head {hashlib.sha256(head.read_bytes()).hexdigest()[:12]}"
+        self.description += f", head {_hash(head)}"
 
     def score(self, frames: np.ndarray, *, fps: float) -> float:
         """Mean of the head over the frames."""
@@ -206,7 +225,7 @@ class RaftBackbone(Backbone):
             ) from error
         self._model = self._model.eval().requires_grad_(False).to(device)
         self._device = device
-        self.description = f"raft, weights {hashlib.sha256(file.read_bytes()).hexdigest()[:12]}"
+        self.description = f"raft, weights {_hash(file)}"
 
     @torch.inference_mode()
     def score(self, frames: np.ndarray, *, fps: float) -> float:
@@ -228,17 +247,108 @@ class RaftBackbone(Backbone):
         return float(is_dynamic(torch.cat(pixels), size, fps=fps, num_frames=len(picked)))
 
 
+class MusiqBackbone(Backbone):
+    """Quality of single frames by pyiqa's MUSIQ: imaging quality."""
+
+    def __init__(self, source: Path, device: str) -> None:
+        try:
+            from pyiqa.archs.musiq_arch import MUSIQ
+        except Exception as error:  # it wants a transformers of its own, and fails in its own way with another
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ValueError(f"MUSIQ's architecture comes from pyiqa, which cannot be imported ({reason})") from error
+        file = _weight_file(source)
+        tensors = _read_tensors(file)
+        self._model = MUSIQ(pretrained=False)
+        try:
+            self._model.load_state_dict(tensors)
+        except RuntimeError as error:
+            raise ValueError(f"'{file}' does not hold the weights of pyiqa's MUSIQ: {_first_lines(error)}") from error
+        self._model = self._model.eval().requires_grad_(False).to(device)
+        self._device = device
+        self.description = f"musiq, weights {_hash(file)}"
+
+    @torch.inference_mode()
+    def score(self, frames: np.ndarray, *, fps: float) -> float:
+        """Mean quality of the frames, which are reduced if a side is longer than 512 pixels."""
+        height, width = frames.shape[1:3]
+        scale = min(1.0, MUSIQ_LONGEST_SIDE / max(height, width))
+        total = 0.0
+        for frame in frames:
+            picture = torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1)[None].float()
+            if scale < 1:
+                picture = F.interpolate(picture, size=(int(scale * height), int(scale * width)), mode="bilinear")
+            total += float(self._model((picture / 255).to(self._device)))
+        return total / len(frames) / MUSIQ_SCALE
+
+
+class ViclipBackbone(PromptBackbone):
+    """ViCLIP: a file of its weights beside the files of CLIP's tokenizer."""
+
+    def __init__(self, folder: Path, device: str) -> None:
+        if not folder.is_dir():
+            raise ValueError(f"'{folder}' is a file: name the folder with the weights and CLIP's tokenizer")
+        file = _weight_file(folder)
+        tensors = _read_tensors(file)
+        try:
+            self._model = ViCLIP(tensors)
+        except ValueError as error:
+            raise ValueError(f"'{file}': {error}") from error
+        self._model = self._model.eval().requires_grad_(False).to(device)
+        self._tokenizer = _load_tokenizer(folder, self._model.num_words)
+        self._device = device
+        self.description = f"viclip, weights {_hash(file)}"
+
+    @torch.inference_mode()
+    def agreement(self, frames: np.ndarray, prompt: str) -> float:
+        """Cosine of both embeddings."""
+        model = self._model
+        pictures = _prepare_for_prompt(frames, model.num_frames, model.image_size).to(self._device)
+        tokens = torch.zeros(1, model.num_tokens, dtype=torch.long)
+        words = _tokens(self._tokenizer, prompt, model.num_tokens)
+        tokens[0, : len(words)] = torch.tensor(words)
+        video, text = model.embed_videos(pictures.transpose(0, 1)[None]), model.embed_texts(tokens.to(self._device))
+        return F.cosine_similarity(video.float(), text.float()).item()
+
+
+class ClipPromptBackbone(PromptBackbone):
+    """A CLIP in place of ViCLIP: the mean of the embeddings of single frames, which knows nothing of motion."""
+
+    def __init__(self, folder: Path, device: str) -> None:
+        from transformers import CLIPTextModelWithProjection
+
+        self._vision = ClipBackbone(folder, device)
+        width = self._vision.width
+        self._text = _load(CLIPTextModelWithProjection, folder, device, projection_dim=width)
+        self._tokenizer = _load_tokenizer(folder, self._text.config.vocab_size)
+        self.description = f"{self._vision.description}, mean of {CONSISTENCY_FRAMES} single frames"
+
+    @torch.inference_mode()
+    def agreement(self, frames: np.ndarray, prompt: str) -> float:
+        """Cosine of the mean of the frames' unit embeddings and that of the prompt."""
+        pictures = _prepare_for_prompt(frames, CONSISTENCY_FRAMES, self._vision.side)
+        video = F.normalize(self._vision.embed_pictures(pictures), dim=-1).mean(0)
+        words = _tokens(self._tokenizer, prompt, self._text.config.max_position_embeddings)
+        text = self._text(input_ids=torch.tensor([words], device=self._text.device)).text_embeds[0].float().cpu()
+        return F.cosine_similarity(video, text, dim=0).item()
+
+
+def _prompt_backbone(source: Path, device: str) -> PromptBackbone:
+    """ViCLIP, or a CLIP if the folder says that it holds one."""
+    is_clip = source.is_dir() and (source / "config.json").is_file()
+    return ClipPromptBackbone(source, device) if is_clip else ViclipBackbone(source, device)
+
+
 BACKBONE_KINDS: Mapping[str, Callable[[Path, str], Backbone]] = {
     "subject_consistency": DinoBackbone,
     "background_consistency": ClipBackbone,
     "aesthetic_quality": AestheticBackbone,
     "dynamic_degree": RaftBackbone,
+    "imaging_quality": MusiqBackbone,
+    "overall_consistency": _prompt_backbone,
 }
 """The dimensions for which a backbone can be given."""
 NO_ARCHITECTURE: Mapping[str, str] = {
-    "imaging_quality": "whose architecture no library in use holds (pyiqa does, for non-commercial use)",
     "motion_smoothness": "whose architecture is in its authors' repository alone",
-    "overall_consistency": "whose architecture is in its authors' repository alone",
 }
 """Why none can be given for the others."""
 
@@ -248,7 +358,7 @@ def load_backbone(dimension: str, source: str, *, device: str = "cpu") -> Backbo
 
     Args:
         dimension: One of `BACKBONE_KINDS`.
-        source: A folder, or a hub id; of `dynamic_degree` a file of weights, or a folder with one.
+        source: A folder, or a hub id; of `dynamic_degree` and `imaging_quality` a file of weights, or its folder.
         device: Where it computes.
 
     Raises:
@@ -315,9 +425,36 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
             tensors = torch.load(file, map_location="cpu", weights_only=True)
     except (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise ValueError(f"'{file}' is damaged, or holds more than weights: {_first_lines(error)}") from error
+    if isinstance(tensors, dict) and isinstance(tensors.get("model"), dict):  # as ViCLIP's are stored
+        tensors = tensors["model"]
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise ValueError(f"'{file}' must hold tensors by name, and nothing else")
     return tensors
+
+
+def _hash(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:12]
+
+
+def _load_tokenizer(folder: Path, num_words: int) -> Any:
+    """CLIP's tokenizer, from the files of transformers in a folder."""
+    from transformers import CLIPTokenizer
+
+    if not (folder / "tokenizer.json").is_file() and not (folder / "vocab.json").is_file():
+        raise ValueError(f"'{folder}' has no tokenizer: put CLIP's vocab.json and merges.txt, or tokenizer.json, there")
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # errors of several libraries
+        raise ValueError(f"cannot load the tokenizer in '{folder}': {_first_lines(error)}") from error
+    if len(tokenizer) > num_words:
+        raise ValueError(f"the tokenizer in '{folder}' has {len(tokenizer)} tokens, the network {num_words}")
+    return tokenizer
+
+
+def _tokens(tokenizer: Any, prompt: str, longest: int) -> list[int]:
+    """Tokens of a prompt with start and end; of a longer one the first ones, and the end."""
+    tokens = tokenizer(prompt)["input_ids"]
+    return tokens if len(tokens) <= longest else [*tokens[: longest - 1], tokens[-1]]
 
 
 def _first_lines(error: Exception) -> str:
@@ -349,17 +486,28 @@ def _prepare(
     std: tuple[float, float, float],
     *,
     side: int = INPUT_SIDE,
+    in_levels: bool = False,
 ) -> Tensor:
     """Frames (n, pH, pW, 3) uint8 to normalised pictures (n, 3, h, w) whose shorter side is `side`.
 
-    As torchvision does it for VBench: without anti-aliasing, and what bicubic filtering makes of edges is not clamped.
+    As torchvision does it for VBench: without anti-aliasing, and what bicubic filtering makes of edges is not clamped
+    unless the result is to be `in_levels`, as that of pictures in uint8 is.
     """
     pictures = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2).float()
     height, width = pictures.shape[-2:]
     size = (side, side * width // height) if height <= width else (side * height // width, side)
-    pictures = F.interpolate(pictures, size=size, mode=mode, align_corners=False) / 255
+    pictures = F.interpolate(pictures, size=size, mode=mode, align_corners=False)
+    pictures = (pictures.clamp(0, 255).round() if in_levels else pictures) / 255
     shape = (1, 3, 1, 1)
     return (pictures - torch.tensor(mean).view(shape)) / torch.tensor(std).view(shape)
+
+
+def _prepare_for_prompt(frames: np.ndarray, count: int, side: int) -> Tensor:
+    """The middle frame of each of `count` parts of a shot, the last again if it has fewer, (count, 3, side, side)."""
+    ends = np.linspace(0, len(frames), min(count, len(frames)) + 1).astype(int)
+    middle = [(start + end - 1) // 2 for start, end in pairwise(ends)]
+    picked = frames[[*middle, *middle[-1:] * (count - len(middle))]]
+    return _centre(_prepare(picked, "bicubic", *_CLIP, side=side, in_levels=True), side)
 
 
 def _centre(pictures: Tensor, side: int) -> Tensor:

@@ -44,8 +44,9 @@ def evaluate(
         typer.Option(
             "--backbone",
             metavar="DIMENSION=MODEL",
-            help="Folder or hub id of the network of subject_consistency (DINO), background_consistency (CLIP) or "
-            "aesthetic_quality (CLIP and head); file of the weights of dynamic_degree (torchvision's RAFT).",
+            help="Folder or hub id of the network of subject_consistency (DINO), background_consistency (CLIP), "
+            "aesthetic_quality (CLIP and head) or overall_consistency (ViCLIP, or a CLIP); file of the weights of "
+            "dynamic_degree (torchvision's RAFT) or imaging_quality (pyiqa's MUSIQ).",
         ),
     ] = None,
     device: Annotated[str, typer.Option("--device", help="Where networks compute: cpu, cuda, ...")] = "cpu",

@@ -248,7 +248,7 @@ def test_a_backbone_that_is_none_is_a_problem_not_the_end(films, tmp_path):
     ("arguments", "message"),
     [
         (("--workers", 0), "--workers must be at least 1"),
-        (("--backbone", "imaging_quality=musiq"), "--backbone must be DIMENSION=MODEL"),
+        (("--backbone", "motion_smoothness=amt"), "--backbone must be DIMENSION=MODEL"),
         (("--backbone", "subject_consistency"), "--backbone must be DIMENSION=MODEL"),
         (("--backbone", "subject_consistency=a", "--backbone", "subject_consistency=b"), "is given twice: 'a' and 'b'"),
     ],

@@ -216,7 +216,8 @@ def test_networks_that_are_not_given_are_never_replaced(switch):
     assert {name: found["figures"][name] for name in learned} == dict.fromkeys(learned) | {"subject_consistency": 0.25}
     assert "--backbone background_consistency=" in found["skipped"]["background_consistency"]
     assert "RAFT" in found["skipped"]["dynamic_degree"]
-    assert "MUSIQ, SPAQ, whose architecture" in found["skipped"]["imaging_quality"]
+    assert "MUSIQ, SPAQ: give --backbone imaging_quality=" in found["skipped"]["imaging_quality"]
+    assert "AMT-S, whose architecture" in found["skipped"]["motion_smoothness"]
 
 
 def test_every_figure_has_a_value_or_a_reason(switch):
