@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -19,6 +19,7 @@ from arlon.evaluation import metrics, oracle, suite, vbench
 from arlon.evaluation.asked import AskedShot, read_prompt
 from arlon.evaluation.figures import FIGURES
 from arlon.evaluation.metrics import FrameStatistics
+from arlon.evaluation.motion import MIN_FRAMES
 from arlon.evaluation.optical_flow import estimate_flow
 from arlon.evaluation.oracle import Reading
 
@@ -188,7 +189,7 @@ class _Film:
 
     def measure_prompts(self) -> None:
         """What the oracle sees of what the prompts ask for."""
-        asked = [read_prompt(shot.prompt) for shot in self.outline.shots]
+        asked = [_asked(shot) for shot in self.outline.shots]
         readings = [
             self._read(shot) if wanted else None for shot, wanted in zip(self.outline.shots, asked, strict=True)
         ]
@@ -334,6 +335,14 @@ def plain_reading(reading: Reading) -> dict[str, Any]:
 def plain_number(value: float) -> float | None:
     """A number for JSON: None if it is not finite."""
     return value if math.isfinite(value) else None
+
+
+def _asked(shot: FilmShot) -> AskedShot | None:
+    """What a prompt asks of a shot; no motion and speed of one that is too short to show any."""
+    asked = read_prompt(shot.prompt)
+    if asked is None or shot.num_frames >= MIN_FRAMES:
+        return asked
+    return replace(asked, objects=tuple(replace(look, motion=None, speed=None) for look in asked.objects))
 
 
 def _accuracy(score: Mapping[str, float]) -> float:

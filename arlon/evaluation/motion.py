@@ -15,6 +15,8 @@ from arlon.data import shapes_world as world
 from arlon.evaluation.likeness import FOLD
 from arlon.evaluation.tracking import Track
 
+MIN_FRAMES = 4
+"""In which an object must be seen for its motion to be read."""
 STATIONARY_EXTENT = 0.06
 STRAIGHT_R2 = 0.8
 """Share of the variance of a path that uniform motion explains, from which it is a translation."""
@@ -36,7 +38,7 @@ def read_motion(
     track: Track, radius: np.ndarray, good: np.ndarray, shape: str | None, fps: float
 ) -> tuple[str | None, str | None]:
     """Motion and speed class of an object; (None, None) for too few frames."""
-    if good.sum() < 4:
+    if good.sum() < MIN_FRAMES:
         return None, None
     time_s = np.flatnonzero(good) / fps
     path = np.stack([_steady(track.x[good]), _steady(track.y[good])], axis=1)

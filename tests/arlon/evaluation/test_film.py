@@ -204,6 +204,15 @@ def test_a_film_of_one_frame_says_what_it_cannot_have():
     assert found["figures"]["prompt_background"] == 1
 
 
+def test_no_motion_is_asked_of_a_shot_too_short_to_show_any():
+    for length, has_motion in ((1, False), (3, False), (8, True)):
+        frames = render(look(), look(), seconds=length / FPS)
+        figures = measure_film(frames, outline(RED_LEFT, RED_LEFT, length=length), fps=FPS)["figures"]
+        motions = [figures[name] for name in ("prompt_motion", "prompt_direction", "kept_motion")]
+        assert motions == ([1, 1, 1] if has_motion else [None, None, None])
+        assert (figures["prompt_colour"], figures["prompt_accuracy"], figures["kept_shape"]) == (1, 1, 1)
+
+
 def test_networks_that_are_not_given_are_never_replaced(switch):
     class Constant(Backbone):
         description = "constant"
