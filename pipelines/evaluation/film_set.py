@@ -22,7 +22,7 @@ from typing import Any
 from arlon.data.video_io import read_tags
 from arlon.evaluation.film import FilmShot, Outline
 from pipelines.film_file import RECORD_TAG
-from pipelines.markup import parse_json, shown
+from pipelines.markup import parse_json, read_text, shown
 from pipelines.runs.run_folder import RUN_NAME
 from pipelines.sheet import find_film
 
@@ -120,7 +120,7 @@ def add_prompts(films: Sequence[Film], prompt_file: Path) -> tuple[list[Film], l
     """Films with the prompts of a file; a film that the file does not name, or names wrongly, stays as it is."""
     source = prompt_file.name
     try:
-        text = prompt_file.read_text(encoding="utf-8-sig")
+        text = read_text(prompt_file)
         if prompt_file.suffix.lower() in (".jsonl", ".csv", ".yaml", ".yml"):
             raise ValueError("expected JSON (.json), or text with one prompt a line (.txt)")
         is_json = prompt_file.suffix.lower() == ".json"
@@ -128,7 +128,7 @@ def add_prompts(films: Sequence[Film], prompt_file: Path) -> tuple[list[Film], l
         misfits = [_misfit(film) for film in added]
         problems += [Problem(source=source, reason=reason) for reason in misfits if reason]
         return [film if misfit else new for film, new, misfit in zip(films, added, misfits, strict=True)], problems
-    except (OSError, UnicodeDecodeError, ValueError) as error:
+    except ValueError as error:
         return list(films), [Problem(source=source, reason=f"not a prompt file: {_reason(error)}")]
 
 

@@ -379,11 +379,16 @@ def test_given_prompts_share_a_film_evenly_or_follow_its_shots(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "content"),
-    [("p.txt", "one\ntwo"), ("p.json", "[1]"), ("p.json", "{"), ("p.json", None), ("p.jsonl", '{"a.mp4": "x"}')],
+    [
+        *(("p.txt", "one\ntwo"), ("p.json", "[1]"), ("p.json", "{"), ("p.json", None), ("p.json", "pipe")),
+        ("p.jsonl", '{"a.mp4": "x"}'),
+    ],
 )
 def test_a_prompt_file_of_a_wrong_form_changes_nothing(tmp_path, name, content):
     film = Film(name="a.mp4", path=tmp_path / "a.mp4")
-    if content is not None:
+    if content == "pipe":
+        os.mkfifo(tmp_path / name)
+    elif content is not None:
         (tmp_path / name).write_text(content)
     films, problems = add_prompts([film], tmp_path / name)
     assert films == [film]
