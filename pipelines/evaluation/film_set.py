@@ -238,7 +238,7 @@ def _read_record(path: Path, tags: Mapping[str, str]) -> dict[str, Any] | None:
 def _outline_from_record(timeline: Mapping[str, Any]) -> Outline:
     shots = tuple(
         FilmShot(
-            prompt=str(shot["prompt"]),
+            prompt=str(shot["prompt"] or ""),
             start_frame=int(shot["start_frame"]),
             num_frames=int(shot["num_frames"]),
             is_cut=index > 0 and shot["transition"] == "cut",
@@ -247,6 +247,9 @@ def _outline_from_record(timeline: Mapping[str, Any]) -> Outline:
     )
     if not shots:
         raise ValueError("no shots")
+    for number, shot in enumerate(shots, start=1):
+        if shot.start_frame < 0 or shot.num_frames < 1:
+            raise ValueError(f"shot {number} has {shot.num_frames} frames from frame {shot.start_frame} on")
     starts = timeline.get("segment_starts")
     return Outline(shots=shots, segment_starts=None if starts is None else tuple(int(start) for start in starts))
 

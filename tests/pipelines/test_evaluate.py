@@ -409,6 +409,14 @@ def test_a_damaged_record_is_refused(tmp_path):
     film = Film(name="a.mp4", path=tmp_path / "a.mp4")
     with pytest.raises(ValueError, match="no usable timeline"):
         outline_of(film, {RECORD_TAG: json.dumps({"timeline": {"shots": [{"prompt": "x"}]}})}, 9)
+    for name, value in (("start_frame", -1), ("num_frames", 0)):
+        damaged = timeline("x")
+        damaged["timeline"]["shots"][0][name] = value
+        with pytest.raises(ValueError, match=f"no usable timeline .*shot 1 .*{value}"):
+            outline_of(film, {RECORD_TAG: json.dumps(damaged)}, 16)
+    unknown = timeline("x")
+    unknown["timeline"]["shots"][0]["prompt"] = None
+    assert outline_of(film, {RECORD_TAG: json.dumps(unknown)}, 16).shots[0].prompt == ""
     (tmp_path / "a.json").write_text("{")
     with pytest.raises(ValueError, match=r"'a\.json' beside it is not valid JSON"):
         outline_of(film, {}, 9)
