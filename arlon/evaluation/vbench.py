@@ -389,8 +389,9 @@ def _load(model_class: Any, folder: Path, device: str, **options: Any) -> Any:
     """A network with every weight from the folder; transformers would make up those that are missing."""
     from transformers.utils import logging
 
-    verbosity = logging.get_verbosity()
+    verbosity, shows_progress = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()  # what is missing is reported below, and a text tower that is left out is no news
+    logging.disable_progress_bar()
     try:
         model, info = model_class.from_pretrained(
             str(folder), local_files_only=True, use_safetensors=True, output_loading_info=True, **options
@@ -399,6 +400,8 @@ def _load(model_class: Any, folder: Path, device: str, **options: Any) -> Any:
         raise ValueError(f"cannot load '{folder}': {str(error).strip().splitlines()[0][:200]}") from error
     finally:
         logging.set_verbosity(verbosity)
+        if shows_progress:
+            logging.enable_progress_bar()
     missing = [*info["missing_keys"], *map(str, info.get("mismatched_keys", ()))]
     if missing:
         raise ValueError(f"'{folder}' lacks {len(missing)} weights, such as {sorted(missing)[0]}")

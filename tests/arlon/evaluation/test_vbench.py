@@ -61,6 +61,11 @@ def naive_consistency(features: torch.Tensor) -> float:
     return total / (len(features) - 1)
 
 
+def test_a_backbone_is_loaded_without_a_word(dino, capsys):
+    vbench.load_backbone("subject_consistency", str(dino))
+    assert capsys.readouterr() == ("", "")
+
+
 def test_subject_consistency_is_that_of_class_tokens(dino):
     from transformers import ViTModel
 
