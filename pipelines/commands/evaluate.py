@@ -22,6 +22,12 @@ SHOWN_FIGURES = (
     "prompt_both_objects",
     "switch_appears",
     "temporal_flickering",
+    "subject_consistency",
+    "background_consistency",
+    "aesthetic_quality",
+    "imaging_quality",
+    "overall_consistency",
+    "dynamic_degree",
     "dynamic_degree_lk",
     "seam_strength",
 )
@@ -134,6 +140,6 @@ def _print(result: Evaluation) -> None:
     for name in SHOWN_FIGURES:
         share = result.figures.get(name)
         if share is not None and share.count:
-            say(f"{name:20} {share.mean:6.3f}  [{share.low:.3f}, {share.high:.3f}]  {count(share.count, 'film')}")
+            say(f"{name:22} {share.mean:6.3f}  [{share.low:.3f}, {share.high:.3f}]  {count(share.count, 'film')}")
     typer.echo(str(result.result))
     typer.echo(str(result.page))

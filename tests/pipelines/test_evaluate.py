@@ -19,7 +19,10 @@ from typer.testing import CliRunner, Result
 from arlon.data import shapes_world as world
 from arlon.data.video_io import VideoWriter, probe, read_video
 from arlon.evaluation import suite
+from arlon.evaluation.figures import FIGURES
+from arlon.evaluation.vbench import NO_ARCHITECTURE
 from pipelines.cli import app
+from pipelines.commands.evaluate import SHOWN_FIGURES
 from pipelines.evaluation import evaluate as evaluation
 from pipelines.evaluation import vbench_export
 from pipelines.evaluation.evaluate import evaluate
@@ -81,6 +84,11 @@ def films(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def measured(films: Path, tmp_path_factory: pytest.TempPathFactory) -> evaluation.Evaluation:
     return evaluate([films], tmp_path_factory.mktemp("results"))
+
+
+def test_what_networks_found_is_shown_too():
+    needed = {name for name, figure in FIGURES.items() if figure.backbone}
+    assert needed - set(SHOWN_FIGURES) == {*NO_ARCHITECTURE}
 
 
 def test_the_figures_are_those_of_the_films(measured):
