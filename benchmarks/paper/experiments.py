@@ -6,6 +6,7 @@ paper does not give (sampling of the AR model) is measured as well.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from arlon.evaluation import suite
 from arlon.evaluation.suite import Case
 from benchmarks.paper import variants
 from benchmarks.paper.conditions import Condition
+from benchmarks.prompt_accuracy import Mode
 from pipelines.model import ModelGeometry
 
 SUITE_SEED = 2026
@@ -73,6 +75,14 @@ def _sampled(label: str, setting: str, values: Sequence[float]) -> Iterator[Cond
     """A condition for each value of a setting of the AR model's sampling."""
     for value in values:
         yield Condition(name=f"{label} {value}", steps=FEW_STEPS, settings={setting: value})
+
+
+def _blended(counts: Sequence[int]) -> Iterator[Condition]:
+    """The base alone and the whole model, with numbers of frames that are blended at chunk borders."""
+    modes: tuple[Mode, ...] = ("base", "arlon")
+    for mode, count in itertools.product(modes, counts):
+        name = f"{mode}, {count} frames blended"
+        yield Condition(name=name, steps=FEW_STEPS, mode=mode, settings={"vae_blend_frames": count})
 
 
 EXPERIMENTS: dict[str, Experiment] = {
@@ -148,11 +158,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     "seams": Experiment(
         title="Seams where segments of one shot join",
         claim="(Not in the paper.)",
-        conditions=(
-            Condition(name="base", steps=FEW_STEPS, mode="base"),
-            Condition(name="arlon", steps=FEW_STEPS),
-            Condition(name="arlon, chunks blended", steps=FEW_STEPS, settings={"vae_blend_frames": 2}),
-        ),
+        conditions=tuple(_blended((0, 2))),
         figures=("seam_strength", "temporal_flickering", "drift_colour", "drift_contrast", "drift_sharpness"),
         num_segments=5,
         default_cases=8,
