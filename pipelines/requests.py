@@ -274,7 +274,6 @@ class SegmentRequests:
     decode: DecodeRequest
     write: WriteRequest
     is_take_start: bool
-    is_take_end: bool
 
 
 def text_request(plan: Plan) -> TextRequest:
@@ -337,7 +336,6 @@ def film_requests(job: Job) -> Iterator[SegmentRequests]:
             decode=decode,
             write=WriteRequest(segment=segment, inputs=_inputs(job, refine, decode)),
             is_take_start=is_take_start,
-            is_take_end=is_take_end,
         )
         before = segment
 
