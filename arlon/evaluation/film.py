@@ -17,6 +17,7 @@ from torch import Tensor
 
 from arlon.evaluation import metrics, oracle, suite, vbench
 from arlon.evaluation.asked import AskedShot, read_prompt
+from arlon.evaluation.backbones import BACKBONE_KINDS, NO_ARCHITECTURE, Backbone, PromptBackbone
 from arlon.evaluation.figures import FIGURES
 from arlon.evaluation.metrics import FrameStatistics
 from arlon.evaluation.motion import MIN_FRAMES
@@ -66,7 +67,7 @@ def measure_film(
     outline: Outline,
     *,
     fps: float,
-    backbones: Mapping[str, vbench.Backbone] | None = None,
+    backbones: Mapping[str, Backbone] | None = None,
 ) -> dict[str, Any]:
     """Compute every figure that can be computed.
 
@@ -261,7 +262,7 @@ class _Film:
                 continue
             self.joins.append({"shot": index, "scores": score_join(before, after, seen, then)})
 
-    def measure_dimensions(self, backbones: Mapping[str, vbench.Backbone]) -> None:
+    def measure_dimensions(self, backbones: Mapping[str, Backbone]) -> None:
         """VBench's dimensions that need a network."""
         for name, figure in FIGURES.items():
             if figure.group != "vbench" or not figure.backbone:
@@ -271,14 +272,14 @@ class _Film:
                     self.values[name] = self._score(backbones[name])
                 except ValueError as error:
                     self.skip(str(error), name)
-            elif name in vbench.BACKBONE_KINDS:
+            elif name in BACKBONE_KINDS:
                 self.skip(f"needs {figure.backbone}: give --backbone {name}=PLACE", name)
             else:
-                self.skip(f"needs {figure.backbone}, {vbench.NO_ARCHITECTURE[name]}: use the official suite", name)
+                self.skip(f"needs {figure.backbone}, {NO_ARCHITECTURE[name]}: use the official suite", name)
 
-    def _score(self, backbone: vbench.Backbone) -> float:
+    def _score(self, backbone: Backbone) -> float:
         """The figure of a network; of one that needs prompts the mean over shots, as each has its own."""
-        if not isinstance(backbone, vbench.PromptBackbone):
+        if not isinstance(backbone, PromptBackbone):
             return backbone.score(self.frames, fps=self.fps)
         shots = [shot for shot in self.outline.shots if shot.prompt]
         if not shots:

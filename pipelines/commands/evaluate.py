@@ -103,7 +103,7 @@ def evaluate(
 
 
 def _read_backbones(given: list[str]) -> dict[str, str]:
-    from arlon.evaluation.vbench import BACKBONE_KINDS
+    from arlon.evaluation.backbones import BACKBONE_KINDS
     from pipelines.storyboard import UsageError
 
     backbones = {}

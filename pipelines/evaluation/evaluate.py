@@ -30,9 +30,10 @@ from PIL import Image
 
 from arlon.data.video_io import probe, read_video
 from arlon.evaluation import suite
+from arlon.evaluation.backbones import Backbone, load_backbone
 from arlon.evaluation.figures import FIGURES, FORMAT
 from arlon.evaluation.film import measure_film
-from arlon.evaluation.vbench import RULES, Backbone, load_backbone
+from arlon.evaluation.vbench import RULES
 from pipelines.evaluation.film_set import Film, Problem, add_prompts, find_films, outline_of, prompt_of_name
 from pipelines.evaluation.report import render_report
 from pipelines.runs.durable import hash_file, hash_plain, write_bytes, write_json

@@ -19,8 +19,8 @@ from typer.testing import CliRunner, Result
 from arlon.data import shapes_world as world
 from arlon.data.video_io import VideoWriter, probe, read_video
 from arlon.evaluation import suite
+from arlon.evaluation.backbones import NO_ARCHITECTURE
 from arlon.evaluation.figures import FIGURES
-from arlon.evaluation.vbench import NO_ARCHITECTURE
 from pipelines.cli import app
 from pipelines.commands.evaluate import SHOWN_FIGURES
 from pipelines.evaluation import evaluate as evaluation

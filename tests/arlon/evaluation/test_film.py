@@ -10,9 +10,9 @@ import pytest
 
 from arlon.data import shapes_world as world
 from arlon.evaluation import metrics, suite
+from arlon.evaluation.backbones import Backbone
 from arlon.evaluation.figures import FIGURES, GROUPS
 from arlon.evaluation.film import FilmShot, Outline, measure_film
-from arlon.evaluation.vbench import Backbone
 
 FPS = 8.0
 RED_LEFT = "a large red square moves left slowly on a grey background"
