@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, redirect_stdout
+from dataclasses import fields, is_dataclass
 from enum import Enum
+from functools import wraps
+from inspect import Parameter, Signature, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -51,36 +54,12 @@ StoryboardOption = Annotated[
     typer.Option("--storyboard", help="Storyboard file: .yaml, .json, or .txt with one prompt a line."),
 ]
 ModelOption = Annotated[str | None, typer.Option("--model", help="Name or folder of a model. [default: shapes]")]
-SeedOption = Annotated[int | None, typer.Option("--seed", help="Seed of the film; -1 or none: a random one, printed.")]
 DurationOption = Annotated[
     str | None, typer.Option("--duration", help='Length of shots that give none: seconds, or "36f" frames.')
 ]
-FramesOption = Annotated[
-    str | None,
-    typer.Option("--num-frames", help="The same in frames, or by Open-Sora's name such as 2x; 1 makes a picture."),
-]
 JoinOption = Annotated[TransitionOption, typer.Option("--transition", help="How shots given by --prompt join.")]
-FpsOption = Annotated[float | None, typer.Option("--fps", help="Frames a second.")]
 HeightOption = Annotated[int | None, typer.Option("--height", help="Frame height in pixels.")]
 WidthOption = Annotated[int | None, typer.Option("--width", help="Frame width in pixels.")]
-StepsOption = Annotated[int | None, typer.Option("--num-inference-steps", help="Solver steps a segment.")]
-GuidanceOption = Annotated[
-    float | None,
-    typer.Option("--guidance-scale", help="Text guidance of the diffusion transformer; 1 is off."),
-]
-AspectOption = Annotated[
-    str | None,
-    typer.Option("--aspect", help="Height:width of the frame such as 9:16, or landscape, portrait, square."),
-]
-ResolutionOption = Annotated[str | None, typer.Option("--resolution", help="Frame size by name, such as 240p.")]
-BaseOption = Annotated[
-    bool, typer.Option("--base-only", help="The base alone, without codes: any frame size, no plan ahead.")
-]
-ImageOption = Annotated[Path | None, typer.Option("--image", help="Picture that the film begins with.")]
-EndImageOption = Annotated[Path | None, typer.Option("--end-image", help="Picture that the film ends on.")]
-VideoOption = Annotated[Path | None, typer.Option("--video", help="Video whose end the film goes on from.")]
-NegativeOption = Annotated[str | None, typer.Option("--negative-prompt", help="What to stay away from.")]
-SolverOption = Annotated[str | None, typer.Option("--solver", help="Sampler of the diffusion transformer.")]
 SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Any film-level storyboard key or setting, e.g. ar_top_p=0.9."),
@@ -92,6 +71,25 @@ GraphOption = Annotated[
 HlsOption = Annotated[bool, typer.Option("--hls", help="Make an HLS stream beside a film, to watch it while it grows.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing of how it goes, only what came of it.")]
+
+
+def grouped(command: Callable[..., None]) -> Callable[..., None]:
+    """The command as typer has to see it, which knows no groups: the fields of a dataclass are options of their own."""
+    parameters = signature(command, eval_str=True).parameters.values()
+    groups = {given.name: given.annotation for given in parameters if is_dataclass(given.annotation)}
+
+    @wraps(command)
+    def flat(**values: Any) -> None:
+        for name, group in groups.items():
+            values[name] = group(**{field.name: values.pop(field.name) for field in fields(group)})
+        command(**values)
+
+    options: list[Parameter] = []
+    for given in parameters:
+        group = groups.get(given.name)
+        options += [given] if group is None else signature(group, eval_str=True).parameters.values()
+    flat.__signature__ = Signature(options)
+    return flat
 
 
 def check_ray_options(executor: Executor, address: str | None, graph: Path | None = None) -> None:

@@ -12,41 +12,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pipelines.commands.common import (
-    AspectOption,
-    BaseOption,
     DtypeOption,
-    DurationOption,
-    EndImageOption,
     Executor,
-    FpsOption,
-    FramesOption,
     GraphOption,
-    GuidanceOption,
-    HeightOption,
     HlsOption,
-    ImageOption,
-    JoinOption,
     JsonOption,
-    ModelOption,
-    NegativeOption,
-    PromptsOption,
     QuietOption,
-    ResolutionOption,
-    SeedOption,
     SetOption,
-    SolverOption,
-    StepsOption,
-    StoryboardOption,
-    TransitionOption,
-    VideoOption,
-    WidthOption,
     check_ray_options,
     count,
+    grouped,
     only_results_on_stdout,
     read_graph,
     reported,
     say,
 )
+from pipelines.commands.film_options import LookOptions, SourceOptions, film_options
 
 if TYPE_CHECKING:
     from pipelines.generate import Begin, FilmResult, Prepared, Progress
@@ -54,32 +35,16 @@ if TYPE_CHECKING:
     from pipelines.picture import PreparedPicture
 
 
+@grouped
 def generate(
-    prompt: PromptsOption = None,
-    storyboard: StoryboardOption = None,
-    model: ModelOption = None,
-    seed: SeedOption = None,
+    *,
+    source: SourceOptions,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="film.mp4 or a folder. [default: outputs/PROMPT-SEED]"),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at --output.")] = False,
-    duration: DurationOption = None,
-    num_frames: FramesOption = None,
-    transition: JoinOption = TransitionOption.carry,
-    fps: FpsOption = None,
-    height: HeightOption = None,
-    width: WidthOption = None,
-    aspect: AspectOption = None,
-    resolution: ResolutionOption = None,
-    image: ImageOption = None,
-    end_image: EndImageOption = None,
-    video: VideoOption = None,
-    base_only: BaseOption = False,
-    num_inference_steps: StepsOption = None,
-    guidance_scale: GuidanceOption = None,
-    negative_prompt: NegativeOption = None,
-    solver: SolverOption = None,
+    look: LookOptions,
     executor: Annotated[
         Executor, typer.Option("--executor", help="One process, or Ray actors; the film is the same.")
     ] = Executor.local,
@@ -101,46 +66,22 @@ def generate(
     """Make a film."""
     with reported():
         from pipelines.generate import prepare
-        from pipelines.options import FilmOptions, read_film_options, shot_length
+        from pipelines.options import read_film_options
         from pipelines.picture import is_picture, prepare_picture
 
         check_ray_options(executor, address, graph)
-        options = FilmOptions(
-            prompts=prompt or [],
-            storyboard=storyboard,
-            seed=seed,
-            duration=shot_length(duration, num_frames),
-            transition=transition.value,
-            values={
-                "fps": fps,
-                "height": height,
-                "width": width,
-                "aspect": aspect,
-                "resolution": resolution,
-                "use_codes": False if base_only else None,
-                "num_inference_steps": num_inference_steps,
-                "guidance_scale": guidance_scale,
-                "negative_prompt": negative_prompt,
-                "solver": solver,
-                "dtype": dtype.value if dtype else None,
-                "device": device,
-                "num_threads": threads,
-            },
-            assignments=assignments or [],
-            image=image,
-            end_image=end_image,
-            video=video,
-        )
+        precision = dtype.value if dtype else None
+        options = film_options(source, look, assignments, dtype=precision, device=device, num_threads=threads)
         film, settings = read_film_options(options)
         if is_picture(film, output):
             _refuse_for_picture({"--executor": executor is not Executor.local, "--sheet": sheet, "--hls": hls})
             checked = prepare_picture(
-                film, model=model, output=output, overwrite=overwrite, settings=settings, metadata=metadata
+                film, model=source.model, output=output, overwrite=overwrite, settings=settings, metadata=metadata
             )
             _print_picture(checked, as_json=as_json)
             return
         prepared = prepare(
-            film, model=model, output=output, overwrite=overwrite, settings=settings, metadata=metadata, hls=hls
+            film, model=source.model, output=output, overwrite=overwrite, settings=settings, metadata=metadata, hls=hls
         )
         result = make_film(prepared, executor.value, address, graph=read_graph(graph), quiet=quiet)
         sheet_path = _write_sheet_beside(result.film) if sheet else None

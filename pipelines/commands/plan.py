@@ -8,33 +8,8 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
-from pipelines.commands.common import (
-    AspectOption,
-    BaseOption,
-    DurationOption,
-    EndImageOption,
-    FpsOption,
-    FramesOption,
-    GuidanceOption,
-    HeightOption,
-    ImageOption,
-    JoinOption,
-    JsonOption,
-    ModelOption,
-    NegativeOption,
-    PromptsOption,
-    ResolutionOption,
-    SeedOption,
-    SetOption,
-    SolverOption,
-    StepsOption,
-    StoryboardOption,
-    TransitionOption,
-    VideoOption,
-    WidthOption,
-    count,
-    reported,
-)
+from pipelines.commands.common import JsonOption, SetOption, count, grouped, reported
+from pipelines.commands.film_options import LookOptions, SourceOptions, film_options
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -50,27 +25,11 @@ FILE_COLUMNS = 120
 """Of a timeline that is not printed on a terminal."""
 
 
+@grouped
 def plan(
-    prompt: PromptsOption = None,
-    storyboard: StoryboardOption = None,
-    model: ModelOption = None,
-    seed: SeedOption = None,
-    duration: DurationOption = None,
-    num_frames: FramesOption = None,
-    transition: JoinOption = TransitionOption.carry,
-    fps: FpsOption = None,
-    height: HeightOption = None,
-    width: WidthOption = None,
-    aspect: AspectOption = None,
-    resolution: ResolutionOption = None,
-    image: ImageOption = None,
-    end_image: EndImageOption = None,
-    video: VideoOption = None,
-    base_only: BaseOption = False,
-    num_inference_steps: StepsOption = None,
-    guidance_scale: GuidanceOption = None,
-    negative_prompt: NegativeOption = None,
-    solver: SolverOption = None,
+    *,
+    source: SourceOptions,
+    look: LookOptions,
     assignments: SetOption = None,
     is_whole: Annotated[bool, typer.Option("--all", help="Print every shot of a long film.")] = False,
     as_json: JsonOption = False,
@@ -78,38 +37,15 @@ def plan(
     """Print the frame-exact timeline of a film without making it."""
     with reported():
         from pipelines.generate import make_settings, open_for_film
-        from pipelines.options import FilmOptions, read_film_options, shot_length
+        from pipelines.options import read_film_options
         from pipelines.picture import check_picture, is_picture
         from pipelines.plan import clip_plan
         from pipelines.references import check_references
 
-        options = FilmOptions(
-            prompts=prompt or [],
-            storyboard=storyboard,
-            seed=seed,
-            duration=shot_length(duration, num_frames),
-            transition=transition.value,
-            values={
-                "fps": fps,
-                "height": height,
-                "width": width,
-                "aspect": aspect,
-                "resolution": resolution,
-                "use_codes": False if base_only else None,
-                "num_inference_steps": num_inference_steps,
-                "guidance_scale": guidance_scale,
-                "negative_prompt": negative_prompt,
-                "solver": solver,
-            },
-            assignments=assignments or [],
-            image=image,
-            end_image=end_image,
-            video=video,
-        )
-        film, settings = read_film_options(options)
+        film, settings = read_film_options(film_options(source, look, assignments))
         if is_picture(film, None):
             check_picture(film)
-        film_plan, _, folder = open_for_film(film, model)
+        film_plan, _, folder = open_for_film(film, source.model)
         references = check_references(film_plan)
         chosen = make_settings(film_plan.geometry, settings)
         if is_picture(film, None):

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.main import get_command
 from typer.testing import CliRunner, Result
 
 from arlon.data.video_io import probe
@@ -201,6 +202,11 @@ def test_help_loads_nothing_heavy() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
+
+
+def test_options_of_a_group_stand_where_the_group_does() -> None:
+    names = [parameter.name for parameter in get_command(app).commands["generate"].params]
+    assert names[:8] == ["prompt", "storyboard", "model", "seed", "output", "overwrite", "duration", "num_frames"]
 
 
 def test_version_and_help_answer() -> None:
