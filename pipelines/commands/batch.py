@@ -10,11 +10,13 @@ import typer
 
 from pipelines.commands.common import (
     FAILED,
-    DtypeOption,
+    AddressOption,
+    DeviceOption,
     Executor,
     HlsOption,
     JsonOption,
     ModelOption,
+    PrecisionOption,
     SetOption,
     count,
     only_results_on_stdout,
@@ -22,7 +24,6 @@ from pipelines.commands.common import (
     reported,
     say,
 )
-from pipelines.commands.run_options import AddressOption
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -46,8 +47,8 @@ def batch(
         typer.Option("--pipelines", min=1, help="Films at the same time. [default: as many as there is room for]"),
     ] = None,
     retries: Annotated[int, typer.Option("--retries", min=0, help="Further attempts after a failure.")] = 2,
-    dtype: Annotated[DtypeOption | None, typer.Option("--dtype", help="Precision. [default: float32]")] = None,
-    device: Annotated[str | None, typer.Option("--device", help="cpu, cuda, ... [default: cpu]")] = None,
+    dtype: PrecisionOption = None,
+    device: DeviceOption = None,
     threads: Annotated[
         int | None, typer.Option("--threads", min=1, help="Processor threads of a pipeline. [default: all cores]")
     ] = None,

@@ -15,12 +15,9 @@ from enum import Enum
 from functools import wraps
 from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
-
-if TYPE_CHECKING:
-    from pipelines.graph import GraphConfig
 
 FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
 
@@ -64,10 +61,9 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Any film-level storyboard key or setting, e.g. ar_top_p=0.9."),
 ]
-GraphOption = Annotated[
-    Path | None,
-    typer.Option("--graph", metavar="FILE.yaml", help="Ray actors of each role; docs/cluster.md."),
-]
+AddressOption = Annotated[str | None, typer.Option("--address", help="Ray cluster to join.")]
+PrecisionOption = Annotated[DtypeOption | None, typer.Option("--dtype", help="Precision. [default: float32]")]
+DeviceOption = Annotated[str | None, typer.Option("--device", help="cpu, cuda, ... [default: cpu]")]
 HlsOption = Annotated[bool, typer.Option("--hls", help="Make an HLS stream beside a film, to watch it while it grows.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing of how it goes, only what came of it.")]
@@ -90,29 +86,6 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
         options += [given] if group is None else signature(group, eval_str=True).parameters.values()
     flat.__signature__ = Signature(options)
     return flat
-
-
-def check_ray_options(executor: Executor, address: str | None, graph: Path | None = None) -> None:
-    """Refuse options that would not be used."""
-    from pipelines.storyboard import UsageError
-
-    for name, value in (("--address", address), ("--graph", graph)):
-        if value and executor is not Executor.ray:
-            raise UsageError(f"{name} needs --executor ray")
-
-
-def read_graph(path: Path | None) -> GraphConfig | None:
-    """The actors of each role, from a file."""
-    if path is None:
-        return None
-    from arlon.config import load_config
-    from pipelines.graph import GraphConfig
-    from pipelines.storyboard import UsageError
-
-    try:
-        return load_config(GraphConfig, [path])
-    except (ValueError, FileNotFoundError) as error:
-        raise UsageError(str(error)) from error
 
 
 def count(number: int, noun: str) -> str:

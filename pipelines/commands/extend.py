@@ -4,32 +4,29 @@ from __future__ import annotations
 
 from pipelines.commands.common import (
     DurationOption,
-    Executor,
-    GraphOption,
     JoinOption,
     JsonOption,
     PromptsOption,
     QuietOption,
     StoryboardOption,
     TransitionOption,
-    check_ray_options,
-    read_graph,
+    grouped,
     reported,
 )
 from pipelines.commands.generate import make_film, print_film
-from pipelines.commands.run_options import AddressOption, ExecutorOption, RunArgument, RunModelOption
+from pipelines.commands.run_options import ComputeOptions, RunArgument, RunModelOption
 
 
+@grouped
 def extend(
+    *,
     run: RunArgument,
     prompt: PromptsOption = None,
     storyboard: StoryboardOption = None,
     duration: DurationOption = None,
     transition: JoinOption = TransitionOption.carry,
     model: RunModelOption = None,
-    executor: ExecutorOption = Executor.local,
-    address: AddressOption = None,
-    graph: GraphOption = None,
+    compute: ComputeOptions,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -39,7 +36,7 @@ def extend(
         from pipelines.runs.edit_run import begin_change, change_run, with_shots_added
         from pipelines.runs.resume import open_run
 
-        check_ray_options(executor, address, graph)
+        compute.check()
         options = FilmOptions(
             prompts=prompt or [],
             storyboard=storyboard,
@@ -52,12 +49,5 @@ def extend(
         added, _ = read_film_options(options)
         old = open_run(run, model=model)
         new = change_run(old, with_shots_added(old, added.shots))
-        film = make_film(
-            new.prepared,
-            executor.value,
-            address,
-            graph=read_graph(graph),
-            begin=lambda _, executor: begin_change(old, new, executor),
-            quiet=quiet,
-        )
+        film = make_film(new.prepared, compute, begin=lambda _, executor: begin_change(old, new, executor), quiet=quiet)
         print_film(film, as_json=as_json, quiet=quiet)

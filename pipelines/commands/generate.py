@@ -12,26 +12,24 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pipelines.commands.common import (
-    DtypeOption,
+    DeviceOption,
     Executor,
-    GraphOption,
     HlsOption,
     JsonOption,
+    PrecisionOption,
     QuietOption,
     SetOption,
-    check_ray_options,
     count,
     grouped,
     only_results_on_stdout,
-    read_graph,
     reported,
     say,
 )
 from pipelines.commands.film_options import LookOptions, SourceOptions, film_options
+from pipelines.commands.run_options import ComputeOptions
 
 if TYPE_CHECKING:
     from pipelines.generate import Begin, FilmResult, Prepared, Progress
-    from pipelines.graph import GraphConfig
     from pipelines.picture import PreparedPicture
 
 
@@ -45,13 +43,9 @@ def generate(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at --output.")] = False,
     look: LookOptions,
-    executor: Annotated[
-        Executor, typer.Option("--executor", help="One process, or Ray actors; the film is the same.")
-    ] = Executor.local,
-    address: Annotated[str | None, typer.Option("--address", help="Ray cluster to join.")] = None,
-    graph: GraphOption = None,
-    dtype: Annotated[DtypeOption | None, typer.Option("--dtype", help="Precision. [default: float32]")] = None,
-    device: Annotated[str | None, typer.Option("--device", help="cpu, cuda, ... [default: cpu]")] = None,
+    compute: ComputeOptions,
+    dtype: PrecisionOption = None,
+    device: DeviceOption = None,
     threads: Annotated[int | None, typer.Option("--threads", help="Processor threads. [default: all cores]")] = None,
     assignments: SetOption = None,
     sheet: Annotated[bool, typer.Option("--sheet", help="Write a contact sheet beside the film.")] = False,
@@ -69,12 +63,12 @@ def generate(
         from pipelines.options import read_film_options
         from pipelines.picture import is_picture, prepare_picture
 
-        check_ray_options(executor, address, graph)
+        compute.check()
         precision = dtype.value if dtype else None
         options = film_options(source, look, assignments, dtype=precision, device=device, num_threads=threads)
         film, settings = read_film_options(options)
         if is_picture(film, output):
-            _refuse_for_picture({"--executor": executor is not Executor.local, "--sheet": sheet, "--hls": hls})
+            _refuse_for_picture({"--executor": compute.executor is not Executor.local, "--sheet": sheet, "--hls": hls})
             checked = prepare_picture(
                 film, model=source.model, output=output, overwrite=overwrite, settings=settings, metadata=metadata
             )
@@ -83,7 +77,7 @@ def generate(
         prepared = prepare(
             film, model=source.model, output=output, overwrite=overwrite, settings=settings, metadata=metadata, hls=hls
         )
-        result = make_film(prepared, executor.value, address, graph=read_graph(graph), quiet=quiet)
+        result = make_film(prepared, compute, quiet=quiet)
         sheet_path = _write_sheet_beside(result.film) if sheet else None
         print_film(result, sheet_path, as_json=as_json, quiet=quiet)
 
@@ -108,10 +102,8 @@ def _print_picture(prepared: PreparedPicture, *, as_json: bool) -> None:
 
 def make_film(
     prepared: Prepared,
-    executor: str,
-    address: str | None,
+    compute: ComputeOptions,
     *,
-    graph: GraphConfig | None = None,
     begin: Begin | None = None,
     quiet: bool = False,
 ) -> FilmResult:
@@ -124,7 +116,7 @@ def make_film(
     from pipelines.runs.lock import RunLockedError
     from pipelines.runs.run_folder import RunFolder, RunFolderError
 
-    film = prepared.plan
+    film, graph = prepared.plan, compute.read_graph()
     if not quiet:
         _announce(prepared)
     is_live = not quiet and sys.stderr.isatty()
@@ -141,8 +133,8 @@ def make_film(
             return run(
                 prepared,
                 begin=begin or start_run,
-                executor=executor,
-                address=address,
+                executor=compute.executor.value,
+                address=compute.address,
                 graph=graph,
                 on_progress=on_progress,
             )

@@ -6,20 +6,14 @@ from typing import Annotated
 
 import typer
 
-from pipelines.commands.common import (
-    Executor,
-    GraphOption,
-    JsonOption,
-    QuietOption,
-    check_ray_options,
-    read_graph,
-    reported,
-)
+from pipelines.commands.common import JsonOption, QuietOption, grouped, reported
 from pipelines.commands.generate import make_film, print_film
-from pipelines.commands.run_options import AddressOption, ExecutorOption, RunArgument, RunModelOption
+from pipelines.commands.run_options import ComputeOptions, RunArgument, RunModelOption
 
 
+@grouped
 def redo(
+    *,
     run: RunArgument,
     shot: Annotated[int, typer.Option("--shot", help="Number of the shot, from 1.")],
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Its new prompt. [default: as it was]")] = None,
@@ -27,9 +21,7 @@ def redo(
         int | None, typer.Option("--seed", help="Its new seed. [default: a fresh one, if the prompt stays]")
     ] = None,
     model: RunModelOption = None,
-    executor: ExecutorOption = Executor.local,
-    address: AddressOption = None,
-    graph: GraphOption = None,
+    compute: ComputeOptions,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -38,15 +30,8 @@ def redo(
         from pipelines.runs.edit_run import begin_change, change_run, with_shot_changed
         from pipelines.runs.resume import open_run
 
-        check_ray_options(executor, address, graph)
+        compute.check()
         old = open_run(run, model=model)
         new = change_run(old, with_shot_changed(old, shot, prompt=prompt, seed=seed))
-        film = make_film(
-            new.prepared,
-            executor.value,
-            address,
-            graph=read_graph(graph),
-            begin=lambda _, executor: begin_change(old, new, executor),
-            quiet=quiet,
-        )
+        film = make_film(new.prepared, compute, begin=lambda _, executor: begin_change(old, new, executor), quiet=quiet)
         print_film(film, as_json=as_json, quiet=quiet)
