@@ -1,8 +1,8 @@
 """Sets of films to measure: which files, and what each was asked for.
 
-Films are files, run folders, or folders searched for films to any depth; pieces of runs, films that still grow and
-exports for VBench in such a folder are left out. What a film was asked for comes from, in this order: a prompt file,
-the record inside or beside the film, a file name as VBench has it (`a red circle-0.mp4`).
+Films are files, run folders, or folders searched for films to any depth; pieces of runs, films that still grow, their
+HLS streams and exports for VBench in such a folder are left out. What a film was asked for comes from, in this order:
+a prompt file, the record inside or beside the film, a file name as VBench has it (`a red circle-0.mp4`).
 
 A prompt file is JSON, film name to prompt, or to a list of prompts, one a shot; or text, one prompt a line, in the
 order of the film names. What is wrong with a film or with a prompt is collected, and the others go on.
@@ -22,6 +22,7 @@ from typing import Any
 from arlon.data.video_io import read_tags
 from arlon.evaluation.film import FilmShot, Outline
 from pipelines.film_file import RECORD_TAG
+from pipelines.hls import PLAYLIST_NAME
 from pipelines.markup import parse_json, read_text, shown
 from pipelines.runs.run_folder import RUN_NAME
 from pipelines.sheet import find_film
@@ -104,7 +105,8 @@ def _films_of(source: Path, leave_out: Path | None, problems: list[Problem]) -> 
 def _is_left_out(folder: Path, files: Sequence[str], source: Path, leave_out: Path | None) -> bool:
     if leave_out is not None and folder.resolve() == leave_out.resolve():
         return True
-    return SEGMENT_MARK in files or (folder != source and (EXPORT_MARK in files or folder.name.endswith(PARTIAL)))
+    has_copies = EXPORT_MARK in files or PLAYLIST_NAME in files
+    return SEGMENT_MARK in files or (folder != source and (has_copies or folder.name.endswith(PARTIAL)))
 
 
 def _finished(film: Path) -> Path:

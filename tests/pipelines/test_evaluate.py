@@ -357,6 +357,14 @@ def test_pieces_and_growing_films_are_not_films(films, tmp_path):
     assert problems == []
 
 
+def test_the_stream_of_a_film_is_not_a_second_film(tmp_path):
+    (tmp_path / "take.hls").mkdir()
+    for name in ("take.mp4", "take.hls/stream.mp4", "take.hls/film.m3u8"):
+        (tmp_path / name).touch()
+    assert [film.name for film in find_films([tmp_path])[0]] == ["take.mp4"]
+    assert [film.name for film in find_films([tmp_path / "take.hls"])[0]] == ["stream.mp4"]
+
+
 def test_prompts_come_from_file_then_record_then_name(tmp_path):
     path = write_film(tmp_path / "a red square-3.mp4", frames_of("red"))
     film = Film(name=path.name, path=path)
