@@ -192,7 +192,7 @@ def outline_of(film: Film, tags: Mapping[str, str], num_frames: int) -> Outline:
         num_frames: Frames it has.
 
     Raises:
-        ValueError: If its record is damaged, names more frames than there are, or does not fit the given prompts.
+        ValueError: If its record is damaged, names another number of frames, or does not fit the given prompts.
     """
     record = _read_record(film.path, tags)
     if record is None:
@@ -204,6 +204,11 @@ def outline_of(film: Film, tags: Mapping[str, str], num_frames: int) -> Outline:
     named = max((shot.start_frame + shot.num_frames for shot in outline.shots), default=0)
     if named > num_frames:
         raise ValueError(f"it is cut off: its record names {named} frames, it has {num_frames}")
+    if named < num_frames:
+        raise ValueError(
+            f"it was changed: its record names {named} frames, it has {num_frames}; give the film as it was made, or a "
+            "copy without its record"
+        )
     if film.prompts is None:
         return outline
     if len(film.prompts) != len(outline.shots):

@@ -421,6 +421,13 @@ def test_a_film_with_another_number_of_shots_than_prompts_stays_as_it_is(films, 
     assert len(problems) == 3
 
 
+def test_a_film_that_was_changed_after_it_was_made_is_refused(tmp_path):
+    film, tags = Film(name="a.mp4", path=tmp_path / "a.mp4"), {RECORD_TAG: json.dumps(timeline("x", "y"))}
+    for num_frames, reason in ((96, "it was changed: .* 32 frames, it has 96"), (16, "it is cut off: .* 32 .* 16")):
+        with pytest.raises(ValueError, match=reason):  # such as by a copy at 24 instead of 8 frames a second
+            outline_of(film, tags, num_frames)
+
+
 def test_a_damaged_record_is_refused(tmp_path):
     film = Film(name="a.mp4", path=tmp_path / "a.mp4")
     with pytest.raises(ValueError, match="no usable timeline"):
