@@ -59,7 +59,7 @@ def find_films(sources: Sequence[Path], *, leave_out: Path | None = None) -> tup
 
     Args:
         sources: Files and folders.
-        leave_out: Folder that is not searched.
+        leave_out: Folder that is not searched, unless it is a source itself.
     """
     paths: list[Path] = []
     problems: list[Problem] = []
@@ -103,7 +103,7 @@ def _films_of(source: Path, leave_out: Path | None, problems: list[Problem]) -> 
 
 
 def _is_left_out(folder: Path, files: Sequence[str], source: Path, leave_out: Path | None) -> bool:
-    if leave_out is not None and folder.resolve() == leave_out.resolve():
+    if leave_out is not None and folder != source and folder.resolve() == leave_out.resolve():
         return True
     has_copies = EXPORT_MARK in files or PLAYLIST_NAME in files
     return SEGMENT_MARK in files or (folder != source and (has_copies or folder.name.endswith(PARTIAL)))

@@ -357,6 +357,13 @@ def test_pieces_and_growing_films_are_not_films(films, tmp_path):
     assert problems == []
 
 
+def test_results_may_go_where_the_films_are(tmp_path):
+    (tmp_path / "take.mp4").touch()
+    found, problems = find_films([tmp_path], leave_out=tmp_path)
+    assert [film.name for film in found] == ["take.mp4"]
+    assert problems == []
+
+
 def test_the_stream_of_a_film_is_not_a_second_film(tmp_path):
     (tmp_path / "take.hls").mkdir()
     for name in ("take.mp4", "take.hls/stream.mp4", "take.hls/film.m3u8"):
