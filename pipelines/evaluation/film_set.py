@@ -228,7 +228,7 @@ def _read_record(path: Path, tags: Mapping[str, str]) -> dict[str, Any] | None:
         ValueError: If the film has a sidecar only, and that is not JSON.
     """
     told = {name.lower(): text for name, text in tags.items()}  # Matroska has them in capitals
-    with suppress(ValueError):  # any program may write a comment into a film
+    with suppress(ValueError, RecursionError):  # any program may write a comment into a film
         record = json.loads(told.get(RECORD_TAG, ""))
         if isinstance(record, dict) and "timeline" in record:
             return record
@@ -237,7 +237,7 @@ def _read_record(path: Path, tags: Mapping[str, str]) -> dict[str, Any] | None:
         return None
     try:
         record = json.loads(sidecar.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"'{sidecar.name}' beside it is not valid JSON: {error}") from error
     return record if isinstance(record, dict) and "timeline" in record else None
 

@@ -447,9 +447,10 @@ def test_a_damaged_record_is_refused(tmp_path):
     unknown = timeline("x")
     unknown["timeline"]["shots"][0]["prompt"] = None
     assert outline_of(film, {RECORD_TAG: json.dumps(unknown)}, 16).shots[0].prompt == ""
-    (tmp_path / "a.json").write_text("{")
-    with pytest.raises(ValueError, match=r"'a\.json' beside it is not valid JSON"):
-        outline_of(film, {}, 9)
+    for text in ("{", "[" * 100_000):
+        (tmp_path / "a.json").write_text(text)
+        with pytest.raises(ValueError, match=r"'a\.json' beside it is not valid JSON"):
+            outline_of(film, {RECORD_TAG: text}, 9)
 
 
 # --- export --------------------------------------------------------------------------------------------------
