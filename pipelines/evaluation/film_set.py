@@ -5,7 +5,7 @@ HLS streams and exports for VBench in such a folder are left out. What a film wa
 a prompt file, the record inside or beside the film, a file name as VBench has it (`a red circle-0.mp4`).
 
 A prompt file is JSON, film name to prompt, or to a list of prompts, one a shot; or text, one prompt a line, in the
-order of the film names. What is wrong with a film or with a prompt is collected, and the others go on.
+order of the film names (2 before 10). What is wrong with a film or with a prompt is collected, and the others go on.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ PARTIAL = ".partial"
 SEGMENT_MARK = "segment.json"
 EXPORT_MARK = "arlon_full_info.json"
 """In a folder with copies of films for VBench."""
+MAX_DIGITS = 24
+"""Of numbers in file names that are sorted by their value."""
 _NUMBERED = re.compile(r"(?P<prompt>.*\S.*\s.*\S)-\d+")
 
 
@@ -55,7 +57,7 @@ class Film:
 
 
 def find_films(sources: Sequence[Path], *, leave_out: Path | None = None) -> tuple[list[Film], list[Problem]]:
-    """Films in files and folders, sorted by name, each once.
+    """Films in files and folders, each once, sorted by name, numbers in names by their value.
 
     Args:
         sources: Files and folders.
@@ -65,18 +67,24 @@ def find_films(sources: Sequence[Path], *, leave_out: Path | None = None) -> tup
     problems: list[Problem] = []
     for source in sources:
         try:
-            found = _films_of(source, leave_out, problems)
+            films = _films_of(source, leave_out, problems)
         except (OSError, ValueError) as error:
             problems.append(Problem(source=str(source), reason=_reason(error)))
             continue
-        if not found:
+        if not films:
             problems.append(Problem(source=str(source), reason=f"no film in it ({', '.join(FILM_SUFFIXES)})"))
-        paths += found
-    unique = sorted({path.resolve(): Path(os.path.abspath(path)) for path in paths}.values())  # links keep their names
+        paths += films
+    found = {path.resolve(): Path(os.path.abspath(path)) for path in paths}  # links keep their names
+    unique = sorted(found.values(), key=_order)
     if not unique:
         return [], problems
     common = Path(os.path.commonpath([path.parent for path in unique]))
     return [Film(name=path.relative_to(common).as_posix(), path=path) for path in unique], problems
+
+
+def _order(path: Path) -> tuple[list[str], Path]:
+    """Key to sort by: `film 2` stands before `film 10`."""
+    return [re.sub("[0-9]+", lambda number: number[0].zfill(MAX_DIGITS), part) for part in path.parts], path
 
 
 def _films_of(source: Path, leave_out: Path | None, problems: list[Problem]) -> list[Path]:

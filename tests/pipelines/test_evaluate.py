@@ -372,6 +372,17 @@ def test_the_stream_of_a_film_is_not_a_second_film(tmp_path):
     assert [film.name for film in find_films([tmp_path / "take.hls"])[0]] == ["stream.mp4"]
 
 
+def test_numbered_films_are_in_the_order_of_their_numbers(tmp_path):
+    names = ["1.mp4", "2 b.mp4", "2a.mp4", "10.mp4", "a/9.mp4", "a/09x.mp4", "a/11.mp4", "b.mp4", "b2.mp4", "b10.mp4"]
+    (tmp_path / "a").mkdir()
+    for name in names:
+        (tmp_path / name).touch()
+    found, _ = find_films([tmp_path])
+    assert [film.name for film in found] == names
+    added, _ = add_prompts(found, _text(tmp_path, *(f"prompt {i}" for i in range(len(names)))))
+    assert (added[3].name, added[3].prompts) == ("10.mp4", ("prompt 3",))
+
+
 def test_prompts_come_from_file_then_record_then_name(tmp_path):
     path = write_film(tmp_path / "a red square-3.mp4", frames_of("red"))
     film = Film(name=path.name, path=path)
