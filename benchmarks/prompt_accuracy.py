@@ -417,10 +417,24 @@ def report(args: argparse.Namespace, model: Model, results: Mapping[str, Sequenc
         write_sheet(frames_to_sheet(everything), args.sheet)
 
 
+def prepare_places(*paths: Path | None) -> None:
+    """Make the folders of files that are written at the end.
+
+    Raises:
+        ValueError: If one of the files is a folder.
+        OSError: If a folder cannot be made.
+    """
+    for path in filter(None, paths):
+        if path.is_dir():
+            raise ValueError(f"'{path}' is a folder: name a file to write")
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the suites."""
     args = parse_args(argv)
     try:
+        prepare_places(args.json, args.sheet)
         model = model_from_args(args)
         suites = make_cases(args, model.geometry)
         results = {name: run_cases(model, cases, args.mode, ProgressLine(name)) for name, cases in suites.items()}

@@ -71,6 +71,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     experiment = EXPERIMENTS[args.experiment]
     try:
+        for folder in (args.output, args.work):
+            if folder.exists() and not folder.is_dir():
+                raise ValueError(f"'{folder}' is a file: name a folder as --output and as --work")
+            folder.mkdir(parents=True, exist_ok=True)
         model = load_model(args.model)
         cases = experiment.cases(args.films or experiment.default_cases, model.geometry)
         chosen = [c for c in experiment.conditions if args.only is None or c.name in args.only]
@@ -94,7 +98,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.only:
             command += " --only " + shlex.join(args.only)
         table = to_markdown(experiment, results, identity, command, training)
-        args.output.mkdir(parents=True, exist_ok=True)
         write_json(args.output / f"{args.experiment}.json", to_json(experiment, results, identity, training))
         write_bytes(args.output / f"{args.experiment}.md", table.encode())
     except (ValueError, OSError) as error:

@@ -225,6 +225,14 @@ def test_two_objects_are_those_of_the_suite_with_its_seed(tiny_model: Path) -> N
     assert make_cases(parse_suite(options), geometry)["prompts"] == cases
 
 
+@pytest.mark.parametrize("option", ["--output", "--work"])
+def test_a_file_in_place_of_a_folder_is_refused_before_any_film(option: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    places = ["--output", str(tmp_path / "results"), "--work", str(tmp_path / "work")]
+    with pytest.raises(SystemExit, match="error: .*file' is a file"):
+        main(["short", "--model", "nothing", *places, option, str(tmp_path / "file")])
+
+
 def test_unknown_conditions_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         parse_args(["short", "--only", "arlon 7 steps"])

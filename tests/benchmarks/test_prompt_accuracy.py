@@ -120,6 +120,15 @@ def test_the_command_writes_table_figures_and_sheet(mode, folder, tmp_path, caps
     assert Image.open(sheet).height > 4 * HEIGHT
 
 
+def test_where_figures_go_is_looked_at_before_films_are_made(tmp_path):
+    for option in ("--json", "--sheet"):
+        with pytest.raises(SystemExit, match=r"error: .* is a folder"):
+            bench.main(["--model", "nothing", option, str(tmp_path)])
+    with pytest.raises(SystemExit, match="error: unknown model"):
+        bench.main(["--model", "nothing", "--json", str(tmp_path / "new" / "figures.json")])
+    assert (tmp_path / "new").is_dir()
+
+
 def test_bad_options_end_in_one_line(folder, capsys):
     with pytest.raises(SystemExit, match=r"error: .*temperature"):
         bench.main(["--model", str(folder), "--prompts", "1", "--ar-temperature", "-1"])
