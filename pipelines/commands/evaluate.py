@@ -70,7 +70,7 @@ def evaluate(
         from pipelines.output import slug
 
         if export_vbench is not None:
-            check_export(export_vbench)
+            check_export(export_vbench, films)
         target = output or Path("outputs") / f"evaluation-{slug(films[0].resolve().stem)}"
         result = run(
             films,

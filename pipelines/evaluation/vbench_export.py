@@ -60,10 +60,10 @@ def export_films(
         leave_out: Folder that is not searched for films.
 
     Raises:
-        UsageError: If the folder holds other videos.
+        UsageError: If the folder holds other videos, or is one of the sources.
         OSError: If it cannot be written.
     """
-    check_export(folder)
+    check_export(folder, sources)
     videos = folder / VIDEOS_NAME
     films, problems = find_films(sources, leave_out=leave_out)
     if prompts is not None:
@@ -88,12 +88,15 @@ def export_films(
     return Export(info=folder / INFO_NAME, num_videos=sum(map(len, written.values())), problems=tuple(problems))
 
 
-def check_export(folder: Path) -> None:
-    """Refuse a folder that cannot take an export.
+def check_export(folder: Path, sources: Sequence[Path]) -> None:
+    """Refuse a folder that cannot take an export of films from `sources`.
 
     Raises:
-        UsageError: If it holds videos that are of no export, or is a file.
+        UsageError: If it holds videos that are of no export, is a file, or is one of the sources: the videos in it
+            would be taken for films of their own.
     """
+    if folder.resolve() in {source.resolve() for source in sources}:
+        raise UsageError(f"'{folder}' is a folder of the films: name another one as --export-vbench")
     videos = folder / VIDEOS_NAME
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"'{folder}' is a file: name a folder as --export-vbench")

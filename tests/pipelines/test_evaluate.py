@@ -503,6 +503,14 @@ def test_an_export_does_not_mix_with_another(films, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_an_export_is_not_written_among_the_films(tmp_path):
+    (tmp_path / "a.mp4").touch()
+    result = arlon(tmp_path, "--output", tmp_path / "out", "--export-vbench", tmp_path / "x" / "..")
+    assert result.exit_code == 2
+    assert "is a folder of the films: name another one as --export-vbench" in result.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.mp4"]
+
+
 def test_an_export_that_was_killed_or_made_before_is_made_again(films, tmp_path, monkeypatch):
     sources, folder = [films / "a.mp4"], tmp_path / "films" / "vbench"
 
