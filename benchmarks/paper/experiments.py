@@ -23,7 +23,7 @@ FEW_STEPS = 5
 """Solver steps where conditions differ in something else: the fewest that ARLON is claimed for."""
 LONG_SHOTS = 12
 """Shots of a long film: about a minute at the small model's segments."""
-SCORES = ("colour", "shape", "size", "motion", "direction", "background", "count")
+SCORES = suite.PROMPT_ATTRIBUTES
 PROMPT_FIGURES = ("prompt_accuracy", *(f"prompt_{name}" for name in SCORES))
 BOTH_FIGURES = ("prompt_both_colours", "prompt_both_objects")
 PICTURE_FIGURES = ("dynamic_degree_lk", "flow_speed", "temporal_flickering")

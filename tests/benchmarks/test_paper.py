@@ -131,6 +131,12 @@ def test_quarters_have_a_table_of_their_own() -> None:
     assert set(QUARTER_FIGURES) < set(EXPERIMENTS["long"].figures)
 
 
+def test_no_attribute_is_left_out_of_the_tables() -> None:
+    names = {f"prompt_{name}" for name in suite.PROMPT_ATTRIBUTES}
+    assert names < set(EXPERIMENTS["short"].figures)
+    assert {f"{name}_last" for name in names} < set(EXPERIMENTS["long"].figures)
+
+
 def test_films_are_made_once_and_the_same_ones_under_every_condition(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
