@@ -25,6 +25,8 @@ from arlon.evaluation.optical_flow import estimate_flow
 from arlon.evaluation.oracle import Reading
 
 CHUNK_FRAMES = 16
+CHUNK_PIXELS = 2**20
+"""Of the frames that are worked on at a time, if it is more than one."""
 DRIFT_SHARE = 0.15
 """Part of the film at each end between which drift is measured."""
 _BOTH = ("both_colours", "both_objects")
@@ -367,8 +369,9 @@ def _check(frames: np.ndarray, outline: Outline) -> None:
 
 def _videos(frames: np.ndarray, *, overlap: int) -> Iterator[Tensor]:
     """A film in pieces (3, pT, pH, pW) float32 in [-1, 1], each with `overlap` frames of the next."""
-    for start in range(0, max(1, len(frames) - overlap), CHUNK_FRAMES):
-        piece = torch.from_numpy(np.ascontiguousarray(frames[start : start + CHUNK_FRAMES + overlap]))
+    count = min(CHUNK_FRAMES, max(1, CHUNK_PIXELS // math.prod(frames.shape[1:3])))
+    for start in range(0, max(1, len(frames) - overlap), count):
+        piece = torch.from_numpy(np.ascontiguousarray(frames[start : start + count + overlap]))
         yield piece.permute(3, 0, 1, 2).float() / 127.5 - 1
 
 

@@ -12,7 +12,7 @@ from arlon.data import shapes_world as world
 from arlon.evaluation import metrics, suite
 from arlon.evaluation.backbones import Backbone
 from arlon.evaluation.figures import FIGURES, GROUPS
-from arlon.evaluation.film import FilmShot, Outline, measure_film
+from arlon.evaluation.film import FilmShot, Outline, _videos, measure_film
 
 FPS = 8.0
 RED_LEFT = "a large red square moves left slowly on a grey background"
@@ -154,6 +154,16 @@ def test_flicker_and_drift_are_those_of_the_whole_video(switch):
     assert figures["temporal_flickering"] == pytest.approx(metrics.temporal_flickering(video))
     assert figures["drift_colour"] == pytest.approx(drift.colour)
     assert figures["drift_sharpness"] == pytest.approx(drift.sharpness)
+
+
+def test_large_frames_are_worked_on_one_by_one():
+    frames = np.zeros((5, 1024, 1026, 3), np.uint8) + np.arange(5, dtype=np.uint8)[:, None, None, None]
+
+    def levels(frames: np.ndarray) -> list[list[int]]:
+        return [((v[0, :, 0, 0] + 1) * 127.5).round().int().tolist() for v in _videos(frames, overlap=1)]
+
+    assert levels(frames) == [[0, 1], [1, 2], [2, 3], [3, 4]]
+    assert levels(frames[:, :8, :8]) == [[0, 1, 2, 3, 4]]
 
 
 def test_seams_are_told_from_prompt_switches_and_cuts():
