@@ -37,6 +37,8 @@ CHANGES = ("colour", "motion", "speed")
 """What a prompt switch may change."""
 LASTING = ("colour", "shape", "background", "motion")
 """What must stay when something else changes."""
+MAX_DRAWN = 2**20
+"""Values that a bootstrap draws at a time; the interval does not depend on it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -362,6 +364,8 @@ def bootstrap_interval(
     if not len(values):
         return math.nan, math.nan
     rng = np.random.default_rng(seed)
-    means = values[rng.integers(len(values), size=(num_resamples, len(values)))].mean(axis=1)
+    rows = max(1, MAX_DRAWN // len(values))
+    sizes = [min(rows, num_resamples - done) for done in range(0, num_resamples, rows)]
+    means = np.concatenate([values[rng.integers(len(values), size=(n, len(values)))].mean(axis=1) for n in sizes])
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)

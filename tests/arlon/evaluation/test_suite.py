@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 from dataclasses import fields, replace
 
 import numpy as np
@@ -161,6 +162,19 @@ def test_the_bootstrap_agrees_with_the_normal_interval():
     low, high = suite.bootstrap_interval(values)
     half = 1.96 * math.sqrt(0.3 * 0.7 / 400)
     assert (low, high) == (pytest.approx(0.7 - half, abs=0.004), pytest.approx(0.7 + half, abs=0.004))
+
+
+def test_the_interval_of_a_large_suite_needs_little_memory():
+    values = np.random.default_rng(1).random(5000)
+    drawn = np.random.default_rng(0).integers(5000, size=(1000, 5000))
+    expected = np.quantile(values[drawn].mean(axis=1), [0.025, 0.975])
+    del drawn
+    tracemalloc.start()
+    interval = suite.bootstrap_interval(values, num_resamples=1000)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert interval == tuple(expected)
+    assert peak < 40e6, "all draws at once are 80 MB"
 
 
 def test_a_summary_leaves_out_what_says_nothing():
