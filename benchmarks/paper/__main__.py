@@ -12,7 +12,7 @@
     python -m benchmarks.paper sampling                  # temperature, top-p, guidance of the AR model
 
 Writes NAME.md and NAME.json into --output (docs/results). Records of films are kept in --work, so that the same command
-goes on after it was stopped; a film is made again if the model, the condition or the prompt changed.
+goes on after it was stopped; a film is made again if the model or its defaults, the condition or the prompt changed.
 """
 
 from __future__ import annotations

@@ -200,7 +200,10 @@ def _outline(prompts: Sequence[str], lengths: Sequence[int], segment_starts: Seq
 
 
 def _key(condition: Condition, case: Case, model: Model) -> str:
+    """What the figures of a film depend on. A model's hash is that of its weights, without its defaults."""
+    settings = {name: value for name, value in asdict(model.settings).items() if name != "num_threads"}
     what = {"figures": FORMAT, **asdict(condition), "model": model.model_hash}
+    what |= {"made_with": settings, "defaults": asdict(model.geometry.defaults)}
     what |= {"prompts": case.prompts, "seed": case.seed}
     return json.dumps(what, sort_keys=True, default=str)
 

@@ -167,6 +167,21 @@ def test_films_are_made_once_and_the_same_ones_under_every_condition(
     assert len(made) == 8, "and so are films that were measured by other definitions"
 
 
+def test_films_made_under_other_defaults_of_the_model_are_made_again(tiny_model: Path) -> None:
+    model = load_model(str(tiny_model))
+    (case,) = EXPERIMENTS["short"].cases(1, model.geometry)
+    key = conditions._key(Condition(name="plain"), case, model)
+    defaults = replace(model.geometry.defaults, guidance_scale=model.geometry.defaults.guidance_scale + 1)
+    for other in (
+        replace(model, settings=replace(model.settings, vae_blend_frames=model.settings.vae_blend_frames + 1)),
+        replace(model, geometry=replace(model.geometry, defaults=defaults)),
+    ):
+        assert other.model_hash == model.model_hash
+        assert conditions._key(Condition(name="plain"), case, other) != key
+    threads = replace(model, settings=replace(model.settings, num_threads=model.settings.num_threads + 1))
+    assert conditions._key(Condition(name="plain"), case, threads) == key
+
+
 def test_codes_are_taken_over_where_the_ar_model_would_write_the_same_ones(tiny_model: Path, tmp_path: Path) -> None:
     cases = EXPERIMENTS["short"].cases(2, load_model(str(tiny_model)).geometry)
 
@@ -235,7 +250,7 @@ def test_two_objects_are_those_of_the_suite_with_its_seed(tiny_model: Path) -> N
 def test_a_file_in_place_of_a_folder_is_refused_before_any_film(option: str, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     places = ["--output", str(tmp_path / "results"), "--work", str(tmp_path / "work")]
-    with pytest.raises(SystemExit, match="error: .*file' is a file"):
+    with pytest.raises(SystemExit, match=r"error: .*file' is a file"):
         main(["short", "--model", "nothing", *places, option, str(tmp_path / "file")])
 
 
