@@ -158,7 +158,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     "seams": Experiment(
         title="Seams where segments of one shot join",
         claim="(Not in the paper.)",
-        conditions=tuple(_blended((0, 2))),
+        conditions=tuple(_blended((0, 2, 3))),
         figures=("seam_strength", "temporal_flickering", "drift_colour", "drift_contrast", "drift_sharpness"),
         num_segments=5,
         default_cases=8,

@@ -20,6 +20,7 @@ from benchmarks.paper.experiments import EXPERIMENTS, QUARTER_FIGURES, SUITE_SEE
 from benchmarks.paper.tables import accuracy_by_pair, accuracy_by_shot, cost, figure_shares, to_json, to_markdown
 from benchmarks.prompt_accuracy import load_model, make_cases
 from benchmarks.prompt_accuracy import parse_args as parse_suite
+from pipelines.model import open_model
 from pipelines.requests import CodeResult
 
 pytestmark = pytest.mark.slow
@@ -236,6 +237,12 @@ def test_a_shot_of_some_segments_is_made_of_as_many(tiny_model: Path) -> None:
         plan = model.job(experiment.cases(1, model.geometry)[0]).plan
         assert [span.num_segments for span in plan.shots] == [segments] * shots
         assert all(span.num_frames == span.asked_frames for span in plan.shots)
+
+
+def test_seams_are_measured_as_the_model_makes_them() -> None:
+    folder, _ = open_model("shapes")
+    blended = {condition.settings["vae_blend_frames"] for condition in EXPERIMENTS["seams"].conditions}
+    assert {0, folder.defaults["vae_blend_frames"]} <= blended
 
 
 def test_two_objects_are_those_of_the_suite_with_its_seed(tiny_model: Path) -> None:
