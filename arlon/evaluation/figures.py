@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-FORMAT = 3
+FORMAT = 4
 """Of the definitions, and of what is kept of a film: with another one, films are measured again."""
 Better = Literal["higher", "lower", "zero", "one", ""]
 

@@ -104,6 +104,8 @@ class _Film:
         self.skipped: dict[str, str] = {}
         self.shots: list[dict[str, Any]] = []
         self.joins: list[dict[str, Any]] = []
+        self.seams: dict[int, float] = {}
+        """Seam strength by first frame, where segments join and the prompt changes."""
         self.curves: dict[str, Any] = {}
 
     def result(self) -> dict[str, Any]:
@@ -158,6 +160,11 @@ class _Film:
                 self.skip("every frame of this film is a join or a cut: nothing to compare with", name)
             else:
                 self.values[name] = metrics.seam_ratio(steps, chosen, leave_out=sorted({*joins, *cuts} - {*chosen}))
+                if name == "seam_strength_switch":
+                    self.seams = {
+                        join: metrics.seam_ratio(steps, [join], leave_out=sorted({*joins, *cuts} - {join}))
+                        for join in chosen
+                    }
 
     def _draw_curves(self, statistics: FrameStatistics) -> None:
         """Statistics over time, in at most `NUM_CURVE_POINTS` means."""
@@ -260,9 +267,11 @@ class _Film:
         for index, ((before, after), (seen, then)) in enumerate(
             zip(pairwise(asked), pairwise(readings), strict=True), start=1
         ):
-            if self.outline.shots[index].is_cut or not (before and after and seen and then):
+            shot = self.outline.shots[index]
+            if shot.is_cut or not (before and after and seen and then):
                 continue
-            self.joins.append({"shot": index, "scores": score_join(before, after, seen, then)})
+            scores, seam = score_join(before, after, seen, then), self.seams.get(shot.start_frame)
+            self.joins.append({"shot": index, "scores": scores, "seam_strength": seam})
 
     def measure_dimensions(self, backbones: Mapping[str, Backbone]) -> None:
         """VBench's dimensions that need a network."""

@@ -289,6 +289,32 @@ def identity_kept(before: Reading, after: Reading) -> IdentityKept:
     return IdentityKept(before.background == after.background, tuple(kept))
 
 
+def path_followed(given: Reading, shown: Reading) -> float:
+    """How far objects of one clip are where those of another are at the same time.
+
+    Args:
+        given: Reading of the clip that sets the paths.
+        shown: Reading of the clip that is to follow them, of as many frames.
+
+    Returns:
+        Share of the frames that show an object of `given` in which `shown` has one within 0.12 heights on the torus,
+        the same one throughout; mean over objects, [0, 1], NaN if `given` has none.
+
+    Raises:
+        ValueError: If the two readings are of frames of different proportions.
+    """
+    if not math.isclose(given.aspect, shown.aspect):
+        raise ValueError(f"cannot compare frames of width / height {given.aspect:.3f} and {shown.aspect:.3f}")
+    shares = [max((_followed(a, b, given.aspect) for b in shown.objects), default=0.0) for a in given.objects]
+    return sum(shares) / len(shares) if shares else math.nan
+
+
+def _followed(a: ObjectReading, b: ObjectReading, aspect: float) -> float:
+    there = np.isfinite(a.x)
+    distance = np.hypot(tracking.wrap((b.x - a.x)[there], aspect), tracking.wrap((b.y - a.y)[there], 1.0))
+    return float((distance < SAME_PLACE).mean())
+
+
 def _keep(a: ObjectReading, b: ObjectReading, distance: float) -> ObjectKept:
     ratio = _seen(b.radius)[:3].mean() / _seen(a.radius)[-3:].mean()
     return ObjectKept(

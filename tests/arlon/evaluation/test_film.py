@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from arlon.data import shapes_world as world
 from arlon.evaluation import metrics, suite
@@ -177,6 +178,19 @@ def test_seams_are_told_from_prompt_switches_and_cuts():
     figures = measure_film(frames, Outline(shots=shots, segment_starts=(0, 10, 20, 30)), fps=FPS)["figures"]
     assert figures["seam_strength"] == pytest.approx(5)
     assert figures["seam_strength_switch"] == pytest.approx(10)
+
+
+def test_every_prompt_switch_has_its_own_seam(switch):
+    frames = np.concatenate([switch, switch])
+    shots = outline(RED_LEFT, BLUE_LEFT, RED_LEFT, BLUE_LEFT)
+    starts = tuple(shot.start_frame for shot in shots.shots)
+    found = measure_film(frames, replace(shots, segment_starts=starts), fps=FPS)
+    steps = metrics.frame_differences(torch.from_numpy(frames).permute(3, 0, 1, 2).float() / 127.5 - 1)
+    expected = [
+        metrics.seam_ratio(steps, [join], leave_out=[x for x in starts[1:] if x != join]) for join in starts[1:]
+    ]
+    assert [join["seam_strength"] for join in found["joins"]] == pytest.approx(expected)
+    assert all(join["seam_strength"] is None for join in measure_film(frames, shots, fps=FPS)["joins"])
 
 
 def test_no_seam_is_dropped_where_nothing_else_moves():

@@ -1,3 +1,4 @@
+import math
 import time
 from dataclasses import replace
 
@@ -197,6 +198,25 @@ def test_identity_survives_a_motion_change_and_a_colour_change_is_seen():
     kept = oracle.identity_kept(oracle.read_clip(frames[:34]), oracle.read_clip(elsewhere))
     assert not kept.objects[0].place
     assert not kept.background
+
+
+def test_a_path_is_followed_where_an_object_is_at_the_same_time():
+    def read(*looks, start=((0.2, 0.3), (0.7, 0.7))):
+        made = scene(*looks, start=start)
+        return oracle.read_clip(world.render_scene(made, num_frames=34).frames)
+
+    given = read(look(motion="right"))
+    assert oracle.path_followed(given, read(look(motion="right", colour="blue", shape="star"))) == 1
+    assert oracle.path_followed(given, read(look(motion="right"), start=((0.2, 0.6),))) == 0
+    assert 0 < oracle.path_followed(given, read(look(motion="still"))) < 0.5  # leaves it, and may come round again
+    two = read(look(motion="right"), look(motion="still", colour="blue"))
+    assert oracle.path_followed(given, two) == 1
+    assert oracle.path_followed(two, given) == 0.5
+    blank = replace(given, objects=())
+    assert oracle.path_followed(given, blank) == 0
+    assert math.isnan(oracle.path_followed(blank, given))
+    with pytest.raises(ValueError, match="width / height"):
+        oracle.path_followed(given, replace(given, aspect=2.0))
 
 
 def test_reading_a_clip_takes_less_than_a_quarter_of_a_second():
