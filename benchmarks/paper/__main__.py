@@ -11,8 +11,8 @@
     python -m benchmarks.paper context                   # how many code frames the AR model goes on from
     python -m benchmarks.paper sampling                  # temperature, top-p, guidance of the AR model
 
-Writes NAME.md and NAME.json into --output (docs/results). Records of films are kept in --work, so that the same command
-goes on after it was stopped; a film is made again if the model or its defaults, the condition or the prompt changed.
+Writes NAME.md and NAME.json into --output. Records of films are kept in --work, so that the same command goes on after
+it was stopped; a film is made again if the model or its defaults, the condition or the prompt changed.
 """
 
 from __future__ import annotations
@@ -33,6 +33,10 @@ from benchmarks.prompt_accuracy import ProgressLine, load_model
 from pipelines.requests import CodeResult
 from pipelines.runs.durable import write_bytes, write_json
 
+MODEL = "shapes"
+TABLES = Path("docs/results")
+PARTIAL_TABLES = Path("outputs/paper/tables")
+
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
@@ -41,10 +45,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("experiment", choices=EXPERIMENTS)
     parser.add_argument("--films", type=int, help="films a condition; default: 64, of long films 8")
-    parser.add_argument("--model", default="shapes", help="name or folder of the model")
+    parser.add_argument("--model", default=MODEL, help="name or folder of the model")
     parser.add_argument("--only", nargs="+", metavar="CONDITION", help="some conditions, as 'arlon 5 steps'")
     parser.add_argument("--variants", type=Path, default=DEFAULT_OUTPUT, help="where benchmarks.paper.variants trained")
-    parser.add_argument("--output", type=Path, default=Path("docs/results"), help="folder of the tables")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help=f"folder of the tables; default: {TABLES}, with --films, --only or --model {PARTIAL_TABLES}",
+    )
     parser.add_argument("--work", type=Path, default=Path("outputs/paper"), help="folder of the records")
     args = parser.parse_args(argv)
     if args.films is not None and args.films < 1:
@@ -52,6 +60,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     known = [condition.name for condition in EXPERIMENTS[args.experiment].conditions]
     if unknown := sorted(set(args.only or ()) - set(known)):
         parser.error(f"unknown condition {unknown[0]!r}; known are {', '.join(known)}")
+    if args.output is None:
+        args.output = TABLES if (args.films, args.only, args.model) == (None, None, MODEL) else PARTIAL_TABLES
     return args
 
 
@@ -95,6 +105,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         }
         identity = {"name": model.name, "hash": model.model_hash}
         command = f"python -m benchmarks.paper {args.experiment} --films {len(cases)}"
+        if args.model != MODEL:
+            command += f" --model {shlex.quote(model.name)}"
         if args.only:
             command += " --only " + shlex.join(args.only)
         table = to_markdown(experiment, results, identity, command, training)

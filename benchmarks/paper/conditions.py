@@ -19,8 +19,9 @@ import torch
 from arlon.checkpoint import read_json
 from arlon.data import shapes_world as world
 from arlon.diffusion import samplers
+from arlon.evaluation import oracle, suite
 from arlon.evaluation.figures import FORMAT
-from arlon.evaluation.film import FilmShot, Outline, measure_film
+from arlon.evaluation.film import FilmShot, Outline, measure_film, plain_number
 from arlon.evaluation.suite import Case
 from benchmarks.prompt_accuracy import FilmMaker, Mode, Model, SceneEncoder, load_model
 from pipelines.requests import CodeResult, Job
@@ -28,8 +29,8 @@ from pipelines.runs.durable import append_line, make_folder, read_lines
 from pipelines.workers import CodeWorker, torch_threads
 
 Record = dict[str, Any]
-"""What is kept of a film: `figures` by name, scores of its `shots`, what is `asked` of each, `seconds` by role, `calls`
-of the DiT."""
+"""What is kept of a film: `figures` by name, scores of its `shots` and of their joins, what is `asked` of each,
+`seconds` by role, `calls` of the DiT."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +54,8 @@ class Condition:
     video: Literal["as asked", "other colours"] | None = None
     """Codes of a video in place of those of the AR model: the scene that the prompt asks for, or the same one with
     another colour of every object and another background. None: the AR model's."""
+    has_path: bool = False
+    """Whether objects are held against their places in the scene that the prompt asks for, as `path_followed`."""
 
 
 def flip_codes(codes: torch.Tensor, share: float, codebook_size: int, seed: int) -> torch.Tensor:
@@ -118,7 +121,7 @@ def run_condition(
                     given: CodeResult | None = CodeResult(codes=encode(scene), elapsed_s=0.0)
                 else:
                     given = written.get(_code_key(condition, case, loaded))
-                kept[key], codes = _film_record(maker, job, case, loaded, given)
+                kept[key], codes = _film_record(maker, job, case, loaded, given, has_path=condition.has_path)
                 if not encode:
                     written[_code_key(condition, case, loaded)] = codes
                 make_folder(path.parent)
@@ -155,7 +158,7 @@ def _next(names: Sequence[str], name: str) -> str:
 
 
 def _film_record(
-    maker: FilmMaker, job: Job, case: Case, model: Model, given: CodeResult | None
+    maker: FilmMaker, job: Job, case: Case, model: Model, given: CodeResult | None, *, has_path: bool
 ) -> tuple[Record, CodeResult]:
     """Make and measure a film of one take, of `given` codes if there are any; its record and its codes."""
     started_s = time.perf_counter()
@@ -170,16 +173,38 @@ def _film_record(
     starts = [segment.start_frame for segment in job.plan.segments]
     lengths = [shot.num_frames for shot in job.plan.shots]
     outline = _outline(case.prompts, lengths, starts)
-    measured = measure_film(np.concatenate(made), outline, fps=model.geometry.defaults.fps)
+    frames = np.concatenate(made)
+    measured = measure_film(frames, outline, fps=model.geometry.defaults.fps)
+    if has_path:
+        measured["figures"]["path_followed"] = plain_number(_path_followed(frames, case, lengths, model))
     steps = 0 if maker.mode == "codes" else job.plan.storyboard.num_inference_steps or 0
     record = {
         "figures": measured["figures"],
-        "shots": [shot["scores"] for shot in measured["shots"]],
+        "shots": _shot_figures(measured),
         "asked": [_asked(shot) for shot in case.scene.shots],
         "seconds": {"total": total_s, "code": code_s, "refine": refine_s, "film": job.plan.duration_s},
         "calls": len(starts) * steps,
     }
     return record, codes
+
+
+def _shot_figures(measured: Mapping[str, Any]) -> list[dict[str, float | None]]:
+    """Scores of every shot, and of its join to the one before."""
+    shots = [dict(shot["scores"]) for shot in measured["shots"]]
+    for join in measured["joins"]:
+        shots[join["shot"]] |= join["scores"] | {"seam_strength_switch": join["seam_strength"]}
+    return shots
+
+
+def _path_followed(frames: np.ndarray, case: Case, lengths: Sequence[int], model: Model) -> float:
+    """Mean over shots of how far objects are where the scene of a case has them."""
+    defaults = model.geometry.defaults
+    rendered = suite.render_case(case, fps=defaults.fps, height=defaults.height, width=defaults.width)
+    shares = []
+    for shown, given in zip(np.split(frames, np.cumsum(lengths)[:-1]), rendered, strict=True):
+        readings = (oracle.read_clip(clip, fps=defaults.fps) for clip in (given[: len(shown)], shown[: len(given)]))
+        shares.append(oracle.path_followed(*readings))
+    return float(np.mean(shares))
 
 
 def _asked(shot: world.Shot) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from arlon.evaluation import suite
 from arlon.evaluation.suite import Case
@@ -21,8 +21,8 @@ SUITE_SEED = 2026
 """Seed of all prompts and films; other seeds than those that models are tuned on."""
 FEW_STEPS = 5
 """Solver steps where conditions differ in something else: the fewest that ARLON is claimed for."""
-LONG_SHOTS = 12
-"""Shots of a long film: about a minute at the small model's segments."""
+LONG_FILM = (1, 1, 2, 1, 1, 1, 1, 1, 2, 1, 1, 1)
+"""Segments of each shot of a long film: a minute at the small model's segments."""
 SCORES = suite.PROMPT_ATTRIBUTES
 PROMPT_FIGURES = ("prompt_accuracy", *(f"prompt_{name}" for name in SCORES))
 BOTH_FIGURES = ("prompt_both_colours", "prompt_both_objects")
@@ -31,7 +31,8 @@ QUARTER_FIGURES = tuple(f"prompt_{name}_{end}" for name in SCORES for end in ("f
 LONG_FIGURES = (
     *("prompt_accuracy", "prompt_accuracy_first", "prompt_accuracy_last", "prompt_accuracy_change"),
     *("switch_appears", "kept_colour", "kept_shape", "kept_background", "kept_place"),
-    *("seam_strength_switch", "drift_colour", "drift_contrast", "drift_sharpness", "dynamic_degree_lk"),
+    *("seam_strength", "seam_strength_switch", "drift_colour", "drift_contrast", "drift_sharpness"),
+    "dynamic_degree_lk",
     *QUARTER_FIGURES,
 )
 
@@ -45,9 +46,10 @@ class Experiment:
     """What the paper says of it."""
     conditions: tuple[Condition, ...]
     figures: tuple[str, ...]
-    num_shots: int = 1
-    num_segments: int = 1
-    """Of a shot."""
+    compared: tuple[tuple[str, str], ...] = ()
+    """Names of two conditions whose difference is shown, film by film: the first less the second."""
+    segments: tuple[int, ...] = (1,)
+    """Segments of each shot of a film."""
     two_objects_prob: float = 0.0
     """Share of films with two objects; only for films of one shot."""
     default_cases: int = 64
@@ -56,12 +58,19 @@ class Experiment:
         """The films: held-out attribute pairs and phrasings."""
         defaults, grid = geometry.defaults, geometry.grid
         first_s, later_s = grid.segment_frames / defaults.fps, grid.stride_frames / defaults.fps
-        seconds = [self.num_segments * later_s] * self.num_shots
+        seconds = [number * later_s for number in self.segments]
         seconds[0] += first_s - later_s
         aspect = defaults.width / defaults.height
         return suite.sample_cases(
             count, seconds=seconds, seed=SUITE_SEED, two_objects_prob=self.two_objects_prob, aspect=aspect
         )
+
+
+ARLON_AND_BASE = (
+    (f"arlon {FEW_STEPS} steps", "base 30 steps"),
+    (f"arlon {FEW_STEPS} steps", f"base {FEW_STEPS} steps"),
+    (f"arlon {FEW_STEPS} steps", "codes alone"),
+)
 
 
 def _parts(steps: Sequence[int]) -> tuple[Condition, ...]:
@@ -90,14 +99,16 @@ EXPERIMENTS: dict[str, Experiment] = {
         title="Short films: base, codes alone, ARLON",
         claim="ARLON at 5 to 10 steps is as good as the base at 30, more dynamic, and takes 47 to 64 % less time.",
         conditions=_parts((5, 10, 30)),
+        compared=ARLON_AND_BASE,
         figures=PROMPT_FIGURES + PICTURE_FIGURES,
     ),
     "long": Experiment(
-        title=f"Long films of {LONG_SHOTS} shots: base, codes alone, ARLON",
+        title=f"Long films of {len(LONG_FILM)} shots: base, codes alone, ARLON",
         claim="Long films are more consistent and more dynamic than those of the base continued segment by segment.",
         conditions=_parts((5, 10, 30)),
+        compared=ARLON_AND_BASE,
         figures=LONG_FIGURES,
-        num_shots=LONG_SHOTS,
+        segments=LONG_FILM,
         default_cases=8,
     ),
     "two_objects": Experiment(
@@ -118,6 +129,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             Condition(name=f"{round(100 * share)} % flipped", steps=FEW_STEPS, flipped=share)
             for share in (0.0, 0.05, 0.1, 0.2, 0.3)
         ),
+        compared=(("10 % flipped", "0 % flipped"), ("30 % flipped", "0 % flipped")),
         figures=PROMPT_FIGURES + PICTURE_FIGURES,
     ),
     "injection": Experiment(
@@ -127,6 +139,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             Condition(name="none", steps=FEW_STEPS, mode="base"),
             *(Condition(name=variant.name, steps=FEW_STEPS, variant=variant.name) for variant in variants.DESIGNS),
         ),
+        compared=tuple((other.name, variants.DESIGNS[0].name) for other in variants.DESIGNS[1:]),
         figures=PROMPT_FIGURES + PICTURE_FIGURES,
     ),
     "resilience": Experiment(
@@ -142,35 +155,43 @@ EXPERIMENTS: dict[str, Experiment] = {
             for variant in variants.RESILIENCE
             for share in (0.0, 0.1, 0.3)
         ),
+        compared=tuple(
+            (f"{variant.name}, {share} % flipped", f"{variant.name}, 0 % flipped")
+            for variant in variants.RESILIENCE
+            for share in (10, 30)
+        ),
         figures=PROMPT_FIGURES + PICTURE_FIGURES,
     ),
     "video": Experiment(
         title="Codes of a given video",
         claim="With the codes of a video and a new prompt, the layout follows the video and the appearance the prompt.",
-        conditions=(
-            Condition(name="codes of the AR model", steps=FEW_STEPS),
-            Condition(name="video as asked", steps=FEW_STEPS, mode="true_codes", video="as asked"),
-            Condition(name="video in other colours", steps=FEW_STEPS, mode="true_codes", video="other colours"),
-            Condition(name="other colours, codes alone", mode="codes", video="other colours"),
+        conditions=tuple(
+            replace(condition, has_path=True)
+            for condition in (
+                Condition(name="codes of the AR model", steps=FEW_STEPS),
+                Condition(name="video as asked", steps=FEW_STEPS, mode="true_codes", video="as asked"),
+                Condition(name="video in other colours", steps=FEW_STEPS, mode="true_codes", video="other colours"),
+                Condition(name="other colours, codes alone", mode="codes", video="other colours"),
+            )
         ),
-        figures=PROMPT_FIGURES + PICTURE_FIGURES,
+        figures=("path_followed", *PROMPT_FIGURES, *PICTURE_FIGURES),
     ),
     "seams": Experiment(
         title="Seams where segments of one shot join",
         claim="(Not in the paper.)",
         conditions=tuple(_blended((0, 2, 3))),
         figures=("seam_strength", "temporal_flickering", "drift_colour", "drift_contrast", "drift_sharpness"),
-        num_segments=5,
+        segments=(5,),
         default_cases=8,
     ),
     "context": Experiment(
-        title=f"Context of the AR model in films of {LONG_SHOTS} shots",
+        title=f"Context of the AR model in films of {len(LONG_FILM)} shots",
         claim="(Not in the paper.)",
         conditions=tuple(
             Condition(name=f"window moves by {hop}", steps=FEW_STEPS, window_hop=hop) for hop in (1, 2, 4, 6)
         ),
         figures=LONG_FIGURES,
-        num_shots=LONG_SHOTS,
+        segments=LONG_FILM,
         default_cases=8,
     ),
     "sampling": Experiment(

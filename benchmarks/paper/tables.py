@@ -8,13 +8,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from arlon.evaluation.figures import FIGURES
 from arlon.evaluation.suite import PROMPT_ATTRIBUTES, Share, summarise
 from benchmarks.paper.conditions import Record
-from benchmarks.paper.experiments import Experiment
+from benchmarks.paper.experiments import QUARTER_FIGURES, Experiment
 
 PAIRS = {"held out": True, "may be trained on": False}
 """Whether a shot shows an attribute pair that training never shows."""
+JOIN_FIGURES = (
+    *("switch_appears", "kept_colour", "kept_shape", "kept_motion", "kept_background", "kept_place"),
+    "seam_strength_switch",
+)
+"""Figures of a shot that say how it goes on from the one before."""
 Results = Mapping[str, Sequence[Record]]
 """Records by the name of their condition."""
 
@@ -24,10 +28,20 @@ def figure_shares(records: Sequence[Record], names: Sequence[str]) -> dict[str, 
     return summarise([{name: _number(record["figures"][name]) for name in names} for record in records])
 
 
-def accuracy_by_shot(records: Sequence[Record]) -> dict[str, list[Share]]:
-    """Prompt accuracy at each position of a shot, over films: of each attribute, and as `accuracy` of all together.
+def figure_differences(records: Sequence[Record], others: Sequence[Record], names: Sequence[str]) -> dict[str, Share]:
+    """Mean and bootstrap interval, over films, of the figures of `records` less those of the same films in `others`."""
+    return summarise(
+        [
+            {name: _number(record["figures"][name]) - _number(other["figures"][name]) for name in names}
+            for record, other in zip(records, others, strict=True)
+        ]
+    )
 
-    That is the mean of what a prompt states; direction is part of motion, as in the figure `prompt_accuracy`.
+
+def figures_by_shot(records: Sequence[Record]) -> dict[str, list[Share]]:
+    """Figures at each position of a shot, over films: accuracy of each attribute, of all together, and of joins.
+
+    `accuracy` is the mean of what a prompt states; direction is part of motion, as in the figure `prompt_accuracy`.
     """
     positions = range(min(len(record["shots"]) for record in records))
     shares = [summarise([_shot_scores(record["shots"][position]) for record in records]) for position in positions]
@@ -54,7 +68,8 @@ def _mean(values: Iterable[float]) -> float:
 
 def _shot_scores(shot: Mapping[str, float | None]) -> dict[str, float]:
     scores = {name: _number(shot.get(name)) for name in PROMPT_ATTRIBUTES}
-    return {"accuracy": _mean(value for name, value in scores.items() if name != "direction")} | scores
+    joins = {name: _number(shot.get(name)) for name in JOIN_FIGURES}
+    return {"accuracy": _mean(value for name, value in scores.items() if name != "direction")} | scores | joins
 
 
 def cost(records: Sequence[Record]) -> dict[str, float]:
@@ -75,7 +90,7 @@ def to_json(
         shares = figure_shares(records, experiment.figures)
         rows[name] = {
             "figures": {key: _plain(share) for key, share in shares.items()},
-            "by_shot": {key: [_plain(share) for share in row] for key, row in accuracy_by_shot(records).items()},
+            "by_shot": {key: [_plain(share) for share in row] for key, row in figures_by_shot(records).items()},
             "by_pair": {
                 kind: {key: _plain(share) for key, share in accuracy_by_pair(records, held_out=held_out).items()}
                 for kind, held_out in PAIRS.items()
@@ -85,8 +100,13 @@ def to_json(
                 _rounded({**r, "figures": {key: r["figures"][key] for key in experiment.figures}}) for r in records
             ],
         }
+    differences = [
+        {"of": name, "less": other, "figures": {key: _plain(share) for key, share in shares.items()}}
+        for (name, other), shares in _compared(experiment, results).items()
+    ]
     about = {"title": experiment.title, "claim": experiment.claim, "model": dict(model)}
-    return about | ({"training": dict(training)} if training else {}) | {"conditions": rows}
+    about |= {"training": dict(training)} if training else {}
+    return about | {"conditions": rows, "differences": differences}
 
 
 def to_markdown(
@@ -100,13 +120,14 @@ def to_markdown(
     count = min(len(records) for records in results.values())
     later = [asked for record in next(iter(results.values())) for asked in record["asked"][1:]]
     held_out = sum(asked["held_out"] for asked in later)
+    num_shots = len(experiment.segments)
     where = f" in the first shot and in {held_out} of {len(later)} later ones" if later else ""
     lines = [
         f"# {experiment.title}",
         "",
         f"The paper: {experiment.claim}",
         "",
-        f"{count} films of {experiment.num_shots} shot{'s' * (experiment.num_shots > 1)}"
+        f"{count} films of {num_shots} shot{'s' * (num_shots > 1)}"
         f"{' and two objects' * (experiment.two_objects_prob == 1)}, held-out phrasings, held-out "
         f"attribute pairs{where}, the same ones under every condition; model "
         f"{model['name']} ({model['hash'][:12]}). Mean and "
@@ -115,7 +136,9 @@ def to_markdown(
         *_training_lines(training),
         *_figure_table(experiment, results),
     ]
-    if any(FIGURES[name].group == "quarters" for name in experiment.figures):
+    if compared := _compared(experiment, results):
+        lines += ["", "Differences film by film, mean and interval:", "", *_difference_table(compared)]
+    if any(name in QUARTER_FIGURES for name in experiment.figures):
         lines += ["", "Each attribute in the first and in the last quarter of the film:", ""]
         lines += _quarter_table(experiment, results)
     if later:
@@ -138,9 +161,8 @@ def _training_lines(training: Mapping[str, Any] | None) -> list[str]:
 
 
 def _figure_table(experiment: Experiment, results: Results) -> list[str]:
-    figures = [name for name in experiment.figures if FIGURES[name].group != "quarters"]
-    names = [name.removeprefix("prompt_").replace("_", " ") for name in figures]
-    header = ["", *names, "s per s of film", "of it AR", "DiT calls"]
+    figures = _shown(experiment)
+    header = ["", *map(_heading, figures), "s per s of film", "of it AR", "DiT calls"]
     lines = [_row(header), _row(["---"] * len(header))]
     for condition, records in results.items():
         shares = figure_shares(records, figures)
@@ -150,10 +172,36 @@ def _figure_table(experiment: Experiment, results: Results) -> list[str]:
     return lines
 
 
+def _shown(experiment: Experiment) -> list[str]:
+    return [name for name in experiment.figures if name not in QUARTER_FIGURES]
+
+
+def _heading(name: str) -> str:
+    return name.removeprefix("prompt_").replace("_", " ")
+
+
+def _compared(experiment: Experiment, results: Results) -> dict[tuple[str, str], dict[str, Share]]:
+    """Differences of the pairs of conditions that are to be compared, and are there."""
+    return {
+        (name, other): figure_differences(results[name], results[other], _shown(experiment))
+        for name, other in experiment.compared
+        if name in results and other in results
+    }
+
+
+def _difference_table(compared: Mapping[tuple[str, str], Mapping[str, Share]]) -> list[str]:
+    """A row a pair of conditions, a column a figure."""
+    figures = list(next(iter(compared.values())))
+    lines = [_row(["", *map(_heading, figures)]), _row(["---"] * (1 + len(figures)))]
+    for (name, other), shares in compared.items():
+        lines.append(_row([f"{name}, less {other}", *(_cell(shares[figure]) for figure in figures)]))
+    return lines
+
+
 def _quarter_table(experiment: Experiment, results: Results) -> list[str]:
     """A row an attribute and condition."""
     ends = ("first", "last", "change")
-    figures = [name for name in experiment.figures if FIGURES[name].group == "quarters"]
+    figures = [name for name in experiment.figures if name in QUARTER_FIGURES]
     attributes = dict.fromkeys(name.removeprefix("prompt_").rsplit("_", 1)[0] for name in figures)
     shares = {condition: figure_shares(records, figures) for condition, records in results.items()}
     lines = [_row(["", "", *ends]), _row(["---"] * (2 + len(ends)))]
@@ -177,14 +225,14 @@ def _pair_table(results: Results) -> list[str]:
 
 def _shot_tables(results: Results) -> list[str]:
     """A table an attribute: a row a condition, a column a position."""
-    tables = {condition: accuracy_by_shot(records) for condition, records in results.items()}
+    tables = {condition: figures_by_shot(records) for condition, records in results.items()}
     length = min(len(table["accuracy"]) for table in tables.values())
     header = ["", *(str(position + 1) for position in range(length))]
     lines: list[str] = []
-    for name in ("accuracy", *PROMPT_ATTRIBUTES):
+    for name in ("accuracy", *PROMPT_ATTRIBUTES, *JOIN_FIGURES):
         rows = [[condition, *map(_cell, table[name][:length])] for condition, table in tables.items()]
         if any(cell for row in rows for cell in row[1:]):
-            lines += ["", f"**{name}**", "", _row(header), _row(["---"] * len(header)), *map(_row, rows)]
+            lines += ["", f"**{_heading(name)}**", "", _row(header), _row(["---"] * len(header)), *map(_row, rows)]
     return lines
 
 

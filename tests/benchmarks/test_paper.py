@@ -17,7 +17,15 @@ from benchmarks.paper import conditions
 from benchmarks.paper.__main__ import main, parse_args
 from benchmarks.paper.conditions import Condition, flip_codes, run_condition
 from benchmarks.paper.experiments import EXPERIMENTS, QUARTER_FIGURES, SUITE_SEED, Experiment
-from benchmarks.paper.tables import accuracy_by_pair, accuracy_by_shot, cost, figure_shares, to_json, to_markdown
+from benchmarks.paper.tables import (
+    accuracy_by_pair,
+    cost,
+    figure_differences,
+    figure_shares,
+    figures_by_shot,
+    to_json,
+    to_markdown,
+)
 from benchmarks.prompt_accuracy import load_model, make_cases
 from benchmarks.prompt_accuracy import parse_args as parse_suite
 from pipelines.model import open_model
@@ -66,8 +74,8 @@ def test_figures_leave_out_what_a_film_does_not_show() -> None:
     assert (share.mean, share.count) == (0.5, 2)
 
 
-def test_accuracy_by_shot_is_the_mean_of_what_a_prompt_states() -> None:
-    first, second = accuracy_by_shot(RECORDS)["accuracy"]
+def test_figures_by_shot_is_the_mean_of_what_a_prompt_states() -> None:
+    first, second = figures_by_shot(RECORDS)["accuracy"]
     assert first.mean == pytest.approx(2 / 3)
     assert second.mean == pytest.approx((0.5 + 0 + 1) / 3)
 
@@ -76,7 +84,7 @@ def test_later_shots_are_told_apart_by_whether_training_may_have_shown_their_pai
     found = [accuracy_by_pair(RECORDS, held_out=held_out) for held_out in (True, False)]
     assert [(share["accuracy"].mean, share["accuracy"].count) for share in found] == [(0.5, 1), (0.5, 2)]
     assert [share["colour"].mean for share in found] == [0, 0.5]
-    experiment = Experiment(title="T", claim="C", conditions=(), figures=("prompt_shape",), num_shots=2)
+    experiment = Experiment(title="T", claim="C", conditions=(), figures=("prompt_shape",), segments=(1, 1))
     table = to_markdown(experiment, {"a": RECORDS}, {"name": "m", "hash": "h"}, "run me")
     assert "held-out attribute pairs in the first shot and in 1 of 3 later ones, the same" in table
     assert "| a | held out | 0.50 [0.50, 0.50] | 0.00 [0.00, 0.00] |" in table
@@ -94,11 +102,11 @@ def test_records_say_which_shots_show_held_out_pairs() -> None:
 
 
 def test_every_attribute_has_its_interval_at_each_position() -> None:
-    rows = accuracy_by_shot(RECORDS)
+    rows = figures_by_shot(RECORDS)
     assert [share.mean for share in rows["colour"]] == pytest.approx([2 / 3, 1 / 3])
     assert (rows["colour"][0].low, rows["colour"][0].high) == suite.bootstrap_interval(np.array([1.0, 0.0, 1.0]))
     assert [share.count for share in rows["shape"]] == [0, 3]
-    experiment = Experiment(title="T", claim="C", conditions=(), figures=("prompt_shape",), num_shots=2)
+    experiment = Experiment(title="T", claim="C", conditions=(), figures=("prompt_shape",), segments=(1, 1))
     named = {"name": "m", "hash": "h"}
     table = to_markdown(experiment, {"a": RECORDS}, named, "run me")
     assert "**shape**\n\n|  | 1 | 2 |\n| --- | --- | --- |\n| a |  | 0.67 [0.00, 1.00] |\n" in table
@@ -112,7 +120,7 @@ def test_cost_is_that_of_the_middle_film() -> None:
 
 
 def test_table_has_a_row_a_condition_and_a_column_a_figure() -> None:
-    experiment = Experiment(title="T", claim="C", conditions=(), figures=("prompt_shape",), num_shots=2)
+    experiment = Experiment(title="T", claim="C", conditions=(), figures=("prompt_shape",), segments=(1, 1))
     table = to_markdown(experiment, {"a": RECORDS, "b": RECORDS[:1]}, {"name": "m", "hash": "h"}, "run me")
     rows = [line for line in table.splitlines() if line.startswith("| a") or line.startswith("| b")]
     assert rows[0] == "| a | 0.50 [0.00, 1.00] | 3.00 | 25% | 10 |"
@@ -146,7 +154,7 @@ def test_films_are_made_once_and_the_same_ones_under_every_condition(
     assert [c.prompts for c in cases] == [c.prompts for c in EXPERIMENTS["flips"].cases(3, geometry)[:2]]
     made = []
     film_record = conditions._film_record
-    monkeypatch.setattr(conditions, "_film_record", lambda *args: made.append(1) or film_record(*args))
+    monkeypatch.setattr(conditions, "_film_record", lambda *a, **kw: made.append(1) or film_record(*a, **kw))
 
     def run(condition: Condition) -> list[conditions.Record]:
         return run_condition(
@@ -206,7 +214,7 @@ def test_codes_are_taken_over_where_the_ar_model_would_write_the_same_ones(tiny_
 
 def test_a_window_that_moves_further_writes_other_codes(tiny_model: Path, tmp_path: Path) -> None:
     geometry = load_model(str(tiny_model)).geometry
-    cases = replace(EXPERIMENTS["context"], num_shots=3).cases(1, geometry)
+    cases = replace(EXPERIMENTS["context"], segments=(1, 1, 1)).cases(1, geometry)
     written: dict[str, CodeResult] = {}
     for hop in (1, 3):
         condition = Condition(name=f"hop {hop}", steps=1, window_hop=hop)
@@ -233,7 +241,7 @@ def test_an_experiment_writes_its_table_and_every_film(
 def test_a_shot_of_some_segments_is_made_of_as_many(tiny_model: Path) -> None:
     model = load_model(str(tiny_model))
     for shots, segments in ((1, 5), (3, 2)):
-        experiment = replace(EXPERIMENTS["seams"], num_shots=shots, num_segments=segments)
+        experiment = replace(EXPERIMENTS["seams"], segments=(segments,) * shots)
         plan = model.job(experiment.cases(1, model.geometry)[0]).plan
         assert [span.num_segments for span in plan.shots] == [segments] * shots
         assert all(span.num_frames == span.asked_frames for span in plan.shots)
@@ -243,6 +251,66 @@ def test_seams_are_measured_as_the_model_makes_them() -> None:
     folder, _ = open_model("shapes")
     blended = {condition.settings["vae_blend_frames"] for condition in EXPERIMENTS["seams"].conditions}
     assert {0, folder.defaults["vae_blend_frames"]} <= blended
+
+
+def test_long_films_take_a_minute_and_some_shots_have_two_segments() -> None:
+    model = load_model("shapes")
+    for name in ("long", "context"):
+        plan = model.job(EXPERIMENTS[name].cases(1, model.geometry)[0]).plan
+        assert len(plan.shots) == 12
+        assert [span.num_segments for span in plan.shots] == list(EXPERIMENTS[name].segments)
+        assert 60 <= plan.duration_s < 65
+
+
+def test_differences_are_those_of_the_same_films() -> None:
+    others = [record(shape, 4.0, [{}]) for shape in (0.0, 1.0, 1.0)]
+    share = figure_differences(RECORDS, others, ["prompt_shape"])["prompt_shape"]
+    assert (share.mean, share.count) == (0.0, 2)  # 1 - 0, unknown, 0 - 1
+    experiment = Experiment(
+        title="T",
+        claim="C",
+        conditions=(),
+        figures=("prompt_shape",),
+        segments=(1, 1),
+        compared=(("a", "b"), ("a", "c")),
+    )
+    results = {"a": RECORDS, "b": others}
+    assert "| a, less b | 0.00 [-1.00, 1.00] |" in to_markdown(experiment, results, {"name": "m", "hash": "h"}, "run")
+    (stored,) = to_json(experiment, results, {"name": "m", "hash": "h"})["differences"]
+    assert (stored["of"], stored["less"], stored["figures"]["prompt_shape"]["mean"]) == ("a", "b", 0.0)
+
+
+def test_every_comparison_is_of_conditions_that_are_made() -> None:
+    for experiment in EXPERIMENTS.values():
+        names = {condition.name for condition in experiment.conditions}
+        assert all({*pair} <= names for pair in experiment.compared)
+    assert ("arlon 5 steps", "base 30 steps") in EXPERIMENTS["short"].compared
+
+
+def test_joins_are_shown_by_position() -> None:
+    shots = [{"colour": 1.0}, {"colour": 1.0, "kept_shape": 0.0, "seam_strength_switch": 1.5}]
+    first, second = figures_by_shot([record(1.0, 4.0, shots)] * 2)["seam_strength_switch"]
+    assert (first.count, second.mean) == (0, 1.5)
+    experiment = Experiment(title="T", claim="C", conditions=(), figures=("prompt_shape",), segments=(1, 1))
+    results = {"a": [record(1.0, 4.0, shots)] * 2}
+    table = to_markdown(experiment, results, {"name": "m", "hash": "h"}, "run")
+    assert "**kept shape**" in table
+    assert "| a |  | 1.50 [1.50, 1.50] |" in table
+    assert "**kept place**" not in table
+
+
+@pytest.mark.parametrize(
+    ("options", "folder"),
+    [
+        ([], "docs/results"),
+        (["--films", "2"], "outputs/paper/tables"),
+        (["--only", "base 5 steps"], "outputs/paper/tables"),
+        (["--model", "other"], "outputs/paper/tables"),
+        (["--films", "2", "--output", "here"], "here"),
+    ],
+)
+def test_a_part_of_an_experiment_does_not_replace_the_table_of_all(options: list[str], folder: str) -> None:
+    assert parse_args(["short", *options]).output == Path(folder)
 
 
 def test_two_objects_are_those_of_the_suite_with_its_seed(tiny_model: Path) -> None:
@@ -280,10 +348,12 @@ def test_a_video_in_other_colours_keeps_layout_and_motion(tiny_model: Path, tmp_
                 assert (a.shape, a.size, a.motion, a.speed) == (b.shape, b.size, b.motion, b.speed)
 
     def figures(video: str) -> list[dict[str, float]]:
-        condition = Condition(name=video, steps=2, mode="true_codes", video=video)
+        condition = Condition(name=video, steps=2, mode="true_codes", video=video, has_path=True)
         made = run_condition(
             condition, cases, tmp_path, model=str(tiny_model), written={}, progress=lambda done, total: None
         )
         return [record["figures"] for record in made]
 
-    assert figures("as asked") != figures("other colours")
+    asked = figures("as asked")
+    assert asked != figures("other colours")
+    assert all(0 <= found["path_followed"] <= 1 for found in asked)
