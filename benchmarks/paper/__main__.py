@@ -84,13 +84,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         for folder in (args.output, args.work):
             if folder.exists() and not folder.is_dir():
                 raise ValueError(f"'{folder}' is a file: name a folder as --output and as --work")
-            folder.mkdir(parents=True, exist_ok=True)
         model = load_model(args.model)
         cases = experiment.cases(args.films or experiment.default_cases, model.geometry)
         chosen = [c for c in experiment.conditions if args.only is None or c.name in args.only]
         conditions = with_models(chosen, args.variants, ModelFolder.open(model.path, required=(), verify=False))
         names = list(dict.fromkeys(c.variant for c in chosen if c.variant is not None))
         training = shared_training(args.variants, names) if names else None
+        for folder in (args.output, args.work):
+            folder.mkdir(parents=True, exist_ok=True)
         written: dict[str, CodeResult] = {}
         results = {
             condition.name: run_condition(
