@@ -54,7 +54,7 @@ class Condition:
     video: Literal["as asked", "other colours"] | None = None
     """Codes of a video in place of those of the AR model: the scene that the prompt asks for, or the same one with
     another colour of every object and another background. None: the AR model's."""
-    has_path: bool = False
+    measures_path: bool = False
     """Whether objects are held against their places in the scene that the prompt asks for, as `path_followed`."""
 
 
@@ -121,7 +121,7 @@ def run_condition(
                     given: CodeResult | None = CodeResult(codes=encode(scene), elapsed_s=0.0)
                 else:
                     given = written.get(_code_key(condition, case, loaded))
-                kept[key], codes = _film_record(maker, job, case, loaded, given, has_path=condition.has_path)
+                kept[key], codes = _film_record(maker, job, case, loaded, given, measures_path=condition.measures_path)
                 if not encode:
                     written[_code_key(condition, case, loaded)] = codes
                 make_folder(path.parent)
@@ -158,7 +158,7 @@ def _next(names: Sequence[str], name: str) -> str:
 
 
 def _film_record(
-    maker: FilmMaker, job: Job, case: Case, model: Model, given: CodeResult | None, *, has_path: bool
+    maker: FilmMaker, job: Job, case: Case, model: Model, given: CodeResult | None, *, measures_path: bool
 ) -> tuple[Record, CodeResult]:
     """Make and measure a film of one take, of `given` codes if there are any; its record and its codes."""
     started_s = time.perf_counter()
@@ -175,7 +175,7 @@ def _film_record(
     outline = _outline(case.prompts, lengths, starts)
     frames = np.concatenate(made)
     measured = measure_film(frames, outline, fps=model.geometry.defaults.fps)
-    if has_path:
+    if measures_path:
         measured["figures"]["path_followed"] = plain_number(_path_followed(frames, case, lengths, model))
     steps = 0 if maker.mode == "codes" else job.plan.storyboard.num_inference_steps or 0
     record = {

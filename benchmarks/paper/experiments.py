@@ -166,7 +166,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         title="Codes of a given video",
         claim="With the codes of a video and a new prompt, the layout follows the video and the appearance the prompt.",
         conditions=tuple(
-            replace(condition, has_path=True)
+            replace(condition, measures_path=True)
             for condition in (
                 Condition(name="codes of the AR model", steps=FEW_STEPS),
                 Condition(name="video as asked", steps=FEW_STEPS, mode="true_codes", video="as asked"),

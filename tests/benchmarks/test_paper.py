@@ -263,9 +263,9 @@ def test_long_films_take_a_minute_and_some_shots_have_two_segments() -> None:
 
 
 def test_differences_are_those_of_the_same_films() -> None:
-    others = [record(shape, 4.0, [{}]) for shape in (0.0, 1.0, 1.0)]
+    others = [record(shape, 4.0, [{}]) for shape in (0.0, 1.0, 0.0)]
     share = figure_differences(RECORDS, others, ["prompt_shape"])["prompt_shape"]
-    assert (share.mean, share.count) == (0.0, 2)  # 1 - 0, unknown, 0 - 1
+    assert (share.mean, share.count) == (0.5, 2)  # 1 - 0, unknown, 0 - 0
     experiment = Experiment(
         title="T",
         claim="C",
@@ -275,9 +275,9 @@ def test_differences_are_those_of_the_same_films() -> None:
         compared=(("a", "b"), ("a", "c")),
     )
     results = {"a": RECORDS, "b": others}
-    assert "| a, less b | 0.00 [-1.00, 1.00] |" in to_markdown(experiment, results, {"name": "m", "hash": "h"}, "run")
+    assert "| a, less b | 0.50 [0.00, 1.00] |" in to_markdown(experiment, results, {"name": "m", "hash": "h"}, "run")
     (stored,) = to_json(experiment, results, {"name": "m", "hash": "h"})["differences"]
-    assert (stored["of"], stored["less"], stored["figures"]["prompt_shape"]["mean"]) == ("a", "b", 0.0)
+    assert (stored["of"], stored["less"], stored["figures"]["prompt_shape"]["mean"]) == ("a", "b", 0.5)
 
 
 def test_every_comparison_is_of_conditions_that_are_made() -> None:
@@ -348,7 +348,7 @@ def test_a_video_in_other_colours_keeps_layout_and_motion(tiny_model: Path, tmp_
                 assert (a.shape, a.size, a.motion, a.speed) == (b.shape, b.size, b.motion, b.speed)
 
     def figures(video: str) -> list[dict[str, float]]:
-        condition = Condition(name=video, steps=2, mode="true_codes", video=video, has_path=True)
+        condition = Condition(name=video, steps=2, mode="true_codes", video=video, measures_path=True)
         made = run_condition(
             condition, cases, tmp_path, model=str(tiny_model), written={}, progress=lambda done, total: None
         )

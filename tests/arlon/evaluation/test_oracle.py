@@ -201,9 +201,9 @@ def test_identity_survives_a_motion_change_and_a_colour_change_is_seen():
 
 
 def test_a_path_is_followed_where_an_object_is_at_the_same_time():
-    def read(*looks, start=((0.2, 0.3), (0.7, 0.7))):
+    def read(*looks, start=((0.2, 0.3), (0.7, 0.7)), **size):
         made = scene(*looks, start=start)
-        return oracle.read_clip(world.render_scene(made, num_frames=34).frames)
+        return oracle.read_clip(world.render_scene(made, num_frames=34, **size).frames)
 
     given = read(look(motion="right"))
     assert oracle.path_followed(given, read(look(motion="right", colour="blue", shape="star"))) == 1
@@ -212,6 +212,11 @@ def test_a_path_is_followed_where_an_object_is_at_the_same_time():
     two = read(look(motion="right"), look(motion="still", colour="blue"))
     assert oracle.path_followed(given, two) == 1
     assert oracle.path_followed(two, given) == 0.5
+    at_left = read(look(motion="still"), start=((0.04, 0.5),), height=64, width=96)
+    for x, share in ((1.46, 1), (1.04, 0), (0.2, 0)):  # an edge is where the other one is, 1.5 heights away
+        assert (
+            oracle.path_followed(at_left, read(look(motion="still"), start=((x, 0.5),), height=64, width=96)) == share
+        )
     blank = replace(given, objects=())
     assert oracle.path_followed(given, blank) == 0
     assert math.isnan(oracle.path_followed(blank, given))
