@@ -26,6 +26,7 @@ from importlib import import_module
 from itertools import groupby
 from typing import Any
 
+from arlon.threads import spin_briefly
 from pipelines.requests import (
     CodeResult,
     Committed,
@@ -394,6 +395,7 @@ def ray_session(address: str | None) -> Iterator[Any]:
         options |= {"_node_ip_address": "127.0.0.1", "object_store_memory": OBJECT_STORE_BYTES}
         # Ray's own choice is 15: on a machine with other work, actors would wait where the local executor does not.
         os.environ.setdefault("RAY_worker_niceness", "0")
+        spin_briefly()  # the actors share the cores, and inherit this
     else:
         options = {"address": address, "log_to_driver": False, "logging_level": "ERROR"}
     try:

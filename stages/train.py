@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from arlon.memory import keep_freed_memory
+from arlon.threads import spin_briefly
 
 if TYPE_CHECKING:
     from stages.common import StageParts, Training
@@ -248,4 +249,5 @@ if __name__ == "__main__":
     logging.basicConfig(format="%(message)s")
     logging.getLogger("stages").setLevel(logging.INFO)
     keep_freed_memory()
+    spin_briefly()
     typer.run(main)
