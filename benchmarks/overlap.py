@@ -1,6 +1,7 @@
 """What Ray hides and what it costs: the same film with both executors, from their events.
 
     python benchmarks/overlap.py --seconds 60 --picture overlap.png --json figures.json
+    python benchmarks/overlap.py --seconds 60 --steps 5 --base-steps 30 --threads 2 1    # against the base alone
 
 Figures, of each executor:
 
@@ -10,7 +11,8 @@ Figures, of each executor:
   start of the run), `load` (up to the first step), `codes`, `refine`, `decode`, `write`, and `waits` between them.
 
 `overhead` is work with Ray over work without it, minus 1. It needs an idle machine: with one core for both it is what
-Ray costs, with more cores what it gains is in it too. With --repeat the least of each is taken.
+Ray costs, with more cores what it gains is in it too. With --repeat the least of each is taken. With --base-steps the
+base alone makes the film too, with every executor; the fastest of it is compared to the fastest with codes.
 """
 
 from __future__ import annotations
@@ -34,6 +36,8 @@ from pipelines.runs.run_folder import RunFolder
 ROOT = Path(__file__).parents[1]
 ROLES = ("code", "refine", "decode", "write")
 PROMPTS = ("a red circle moves left on a black background", "a green circle moves right on a black background")
+BASE = "base, "
+"""Before the name of an executor: the film of the base alone."""
 COLOURS = {"code": "#4477aa", "refine": "#cc6677", "decode": "#ddaa33", "write": "#228833"}
 Interval = tuple[float, float]
 
@@ -153,14 +157,17 @@ def draw(timelines: Mapping[str, Timeline], path: Path, *, width: int = 1200, ro
     picture.save(path)
 
 
-def make_film(executor: str, arguments: argparse.Namespace, output: Path) -> Timeline:
-    """Make the film with an executor, in a process of its own."""
+def make_film(name: str, threads: int, arguments: argparse.Namespace, output: Path) -> Timeline:
+    """Make the film with an executor, in a process of its own; with `BASE` before its name, without codes."""
+    executor, steps = name.removeprefix(BASE), arguments.steps
     each = f"{arguments.seconds / len(PROMPTS):g}"
     prompts = [part for prompt in PROMPTS for part in ("--prompt", prompt)]
-    command = ["generate", *prompts, "--duration", each, "--seed", "7", "--threads", str(arguments.threads)]
+    command = ["generate", *prompts, "--duration", each, "--seed", "7", "--threads", str(threads)]
     command += ["--executor", executor, "--output", str(output), "--quiet"]
     command += ["--model", arguments.model] if arguments.model else []
-    command += ["--num-inference-steps", str(arguments.steps)] if arguments.steps else []
+    if name.startswith(BASE):
+        command, steps = [*command, "--base-only"], arguments.base_steps
+    command += ["--num-inference-steps", str(steps)] if steps else []
     started_s = time.time()
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
@@ -173,16 +180,20 @@ def make_film(executor: str, arguments: argparse.Namespace, output: Path) -> Tim
 
 def report(figures: Mapping[str, Figures]) -> list[str]:
     """The figures as lines of a table."""
-    lines = [f"{'':8}{'work':>8}{'code hidden':>13}{'decode hidden':>15}{'first second':>14}"]
+    lines = [f"{'':12}{'work':>8}{'code hidden':>13}{'decode hidden':>15}{'first second':>14}"]
     for name, found in figures.items():
         first_s = sum(found.first_second_s.values())
         hidden = found.hidden
-        lines.append(f"{name:8}{found.work_s:>8.2f}{hidden['code']:>13.2f}{hidden['decode']:>15.2f}{first_s:>14.2f}")
+        lines.append(f"{name:12}{found.work_s:>8.2f}{hidden['code']:>13.2f}{hidden['decode']:>15.2f}{first_s:>14.2f}")
     for name, found in figures.items():
         lines.append(f"{name}: " + ", ".join(f"{part} {spent:.2f}" for part, spent in found.first_second_s.items()))
         lines.append(f"{name}: busy " + ", ".join(f"{role} {spent:.2f}" for role, spent in found.busy_s.items()))
     if {"local", "ray"} <= figures.keys():
         lines.append(f"overhead of Ray: {100 * (figures['ray'].work_s / figures['local'].work_s - 1):+.1f} %")
+    base = [found.work_s for name, found in figures.items() if name.startswith(BASE)]
+    if base:
+        fastest = min(found.work_s for name, found in figures.items() if not name.startswith(BASE))
+        lines.append(f"the base alone takes {min(base) / fastest:.2f} times as long")
     return lines
 
 
@@ -190,22 +201,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=60.0, help="of the film")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1], help="of all executors, or one for each")
     parser.add_argument("--steps", type=int, help="solver steps; without: the model's")
+    parser.add_argument("--base-steps", type=int, help="make it with the base alone as well, in so many solver steps")
     parser.add_argument("--model", help="name or folder; without: shapes")
     parser.add_argument("--executors", nargs="+", choices=("local", "ray"), default=["local", "ray"])
     parser.add_argument("--repeat", type=int, default=1, help="the fastest counts")
     parser.add_argument("--picture", type=Path, help="PNG of the timelines")
     parser.add_argument("--json", type=Path, help="write the figures there")
     given = parser.parse_args(arguments)
+    if len(given.threads) not in (1, len(given.executors)):
+        parser.error(f"--threads takes 1 or {len(given.executors)} numbers, got {len(given.threads)}")
+    threads = dict(zip(given.executors, given.threads * len(given.executors), strict=False))
+    if given.base_steps:
+        threads |= {BASE + name: count for name, count in threads.items()}
     timelines: dict[str, Timeline] = {}
     with tempfile.TemporaryDirectory() as folder:
         for number in range(given.repeat):
-            for executor in given.executors:
-                made = make_film(executor, given, Path(folder) / f"{executor}-{number}.mp4")
-                best = timelines.get(executor)
+            for name, count in threads.items():
+                made = make_film(name, count, given, Path(folder) / f"{name}-{number}.mp4")
+                best = timelines.get(name)
                 if best is None or measure(made).work_s < measure(best).work_s:
-                    timelines[executor] = made
+                    timelines[name] = made
     figures = {name: measure(timeline) for name, timeline in timelines.items()}
     print("\n".join(report(figures)))
     if given.picture:

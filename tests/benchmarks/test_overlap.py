@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,9 @@ def test_figures_of_a_known_timeline() -> None:
     assert figures.first_second_s == pytest.approx(parts)
     lines = report({"local": measure(read_timeline(events(), 1000.0)), "ray": figures})
     assert lines[-1] == "overhead of Ray: +0.0 %"
+    slow = replace(figures, work_s=33.0)
+    lines = report({"local": replace(figures, work_s=12.0), "ray": figures, "base, local": slow})
+    assert lines[-1] == "the base alone takes 3.00 times as long"
 
 
 def test_run_that_did_not_end_is_refused() -> None:
