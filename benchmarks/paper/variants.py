@@ -59,13 +59,8 @@ PLACES = {
 """First block and number of blocks."""
 DESIGNS = tuple(
     Variant(name=f"{design.replace('_', ' ')}, {place}", place=place, settings={"design": design})
-    for design, place in (
-        ("adaptive_norm", "first half"),
-        ("adaptive_norm", "last half"),
-        ("adaptive_norm", "all"),
-        ("mlp_adapter", "first half"),
-        ("controlnet", "first half"),
-    )
+    for design in ("adaptive_norm", "mlp_adapter", "controlnet")
+    for place in PLACES
 )
 NOISES = {"none": "no noise", "dsu": "feature statistics", "learned": "learned heads"}
 RESILIENCE = tuple(
