@@ -167,12 +167,21 @@ class SceneEncoder:
         self._vae = VideoVAE.from_pretrained(job.component("vae"))
         self._vqvae = LatentVQVAE.from_pretrained(job.component("vqvae"))
 
-    @torch.inference_mode()
     def __call__(self, case: Case) -> torch.Tensor:
         """Codes (1, n, cH, cW) of the scene of a case."""
+        return self.codes(self.latent(case))
+
+    @torch.inference_mode()
+    def latent(self, case: Case) -> torch.Tensor:
+        """Latent (1, C, T, H, W) of the scene of a case."""
         size = {"height": self._defaults.height, "width": self._defaults.width}
         frames = np.concatenate(suite.render_case(case, fps=self._defaults.fps, **size))
-        return self._vqvae.encode(self._vae.encode(resize_and_crop(frames, **size)[None]).float())
+        return self._vae.encode(resize_and_crop(frames, **size)[None]).float()
+
+    @torch.inference_mode()
+    def codes(self, latent: torch.Tensor) -> torch.Tensor:
+        """Codes (1, n, cH, cW) of a latent (1, C, T, H, W)."""
+        return self._vqvae.encode(latent)
 
 
 class BaseRefineWorker(RefineWorker):
