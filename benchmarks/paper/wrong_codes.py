@@ -37,7 +37,7 @@ from pipelines.workers import RefineWorker, TextWorker, torch_threads
 
 SHARES = (0.0, 0.05, 0.1, 0.2, 0.3)
 """Shares of the codes that are wrong."""
-NUM_TIMES = 8
+NUM_TIMES = 4
 """Flow times of a scene, evenly spaced before the shift."""
 NO_CODES = "no codes"
 """The loss of the base alone, in place of a share."""
