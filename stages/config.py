@@ -123,7 +123,7 @@ class DataConfig:
     shapes: ShapesTakesConfig = field(default_factory=ShapesTakesConfig)
     """Rendered takes of the training, used if there is no manifest."""
     also: tuple[ShapesTakesConfig, ...] = ()
-    """More rendered takes of the training, of the same size and length as `shapes`."""
+    """More rendered takes of the training, of the same size and length as `shapes`; likewise."""
     shapes_val: ShapesTakesConfig = field(default_factory=_validation_takes)
     """Rendered takes of the validation; another seed."""
     manifest: str | None = None

@@ -99,7 +99,7 @@ def load_data(config: DataConfig, *, with_text: bool) -> CachedData:
 
     with torch.inference_mode():
         train, val = build(train_source, "train"), build(val_source, "val")
-        if config.also:
+        if config.also and config.manifest is None:
             more = [build(ShapesTakes(part), f"train, {number}") for number, part in enumerate(config.also, start=2)]
             train = JoinedLatents([train, *more])
         texts = load_texts(config, [*train.all_captions(), *val.all_captions()]) if with_text else None

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from arlon.data.manifest import Clip, write_manifest
+from arlon.data.video_io import VideoWriter
 from arlon.data.windows import MixedBatches
 from stages.ar import ARStageConfig, build, replace_codes
 from stages.data import load_data
@@ -77,3 +81,20 @@ def test_takes_of_another_palette_are_trained_on_beside_the_others(stage_config:
     build(stage_config("ar", ALSO, LONG)).train.batch(0)  # takes beside them may have another length
     with pytest.raises(ValueError, match="must have one latent shape"):
         load_data(stage_config("ar", ALSO.replace("51", "34")).data, with_text=True)
+
+
+@pytest.mark.slow
+def test_own_clips_are_trained_on_without_the_takes_of_another_palette(
+    stage_config: StageConfigs, tmp_path: Path
+) -> None:
+    clips, rng = [], np.random.default_rng(0)
+    for number in range(3):
+        path = tmp_path / f"{number}.mp4"
+        with VideoWriter(path, fps=12, preset="ultrafast") as writer:
+            writer.append(rng.integers(0, 256, (80, 16, 16, 3), dtype=np.uint8))
+        clips.append(Clip(path=path, text=f"noise {number}", num_frames=80, height=16, width=16, fps=12.0))
+    write_manifest(clips, tmp_path / "clips.jsonl")
+    settings = (f"data.manifest={tmp_path / 'clips.jsonl'}", "data.val_clips=1", "data.shapes.num_frames=51")
+    found = load_data(stage_config("ar", ALSO, *settings).data, with_text=True)
+    assert (len(found.train), len(found.val)) == (2, 1)
+    assert set(found.train.all_captions()) == {"noise 0", "noise 1"}
