@@ -1,4 +1,5 @@
-# Words: setup, demo, test, test-jobs, check, lint, and the training stages vae, vqvae, ar, dit, inject (train: all, in order).
+# Words: setup, demo, test, test-jobs, check, lint, format, model, clean, and the training stages vae, vqvae, ar, dit, inject
+# (train: all, in order).
 #
 #   make train CONFIG=configs/shapes          a folder with one YAML file a stage
 #   make dit ARGS="train.max_steps=1000"      dotted overrides and options of `python -m stages.train`

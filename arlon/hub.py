@@ -1,4 +1,4 @@
-"""The Hugging Face hub: the one place that may download, and only what it is asked for.
+"""The Hugging Face hub: where models and T5 are downloaded, if asked for; MiniLM is in `arlon.text.sources`.
 
 A hub id is `owner/name`, or `owner/name/folder` for one folder of a repository. `HF_HUB_OFFLINE=1` keeps to what is in
 the local cache. Pickles are never fetched.

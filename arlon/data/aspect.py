@@ -223,7 +223,7 @@ def fit_frame(height: int, width: int, multiple: int) -> FrameFit:
     Args:
         height: Wanted, pixels.
         width: Wanted, pixels.
-        multiple: Pixels of one latent row or column (8 for the released VAE).
+        multiple: Pixels of what the model works in: a patch of latents (16 for the released model).
 
     Raises:
         ValueError: If a size or the multiple is not positive.

@@ -164,9 +164,9 @@ MaskSampler = Callable[[int, torch.Generator], Tensor]
 class LatentWindows:
     """Windows of latents with caption and frame mask: one training sample of `vqvae`, `dit` and `inject`.
 
-    A window starts at a multiple of `overlap` latent frames. All of it behind the first `overlap` frames has
-    one caption, which is the caption of the sample. If another caption holds in those first frames the window
-    goes over a prompt switch: they are given clean, as the pipeline does. A sample holds
+    A window starts at a multiple of `overlap` latent frames, or of a VAE chunk where that is 0. All of it behind the
+    first `overlap` frames has one caption, which is the caption of the sample. If another caption holds in those first
+    frames the window goes over a prompt switch: they are given clean, as the pipeline does. A sample holds
 
         latent (C, T, H, W)   frame_mask (T,) bool, True = noisy   fps ()   height ()   width ()   start ()
         text (L, E)   text_mask (L,) bool

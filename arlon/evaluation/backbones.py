@@ -1,6 +1,7 @@
 """The networks behind VBench.
 
-A backbone is a folder or hub id in the layout of transformers; RAFT, MUSIQ and ViCLIP are files of weights.
+A backbone is a folder or hub id in the layout of transformers; RAFT and MUSIQ are files of weights, ViCLIP a
+folder with its file of weights and a tokenizer.
 """
 
 from __future__ import annotations

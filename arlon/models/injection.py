@@ -99,7 +99,7 @@ class InjectionConfig:
 
 @dataclass(frozen=True)
 class Modulations:
-    """What `SemanticInjection.condition` returns: call it as (i, y) -> y in temporal block i.
+    """What `SemanticInjection.condition` returns for the adaptive norm: call it as (i, y) -> y in temporal block i.
 
     Attributes:
         gate_scale_shift: One tensor (B, N, 3 D) a modulated block.
@@ -204,7 +204,8 @@ class SemanticInjection(nn.Module):
             generator: Draws the uncertainty, in training only. The global one if None.
 
         Returns:
-            What the `inject` argument of STDiT3 takes: `Modulations`, of a callable (i, y) -> y, or its like.
+            What the `inject` argument of STDiT3 takes: a callable (i, y) -> y such as `Modulations`, or, for a
+            ControlNet, an object that gives one in every pass.
 
         Raises:
             ValueError: If the coarse latent has not C channels.

@@ -13,7 +13,7 @@ from torch import Tensor
 from arlon.grids import ceil_div
 
 TILE_OVERLAP = 0.25
-"""Share of its side, at least, that a tile has in common with each neighbour."""
+"""Share of its side, about, that a tile has in common with each neighbour."""
 MIN_TILE = 4
 """Shortest side of a tile, in latents."""
 

@@ -250,7 +250,7 @@ class VideoVAE(nn.Module):
             latent: (B, C, T, H, W).
             num_frames: Frames of the video it is of, a whole number of any type. None: as many as the latent holds.
             blend_frames: Frames on each side of a chunk border that are blended (see the module), at most
-                `config.max_blend_frames`; 2 is enough for the `shapes` VAE. 0: chunks stay as they are.
+                `config.max_blend_frames`; the `shapes` model takes 3. 0: chunks stay as they are.
             tile: Side of the tiles, pixels, a multiple of the space stride. None: whole frames.
             part: Frames that are wanted, consecutive ones; the spatial part decodes no others.
 
