@@ -1,7 +1,7 @@
 """The paper's experiments on a model that is read back by an oracle; each writes its table.
 
     python -m benchmarks.paper short                     # base, codes alone, ARLON at 5, 10, 30 steps
-    python -m benchmarks.paper long --films 8            # twelve shots, by position of the shot
+    python -m benchmarks.paper long                      # twelve shots, by position of the shot
     python -m benchmarks.paper two_objects               # both right? base, ARLON, codes of the true scene
     python -m benchmarks.paper flips                     # accuracy against the share of codes flipped at random
     python -m benchmarks.paper injection                 # adaptive norm, MLP adapter, ControlNet; first, last half, all
@@ -28,7 +28,7 @@ from arlon.checkpoint import ModelFolder
 from benchmarks.paper.conditions import Condition, run_condition
 from benchmarks.paper.experiments import EXPERIMENTS
 from benchmarks.paper.tables import to_json, to_markdown
-from benchmarks.paper.variants import DEFAULT_OUTPUT, shared_training, variant_model
+from benchmarks.paper.variants import DEFAULT_OUTPUT, shared_training, training_command, variant_model
 from benchmarks.prompt_accuracy import ProgressLine, load_model
 from pipelines.requests import CodeResult
 from pipelines.runs.durable import write_bytes, write_json
@@ -105,12 +105,15 @@ def main(argv: Sequence[str] | None = None) -> None:
             for condition in conditions
         }
         identity = {"name": model.name, "hash": model.model_hash}
-        command = f"python -m benchmarks.paper {args.experiment} --films {len(cases)}"
+        command = f"python -m benchmarks.paper {args.experiment}"
+        if len(cases) != experiment.default_cases:
+            command += f" --films {len(cases)}"
         if args.model != MODEL:
             command += f" --model {shlex.quote(model.name)}"
         if args.only:
             command += " --only " + shlex.join(args.only)
-        table = to_markdown(experiment, results, identity, command, training)
+        trained = training and f"trained for {training['steps']} steps: `{training_command(training, args.experiment)}`"
+        table = to_markdown(experiment, results, identity, command, trained)
         write_json(args.output / f"{args.experiment}.json", to_json(experiment, results, identity, training))
         write_bytes(args.output / f"{args.experiment}.md", table.encode())
     except (ValueError, OSError) as error:

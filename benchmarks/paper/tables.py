@@ -114,9 +114,9 @@ def to_markdown(
     results: Results,
     model: Mapping[str, str],
     command: str,
-    training: Mapping[str, Any] | None = None,
+    trained: str | None = None,
 ) -> str:
-    """The table as Markdown; `training` is that of the variants."""
+    """The table as Markdown; `trained` says how the variants were."""
     count = min(len(records) for records in results.values())
     later = [asked for record in next(iter(results.values())) for asked in record["asked"][1:]]
     held_out = sum(asked["held_out"] for asked in later)
@@ -133,7 +133,7 @@ def to_markdown(
         f"{model['name']} ({model['hash'][:12]}). Mean and "
         f"95 % bootstrap interval over films. Made by `{command}`.",
         "",
-        *_training_lines(training),
+        *([f"Each injection {trained}.", ""] if trained else []),
         *_figure_table(experiment, results),
     ]
     if compared := _compared(experiment, results):
@@ -149,15 +149,6 @@ def to_markdown(
         lines += ["", "By position of the shot, mean and interval over the films whose shot there states it:"]
         lines += _shot_tables(results)
     return "\n".join(lines) + "\n"
-
-
-def _training_lines(training: Mapping[str, Any] | None) -> list[str]:
-    if not training:
-        return []
-    settings = " ".join(training["settings"])
-    told = f" -- {settings}" if settings else ""
-    command = f"python -m benchmarks.paper.variants --steps {training['steps']}{told}"
-    return [f"Each injection trained for {training['steps']} steps: `{command}`.", ""]
 
 
 def _figure_table(experiment: Experiment, results: Results) -> list[str]:

@@ -2,6 +2,7 @@
 
     python -m benchmarks.paper.variants --steps 200                          # all of them, one after another
     python -m benchmarks.paper.variants --only "controlnet, first half"      # some
+    python -m benchmarks.paper.variants --only injection                     # those that an experiment compares
     python -m benchmarks.paper.variants -- data.cache_dir=cache optim.lr=5e-4   # settings of every training
 
 Each ends as a model folder, OUTPUT/NAME/model: the model it was trained for, with its own injection. What is trained
@@ -68,6 +69,7 @@ RESILIENCE = tuple(
     for source in ("fine", "coarser")
     for uncertainty, noise in NOISES.items()
 )
+OF_EXPERIMENT = {"injection": DESIGNS, "resilience": RESILIENCE}
 VARIANTS = {variant.name: variant for variant in (*DESIGNS, *RESILIENCE)}
 
 
@@ -127,6 +129,12 @@ def shared_training(output: Path, names: Sequence[str]) -> dict[str, Any]:
             told = ", ".join(f"{key} {shared[key]!r} and {trainings[name][key]!r}" for key in other)
             raise ValueError(f"{first!r} and {name!r} were not trained alike and cannot be compared: {told}")
     return shared
+
+
+def training_command(training: Mapping[str, Any], experiment: str) -> str:
+    """The command that trains the variants of an experiment as they have been; `training` is what they share."""
+    settings = "".join(f" {setting}" for setting in ("--", *training["settings"]) if training["settings"])
+    return f"python -m benchmarks.paper.variants --steps {training['steps']} --only {experiment}{settings}"
 
 
 def _base_of(model: ModelFolder) -> dict[str, str]:
@@ -211,13 +219,16 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", default="shapes", help="name or folder of the model with the frozen base")
     parser.add_argument("--config", type=Path, default=CONFIG, help="of the stage `inject`")
     parser.add_argument("--steps", type=int, default=400, help="of every training")
-    parser.add_argument("--only", nargs="+", metavar="VARIANT", help="some variants")
+    experiments = " or ".join(OF_EXPERIMENT)
+    parser.add_argument("--only", nargs="+", metavar="VARIANT", help=f"some variants, or those of {experiments}")
     parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, help="folder of the trainings")
     args = parser.parse_args(argv)
     if args.steps < 1:
         parser.error(f"--steps must be at least 1, got {args.steps}")
-    if unknown := sorted(set(args.only or ()) - set(VARIANTS)):
-        parser.error(f"unknown variant {unknown[0]!r}; known are {', '.join(VARIANTS)}")
+    known = {**{name: (VARIANTS[name],) for name in VARIANTS}, **OF_EXPERIMENT}
+    if unknown := sorted(set(args.only or ()) - set(known)):
+        parser.error(f"unknown variant {unknown[0]!r}; known are {', '.join((*OF_EXPERIMENT, *VARIANTS))}")
+    args.only = list(dict.fromkeys(variant.name for name in args.only or VARIANTS for variant in known[name]))
     return args
 
 
@@ -228,7 +239,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     try:
         folder, _ = open_model(args.model)
-        for name in args.only or VARIANTS:
+        for name in args.only:
             train_variant(VARIANTS[name], folder, args)
     except subprocess.CalledProcessError as error:
         sys.exit(error.returncode)

@@ -1,6 +1,6 @@
 """What wrong codes cost the diffusion transformer itself: its flow-matching loss, one scene beside the other.
 
-    python -m benchmarks.paper.variants --steps 120 -- train.batch_size=8    # injections to compare
+    python -m benchmarks.paper.variants --only resilience    # injections to compare
     python -m benchmarks.paper.wrong_codes
 
 The table `resilience` counts what films show, and most of that is there or is not. The loss sees every value of the
@@ -29,7 +29,7 @@ from arlon.evaluation.suite import Case, Share, summarise
 from arlon.models.injection import SemanticInjection
 from benchmarks.paper.conditions import flip_codes
 from benchmarks.paper.experiments import EXPERIMENTS
-from benchmarks.paper.variants import DEFAULT_OUTPUT, RESILIENCE, shared_training, variant_model
+from benchmarks.paper.variants import DEFAULT_OUTPUT, RESILIENCE, shared_training, training_command, variant_model
 from benchmarks.prompt_accuracy import Model, ProgressLine, SceneEncoder, load_model
 from pipelines.requests import CodeResult, fill, film_requests, text_request
 from pipelines.runs.durable import make_folder, write_bytes, write_json
@@ -150,7 +150,7 @@ def figures(losses: Sequence[Losses], plain: Sequence[Losses] | None) -> dict[st
 
 
 def to_markdown(
-    found: Mapping[str, Mapping[str, Share]], count: int, identity: Mapping[str, str], command: str, told: str
+    found: Mapping[str, Mapping[str, Share]], count: int, identity: Mapping[str, str], command: str, trained: str
 ) -> str:
     """The table."""
     columns = list(dict.fromkeys(name for shares in found.values() for name in shares))
@@ -163,7 +163,9 @@ def to_markdown(
         f"{identity['name']} ({identity['hash'][:12]}). Flow-matching loss in thousandths with the codes of the true "
         "scene, and what it rises by where some are replaced by random others, or where there are none; mean and 95 % "
         f"bootstrap interval over scenes. The last column is the cost of {COMPARED_AT:.0%} less half of what it costs "
-        f"`{PLAIN}`: below 0, it is less than half. {told} Made by `{command}`.",
+        f"`{PLAIN}`: below 0, it is less than half. Made by `{command}`.",
+        "",
+        f"Each injection {trained}.",
         "",
         "| | " + " | ".join(columns) + " |",
         "|---" * (1 + len(columns)) + "|",
@@ -213,12 +215,15 @@ def main(argv: Sequence[str] | None = None) -> None:
             name: figures(rows, None if name in (PLAIN, of_model) else losses[PLAIN]) for name, rows in losses.items()
         }
         identity = {"name": model.name, "hash": model.model_hash}
-        settings = " ".join(training["settings"])
-        told = f"Injections trained for {training['steps']} steps ({settings})." if settings else ""
+        trained = f"trained for {training['steps']} steps: `{training_command(training, 'resilience')}`"
         command = f"python -m benchmarks.paper.wrong_codes --scenes {args.scenes}"
-        table = to_markdown(found, len(cases), identity, command, told)
+        table = to_markdown(found, len(cases), identity, command, trained)
         plain = {name: {key: asdict(share) for key, share in shares.items()} for name, shares in found.items()}
-        contents = {"model": identity, "training": training, "figures": plain, "losses": losses}
+        contents = {"model": identity, "training": training, "figures": plain}
+        contents["losses"] = {
+            name: [{share: round(loss, 6) for share, loss in scene.items()} for scene in rows]
+            for name, rows in losses.items()
+        }
         write_json(args.output / "wrong_codes.json", contents)
         write_bytes(args.output / "wrong_codes.md", table.encode())
     except (ValueError, OSError) as error:

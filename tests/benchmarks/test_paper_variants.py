@@ -90,7 +90,10 @@ def test_trained_variants_become_models_that_the_experiment_compares(
     run_experiment(["injection", "--films", "1", "--only", "none", *names, "--output", str(tmp_path), *places])
     table = (tmp_path / "injection.md").read_text()
     assert all(f"| {name} |" in table for name in ("none", *names))
-    assert f"trained for 7 steps: `python -m benchmarks.paper.variants --steps 7 -- {' '.join(sizes)}`" in table
+    command = f"python -m benchmarks.paper.variants --steps 7 --only injection -- {' '.join(sizes)}"
+    assert f"Each injection trained for 7 steps: `{command}`." in table
+    shared = {"steps": 7, "settings": [], "config": ""}
+    assert variants.training_command(shared, "injection") == command.partition(" -- ")[0]
     assert json.loads((tmp_path / "injection.json").read_text())["training"]["steps"] == 7
 
     with pytest.raises(SystemExit, match=r"holds another training .* differs in steps"):
@@ -125,9 +128,19 @@ def test_trained_variants_become_models_that_the_experiment_compares(
 def test_bad_options_end_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         variants.parse_args(["--only", "everything"])
-    assert "known are adaptive norm, first half" in capsys.readouterr().err
+    assert "known are injection, resilience, adaptive norm, first half" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="error: unknown model"):
         variants.main(["--model", "nothing"])
+
+
+def test_the_variants_of_an_experiment_are_named_together() -> None:
+    names = {name: variants.parse_args(["--only", name]).only for name in ("injection", "resilience")}
+    assert names == {
+        name: list(dict.fromkeys(c.variant for c in EXPERIMENTS[name].conditions if c.variant)) for name in names
+    }
+    both = variants.parse_args(["--only", "controlnet, all", "injection"]).only
+    assert sorted(both) == sorted(names["injection"])
+    assert variants.parse_args([]).only == list(variants.VARIANTS)
 
 
 def test_every_condition_of_a_variant_can_be_trained() -> None:

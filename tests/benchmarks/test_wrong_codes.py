@@ -110,7 +110,7 @@ def test_the_table_compares_every_training(tiny_model: Path, tmp_path: Path, mon
     contents = json.loads((tmp_path / "tables" / "wrong_codes.json").read_text())
     names = [variant.name for variant in variants.RESILIENCE]
     assert all(f"| {name} |" in table for name in names)
-    assert "trained for 7 steps (a.b=1)" in table
+    assert "7 steps: `python -m benchmarks.paper.variants --steps 7 --only resilience -- a.b=1`" in table
     assert set(contents["losses"]) - set(names) == {f"the model {tiny_model.name}"}
     plain, other = (contents["figures"][name] for name in ("fine codes, no noise", "coarser codes, no noise"))
     half = plain["10% wrong"]["mean"] / 2
