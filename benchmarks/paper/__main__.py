@@ -27,15 +27,13 @@ from pathlib import Path
 from arlon.checkpoint import ModelFolder
 from benchmarks.paper.conditions import Condition, run_condition
 from benchmarks.paper.experiments import EXPERIMENTS
-from benchmarks.paper.tables import to_json, to_markdown
+from benchmarks.paper.tables import PARTIAL_TABLES, TABLES, to_json, to_markdown
 from benchmarks.paper.variants import DEFAULT_OUTPUT, shared_training, training_command, variant_model
 from benchmarks.prompt_accuracy import ProgressLine, load_model
 from pipelines.requests import CodeResult
 from pipelines.runs.durable import write_bytes, write_json
 
 MODEL = "shapes"
-TABLES = Path("docs/results")
-PARTIAL_TABLES = Path("outputs/paper/tables")
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

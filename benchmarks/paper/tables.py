@@ -6,12 +6,15 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from arlon.evaluation.suite import PROMPT_ATTRIBUTES, Share, summarise
 from benchmarks.paper.conditions import Record
 from benchmarks.paper.experiments import QUARTER_FIGURES, Experiment
 
+TABLES, PARTIAL_TABLES = Path("docs/results"), Path("outputs/paper/tables")
+"""Where tables are written: of the model in the repository with everything in them, and others."""
 PAIRS = {"held out": True, "may be trained on": False}
 """Whether a shot shows an attribute pair that training never shows."""
 JOIN_FIGURES = (

@@ -14,6 +14,7 @@ Writes wrong_codes.md and wrong_codes.json into --output.
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -29,12 +30,15 @@ from arlon.evaluation.suite import Case, Share, summarise
 from arlon.models.injection import SemanticInjection
 from benchmarks.paper.conditions import flip_codes
 from benchmarks.paper.experiments import EXPERIMENTS
+from benchmarks.paper.tables import PARTIAL_TABLES, TABLES
 from benchmarks.paper.variants import DEFAULT_OUTPUT, RESILIENCE, shared_training, training_command, variant_model
 from benchmarks.prompt_accuracy import Model, ProgressLine, SceneEncoder, load_model
 from pipelines.requests import CodeResult, fill, film_requests, text_request
 from pipelines.runs.durable import make_folder, write_bytes, write_json
 from pipelines.workers import RefineWorker, TextWorker, torch_threads
 
+MODEL = "shapes"
+NUM_SCENES = EXPERIMENTS["resilience"].default_cases
 SHARES = (0.0, 0.05, 0.1, 0.2, 0.3)
 """Shares of the codes that are wrong."""
 NUM_TIMES = 4
@@ -187,13 +191,19 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--scenes", type=int, default=EXPERIMENTS["resilience"].default_cases)
-    parser.add_argument("--model", default="shapes", help="name or folder of the model with the frozen base")
+    parser.add_argument("--scenes", type=int, default=NUM_SCENES, help=f"default: {NUM_SCENES}")
+    parser.add_argument("--model", default=MODEL, help="name or folder of the model with the frozen base")
     parser.add_argument("--variants", type=Path, default=DEFAULT_OUTPUT, help="where benchmarks.paper.variants trained")
-    parser.add_argument("--output", type=Path, default=Path("docs/results"), help="folder of the table")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help=f"folder of the table; default: {TABLES}, with --scenes or --model {PARTIAL_TABLES}",
+    )
     args = parser.parse_args(argv)
     if args.scenes < 1:
         parser.error(f"--scenes must be at least 1, got {args.scenes}")
+    if args.output is None:
+        args.output = TABLES if (args.scenes, args.model) == (NUM_SCENES, MODEL) else PARTIAL_TABLES
     return args
 
 
@@ -216,7 +226,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         }
         identity = {"name": model.name, "hash": model.model_hash}
         trained = f"trained for {training['steps']} steps: `{training_command(training, 'resilience')}`"
-        command = f"python -m benchmarks.paper.wrong_codes --scenes {args.scenes}"
+        command = "python -m benchmarks.paper.wrong_codes"
+        command += f" --scenes {args.scenes}" if args.scenes != NUM_SCENES else ""
+        command += f" --model {shlex.quote(model.name)}" if args.model != MODEL else ""
         table = to_markdown(found, len(cases), identity, command, trained)
         plain = {name: {key: asdict(share) for key, share in shares.items()} for name, shares in found.items()}
         contents = {"model": identity, "training": training, "figures": plain}

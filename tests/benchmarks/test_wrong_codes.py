@@ -120,6 +120,8 @@ def test_the_table_compares_every_training(tiny_model: Path, tmp_path: Path, mon
 def test_bad_input_ends_in_one_line(tiny_model: Path, tmp_path: Path) -> None:
     with pytest.raises(SystemExit):
         wrong_codes.parse_args(["--scenes", "0"])
+    places = [str(wrong_codes.parse_args(given).output) for given in ([], ["--scenes", "2"], ["--model", "other"])]
+    assert places == ["docs/results", "outputs/paper/tables", "outputs/paper/tables"]
     with pytest.raises(SystemExit, match="error: unknown model"):
         wrong_codes.main(["--model", "nothing"])
     places = ["--model", str(tiny_model), "--variants", str(tmp_path), "--output", str(tmp_path / "tables")]
