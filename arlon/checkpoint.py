@@ -78,7 +78,7 @@ RELEASED_KINDS = {
 }
 """Component that a folder holds, by the kind that its `config.json` states."""
 RELEASED_DEFAULTS = {"aesthetic_score": 6.5}
-"""How released components are used, where that is not what `pipelines.model.GenerationDefaults` says by itself."""
+"""How released components are used, where that is not what `arlon.film.geometry.GenerationDefaults` says by itself."""
 CACHE_VARIABLE = "ARLON_CACHE"
 """Environment variable with the folder where models of model files are put together. Default: ~/.cache/arlon."""
 
@@ -268,7 +268,7 @@ class ModelSources:
     text_encoder: str | None = None
     """A T5 too: its weights are looked for when it is first used."""
     defaults: dict[str, Any] = field(default_factory=dict)
-    """How the model is best used; see `pipelines.model.GenerationDefaults`."""
+    """How the model is best used; see `arlon.film.geometry.GenerationDefaults`."""
 
     @property
     def components(self) -> dict[str, str]:

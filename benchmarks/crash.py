@@ -3,7 +3,7 @@
     python benchmarks/crash.py --kills 26 --json local.json
     python benchmarks/crash.py --kills 24 --executor ray --json ray.json
 
-Half of the kills are SIGKILL at named write points (`pipelines.runs.durable`), spread evenly over all that a film
+Half of the kills are SIGKILL at named write points (`arlon.files`), spread evenly over all that a film
 passes; the others come at random times. After each that ended the command, `arlon resume` goes on, with the local
 executor.
 Without `--model`, the random model of the tests makes a film of three shots; the kill is what is tested, not the film.
@@ -36,8 +36,8 @@ from dataclasses import asdict, dataclass
 from itertools import cycle, islice
 from pathlib import Path
 
-from pipelines.runs.durable import CRASH_VARIABLE, write_json
-from pipelines.runs.run_folder import RunFolder
+from arlon.files import CRASH_VARIABLE, write_json
+from pipelines.store.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[1]
 FILM = (
@@ -237,7 +237,7 @@ def cluster(executor: str) -> Iterator[tuple[str, ...]]:
     if executor == "local":
         yield ()
         return
-    from pipelines.graph import ray_session
+    from pipelines.executors.ray_graph import ray_session
 
     os.environ["PYTHONPATH"] = str(ROOT)  # of the actors
     with ray_session(None) as ray:

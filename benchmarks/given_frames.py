@@ -25,16 +25,17 @@ import numpy as np
 import torch
 from PIL import Image
 
-from arlon.data import shapes_world as world
 from arlon.data.video_io import VideoWriter
-from arlon.evaluation import metrics, suite
-from arlon.evaluation.suite import Case, Outcome
+from arlon.evaluation import cases as suite
+from arlon.evaluation import metrics
+from arlon.evaluation.cases import Case, Outcome
+from arlon.film.media import check_references, encode_references
+from arlon.film.messages import Job
+from arlon.film.workers import torch_threads
+from arlon.shapes import world
 from benchmarks.prompt_accuracy import SHEET_COLUMNS, FilmMaker, Model, ProgressLine, load_model
-from pipelines.references import check_references, encode_references
-from pipelines.requests import Job
-from pipelines.runs.run_folder import RunFolder, write_json
-from pipelines.sheet import SheetRow, evenly_spaced, frames_to_sheet, write_sheet
-from pipelines.workers import torch_threads
+from pipelines.deliver.sheet import SheetRow, evenly_spaced, frames_to_sheet, write_sheet
+from pipelines.store.run_folder import RunFolder, write_json
 
 Mode = Literal["image", "video"]
 ATTRIBUTES = ("colour", "shape", "motion", "direction", "background", "count")
@@ -98,8 +99,8 @@ def _job(case: Case, mode: Mode, model: Model, start: np.ndarray, folder: Path) 
 @torch.inference_mode()
 def _through_vae(job: Job, frames: np.ndarray) -> np.ndarray:
     from arlon.data.transforms import resize_and_crop
+    from arlon.film.workers import video_to_frames
     from arlon.models.video_vae import VideoVAE
-    from pipelines.workers import video_to_frames
 
     vae = VideoVAE.from_pretrained(job.component("vae"))
     video = resize_and_crop(frames, height=frames.shape[1], width=frames.shape[2])[None]
@@ -112,7 +113,7 @@ def _psnr(frames: np.ndarray, expected: np.ndarray) -> float:
 
 
 def _judge(case: Case, frames: np.ndarray, ideal: np.ndarray, fps: float) -> Outcome:
-    from arlon.evaluation import oracle
+    from arlon.shapes import oracle
 
     readings, truth = (oracle.read_clip(f, fps=fps) for f in (frames, ideal))
     shot = case.scene.shots[0]

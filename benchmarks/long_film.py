@@ -28,8 +28,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from pipelines.runs.durable import write_json
-from pipelines.runs.run_folder import RunFolder
+from arlon.files import write_json
+from pipelines.store.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[1]
 PROMPTS = ("a red circle moves left on a black background", "a green circle moves right on a black background")
@@ -122,9 +122,9 @@ def window_difference(run_dir: Path, max_latents: int) -> float | None:
     """Largest difference of coarse latents decoded in windows and at once; None: a take is longer than that."""
     import torch
 
-    from pipelines.requests import film_requests
+    from arlon.film.messages import film_requests
+    from arlon.film.workers import RefineWorker
     from pipelines.runs.resume import open_run, read_fitting_codes
-    from pipelines.workers import RefineWorker
 
     run = open_run(run_dir)
     if max(take.num_latents for take in run.plan.takes) > max_latents:

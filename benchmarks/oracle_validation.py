@@ -21,10 +21,9 @@ import numpy as np
 import torch
 from scipy import ndimage
 
-from arlon.data import shapes_world as world
 from arlon.data.datasets import frames_to_video
-from arlon.evaluation import oracle
 from arlon.models.video_vae import VideoVAE
+from arlon.shapes import oracle, world
 
 FPS = 8.0
 Degradation = Callable[[np.ndarray, np.random.Generator], np.ndarray]

@@ -30,8 +30,8 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from pipelines.runs.durable import write_json
-from pipelines.runs.run_folder import RunFolder
+from arlon.files import write_json
+from pipelines.store.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[1]
 ROLES = ("code", "refine", "decode", "write")

@@ -31,7 +31,7 @@ from typing import Any, Self
 from urllib.parse import quote
 
 from arlon.data.video_io import VideoError, probe
-from pipelines.runs.durable import write_bytes, write_json
+from arlon.files import write_bytes, write_json
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 FLAGS = (

@@ -4,7 +4,7 @@
 
 Prompts: single-shot films of one segment, from scenes with held-out attribute pairs and held-out phrasings.
 Switches: takes of two shots joined with `continue`, whose prompts differ in one attribute; the shot before and
-the shot after are read by themselves. `arlon.evaluation.suite` defines every figure.
+the shot after are read by themselves. `arlon.evaluation.cases` defines every figure.
 
 Films are made by the workers of the pipeline, in one process, with the frames that `arlon generate` would encode
 under the same prompts and seed. `--mode` takes parts away: `base` is the diffusion transformer without injection (it
@@ -31,13 +31,11 @@ import numpy as np
 import torch
 
 from arlon.data.transforms import resize_and_crop
-from arlon.evaluation import suite
+from arlon.evaluation import cases as suite
+from arlon.evaluation.cases import Case, Outcome, Row
 from arlon.evaluation.film import plain_reading
-from arlon.evaluation.suite import Case, Outcome, Row
-from pipelines.generate import make_settings
-from pipelines.model import ModelGeometry, open_model, read_geometry
-from pipelines.plan import make_plan, resolve_storyboard
-from pipelines.requests import (
+from arlon.film.geometry import ModelGeometry, open_model, read_geometry
+from arlon.film.messages import (
     CodeRequest,
     CodeResult,
     Job,
@@ -47,11 +45,13 @@ from pipelines.requests import (
     film_requests,
     text_request,
 )
-from pipelines.runs.run_folder import write_json
-from pipelines.settings import Settings
-from pipelines.sheet import SheetRow, evenly_spaced, frames_to_sheet, write_sheet
-from pipelines.storyboard import Duration, Shot, Storyboard
-from pipelines.workers import CodeWorker, DecodeWorker, RefineWorker, TextWorker, torch_threads
+from arlon.film.plan import make_plan, resolve_storyboard
+from arlon.film.settings import Settings
+from arlon.film.storyboard import Duration, Shot, Storyboard
+from arlon.film.workers import CodeWorker, DecodeWorker, RefineWorker, TextWorker, torch_threads
+from pipelines.deliver.sheet import SheetRow, evenly_spaced, frames_to_sheet, write_sheet
+from pipelines.runs.generate import make_settings
+from pipelines.store.run_folder import write_json
 
 Mode = Literal["arlon", "base", "codes", "true_codes"]
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -104,7 +104,7 @@ def load_model(
     guidance_scale: float | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> Model:
-    """Open a model; see `pipelines.generate.make_settings` for `settings`.
+    """Open a model; see `pipelines.runs.generate.make_settings` for `settings`.
 
     Raises:
         FileNotFoundError: If there is no such model.

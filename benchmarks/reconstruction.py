@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from arlon.checkpoint import CONFIG_NAME, PACKAGED_MODELS, load_component
 from arlon.data.datasets import CaptionSpan, ShapesTakes, ShapesTakesConfig
-from arlon.data.windows import WindowConfig, span_at, window_starts
+from arlon.data.samples import WindowConfig, span_at, window_starts
 from arlon.evaluation import metrics
 from arlon.models.ar import CodeTransformer
 from arlon.models.injection import SemanticInjection
@@ -37,7 +37,7 @@ from arlon.models.stdit import STDiT3
 from arlon.models.video_vae import VideoVAE
 from arlon.models.vqvae import LatentVQVAE, codebook_usage
 from arlon.text.encoders import MiniLMEncoder, TextEncoder, TextFeatures, load_text_encoder
-from pipelines.runs.run_folder import write_json
+from pipelines.store.run_folder import write_json
 from stages.flow_matching import even_times, flow_losses
 
 SEED = 2_000_003

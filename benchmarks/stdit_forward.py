@@ -38,7 +38,7 @@ from arlon.models.layers import NORM_EPS, STDiT3Block
 from arlon.models.stdit import TIME_SCALE, STDiT3, STDiT3Config
 from arlon.precision import has_fast_bfloat16
 from benchmarks.vae_decode import resident_mib, table_row
-from pipelines.runs.run_folder import write_json
+from pipelines.store.run_folder import write_json
 
 FPS = 24.0
 PIXELS_PER_LATENT = 8

@@ -26,7 +26,7 @@ import torch
 from arlon.checkpoint import load_component
 from arlon.memory import keep_freed_memory
 from arlon.models.video_vae import VideoVAE, VideoVAEConfig
-from pipelines.runs.run_folder import write_json
+from pipelines.store.run_folder import write_json
 
 MIB = 2**20
 

@@ -31,7 +31,7 @@ from arlon.evaluation import metrics
 from arlon.models.video_vae import VideoVAE
 from benchmarks.reconstruction import SEED, find_model
 from benchmarks.vae_decode import parse_tile, table_row
-from pipelines.runs.run_folder import write_json
+from pipelines.store.run_folder import write_json
 
 NEAR = 2
 """Frames on each side of a border that count as near it."""

@@ -41,7 +41,7 @@ app = typer.Typer(
 
 def _print_version(value: bool) -> None:
     if value:
-        from pipelines.version import version
+        from arlon.version import version
 
         typer.echo(f"arlon {version()}")
         raise typer.Exit

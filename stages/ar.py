@@ -18,11 +18,11 @@ from torch import Tensor
 
 from arlon.data.datasets import ShapesTakesConfig
 from arlon.data.latent_cache import CodeCache, LatentCache, TextCache
-from arlon.data.windows import CodeWindows, FixedBatches, Sample
+from arlon.data.samples import CodeWindows, FixedBatches, Sample
 from arlon.diffusion.samplers import address_seed
 from arlon.grids import ceil_div, num_latent_frames
 from arlon.models.ar import CodeTransformer, CodeTransformerConfig, code_loss
-from arlon.models.code_stream import PromptSpan, SamplingConfig, generate_codes
+from arlon.models.code_sampling import PromptSpan, SamplingConfig, generate_codes
 from arlon.models.video_vae import VideoVAE
 from arlon.models.vqvae import LatentVQVAE
 from stages.common import Stage, StageParts, init_model, mix_in, window_parts

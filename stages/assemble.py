@@ -30,7 +30,7 @@ class ModelFolderConfig:
     text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
     """The frozen text encoder that the stages were trained with."""
     defaults: dict[str, Any] = field(default_factory=dict)
-    """How the model is best used: see `pipelines.model.GenerationDefaults`."""
+    """How the model is best used: see `arlon.film.geometry.GenerationDefaults`."""
 
 
 def component_classes() -> dict[str, type]:

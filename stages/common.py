@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from arlon.checkpoint import load_component, save_component
 from arlon.config import config_to_dict
-from arlon.data.windows import BatchSet, BatchStream, FixedBatches, MixedBatches, Sample, SampleSet, Shard
+from arlon.data.samples import BatchSet, BatchStream, FixedBatches, MixedBatches, Sample, SampleSet, Shard
 from arlon.diffusion.samplers import address_seed
 from arlon.precision import has_fast_bfloat16
 from stages.callbacks import (

@@ -12,7 +12,7 @@ from typing import Literal
 
 from arlon.data.buckets import Bucket
 from arlon.data.datasets import ShapesTakesConfig
-from arlon.data.windows import WindowConfig
+from arlon.data.samples import WindowConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,7 @@ from arlon.data.latent_cache import (
     build_code_cache,
     build_latent_cache,
 )
-from arlon.data.windows import Sample
+from arlon.data.samples import Sample
 from arlon.models.video_vae import VideoVAE
 from arlon.precision import fast_dtype
 from arlon.text.encoders import MiniLMEncoder, TextEncoder, load_text_encoder

@@ -22,7 +22,7 @@ from arlon.data.bucketed_clips import BucketedClips, ClipLatents, FixedClips
 from arlon.data.buckets import offered_order
 from arlon.data.latent_cache import LatentCache
 from arlon.data.manifest import Clip, read_manifest
-from arlon.data.windows import (
+from arlon.data.samples import (
     FixedBatches,
     LatentWindows,
     MaskSampler,

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from arlon.data.windows import Sample
+from arlon.data.samples import Sample
 from arlon.diffusion import conditioning, flow, guidance, samplers
 from arlon.grids import num_pixel_frames
 from arlon.models.stdit import Inject, STDiT3

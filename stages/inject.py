@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from arlon.data.windows import LatentWindows, Sample
+from arlon.data.samples import LatentWindows, Sample
 from arlon.models.injection import InjectionConfig, SemanticInjection
 from arlon.models.stdit import Inject, STDiT3
 from arlon.models.video_vae import VideoVAE

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from arlon.data.windows import BatchStream, FixedBatches, Sample, VideoWindows
+from arlon.data.samples import BatchStream, FixedBatches, Sample, VideoWindows
 from arlon.grids import CHUNK_FRAMES
 from arlon.models.video_vae import Posterior, VideoVAE, VideoVAEConfig, latent_statistics
 from stages.common import Stage, StageParts, init_model, picture_of_videos, window_parts

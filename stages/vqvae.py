@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from arlon.data.windows import LatentWindows, Sample, WindowConfig
+from arlon.data.samples import LatentWindows, Sample, WindowConfig
 from arlon.models.video_vae import VideoVAE
 from arlon.models.vqvae import LatentVQVAE, LatentVQVAEConfig, codebook_usage
 from stages.common import Stage, StageParts, init_model, window_parts

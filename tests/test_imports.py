@@ -18,7 +18,11 @@ FORBIDDEN = {
     "stages": {"pipelines", "ray"},
     "pipelines": {"stages", "lightning"},
 }
-ONLY_IN = {"ray": {"pipelines/graph.py"}, "omegaconf": {"arlon/config.py"}, "av": {"arlon/data/video_io.py"}}
+ONLY_IN = {
+    "ray": {"pipelines/executors/ray_graph.py"},
+    "omegaconf": {"arlon/config.py"},
+    "av": {"arlon/data/video_io.py"},
+}
 HEAVY = {"lightning", "ray", "typer", "transformers", "diffusers", "tensorboard"}
 """Packages that no module of `arlon` may load when it is imported."""
 

@@ -27,8 +27,8 @@ from arlon.data.buckets import Bucket, BucketPlan, BucketTable, ClipSize, Slot, 
 from arlon.data.latent_cache import TextCache, content_key, write_array
 from arlon.data.manifest import Clip
 from arlon.data.pictures import IMAGE_FPS
+from arlon.data.samples import WHOLE, MaskSampler, Sample, Shard, addressed_generator, stack_samples
 from arlon.data.transforms import resize_and_crop
-from arlon.data.windows import WHOLE, MaskSampler, Sample, Shard, addressed_generator, stack_samples
 
 
 class ClipLatents:

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 
 from arlon.data.aspect import PIXEL_BUDGETS, SIZE_TABLES
-from arlon.data.windows import addressed_generator, addressed_seed
+from arlon.data.samples import addressed_generator, addressed_seed
 
 log = logging.getLogger(__name__)
 

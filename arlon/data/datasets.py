@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from arlon.data import captions, shapes_world
 from arlon.grids import CHUNK_FRAMES
+from arlon.shapes import captions
+from arlon.shapes import world as shapes_world
 
 
 @dataclass(frozen=True, kw_only=True)

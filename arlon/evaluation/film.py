@@ -15,14 +15,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from arlon.evaluation import metrics, oracle, suite, vbench
-from arlon.evaluation.asked import AskedShot, read_prompt
-from arlon.evaluation.backbones import BACKBONE_KINDS, NO_ARCHITECTURE, Backbone, PromptBackbone
-from arlon.evaluation.figures import FIGURES
+from arlon.evaluation import cases as suite
+from arlon.evaluation import metrics
+from arlon.evaluation.metric_table import FIGURES
 from arlon.evaluation.metrics import FrameStatistics
-from arlon.evaluation.motion import MIN_FRAMES
 from arlon.evaluation.optical_flow import estimate_flow
-from arlon.evaluation.oracle import Reading
+from arlon.evaluation.vbench import rules as vbench
+from arlon.evaluation.vbench.networks import BACKBONE_KINDS, NO_ARCHITECTURE, Backbone, PromptBackbone
+from arlon.shapes import oracle
+from arlon.shapes.motion import MIN_FRAMES
+from arlon.shapes.oracle import Reading
+from arlon.shapes.prompt_reader import AskedShot, read_prompt
 
 CHUNK_FRAMES = 16
 CHUNK_PIXELS = 2**20

@@ -25,13 +25,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from arlon.checkpoint import ModelFolder
+from arlon.files import write_bytes, write_json
+from arlon.film.messages import CodeResult
 from benchmarks.paper.conditions import Condition, run_condition
 from benchmarks.paper.experiments import EXPERIMENTS
 from benchmarks.paper.tables import PARTIAL_TABLES, TABLES, to_json, to_markdown
 from benchmarks.paper.variants import DEFAULT_OUTPUT, shared_training, training_command, variant_model
 from benchmarks.prompt_accuracy import ProgressLine, load_model
-from pipelines.requests import CodeResult
-from pipelines.runs.durable import write_bytes, write_json
 
 MODEL = "shapes"
 

@@ -17,16 +17,16 @@ import numpy as np
 import torch
 
 from arlon.checkpoint import read_json
-from arlon.data import shapes_world as world
 from arlon.diffusion import samplers
-from arlon.evaluation import oracle, suite
-from arlon.evaluation.figures import FORMAT
+from arlon.evaluation import cases as suite
+from arlon.evaluation.cases import Case
 from arlon.evaluation.film import FilmShot, Outline, measure_film, plain_number
-from arlon.evaluation.suite import Case
+from arlon.evaluation.metric_table import FORMAT
+from arlon.files import append_line, make_folder, read_lines
+from arlon.film.messages import CodeResult, Job
+from arlon.film.workers import CodeWorker, torch_threads
+from arlon.shapes import oracle, world
 from benchmarks.prompt_accuracy import FilmMaker, Mode, Model, SceneEncoder, load_model
-from pipelines.requests import CodeResult, Job
-from pipelines.runs.durable import append_line, make_folder, read_lines
-from pipelines.workers import CodeWorker, torch_threads
 
 Record = dict[str, Any]
 """What is kept of a film: `figures` by name, scores of its `shots` and of their joins, what is `asked` of each,

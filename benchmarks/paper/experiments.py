@@ -10,12 +10,12 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from arlon.evaluation import suite
-from arlon.evaluation.suite import Case
+from arlon.evaluation import cases as suite
+from arlon.evaluation.cases import Case
+from arlon.film.geometry import ModelGeometry
 from benchmarks.paper import variants
 from benchmarks.paper.conditions import Condition
 from benchmarks.prompt_accuracy import Mode
-from pipelines.model import ModelGeometry
 
 SUITE_SEED = 2026
 """Seed of all prompts and films; other seeds than those that models are tuned on."""

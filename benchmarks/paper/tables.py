@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from arlon.evaluation.suite import PROMPT_ATTRIBUTES, Share, summarise
+from arlon.evaluation.cases import PROMPT_ATTRIBUTES, Share, summarise
 from benchmarks.paper.conditions import Record
 from benchmarks.paper.experiments import QUARTER_FIGURES, Experiment
 

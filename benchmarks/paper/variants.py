@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from arlon.checkpoint import COMPONENTS, ModelFolder, read_json, write_model_index
+from arlon.files import hash_file, make_folder, write_json
 from arlon.models.stdit import STDiT3Config
-from pipelines.runs.durable import hash_file, make_folder, write_json
 
 DEFAULT_OUTPUT = Path("outputs/paper/variants")
 CONFIG = Path("configs/shapes/inject.yaml")
@@ -234,7 +234,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train."""
-    from pipelines.model import open_model
+    from arlon.film.geometry import open_model
 
     args = parse_args(argv)
     try:

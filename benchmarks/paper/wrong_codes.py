@@ -26,16 +26,16 @@ from torch import Tensor
 
 from arlon.checkpoint import ModelFolder
 from arlon.diffusion import flow, samplers
-from arlon.evaluation.suite import Case, Share, summarise
+from arlon.evaluation.cases import Case, Share, summarise
+from arlon.files import make_folder, write_bytes, write_json
+from arlon.film.messages import CodeResult, fill, film_requests, text_request
+from arlon.film.workers import RefineWorker, TextWorker, torch_threads
 from arlon.models.injection import SemanticInjection
 from benchmarks.paper.conditions import flip_codes
 from benchmarks.paper.experiments import EXPERIMENTS
 from benchmarks.paper.tables import PARTIAL_TABLES, TABLES
 from benchmarks.paper.variants import DEFAULT_OUTPUT, RESILIENCE, shared_training, training_command, variant_model
 from benchmarks.prompt_accuracy import Model, ProgressLine, SceneEncoder, load_model
-from pipelines.requests import CodeResult, fill, film_requests, text_request
-from pipelines.runs.durable import make_folder, write_bytes, write_json
-from pipelines.workers import RefineWorker, TextWorker, torch_threads
 
 MODEL = "shapes"
 NUM_SCENES = EXPERIMENTS["resilience"].default_cases

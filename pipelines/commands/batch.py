@@ -28,7 +28,7 @@ from pipelines.commands.common import (
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from pipelines.batch import BatchOptions, FilmOutcome, FilmTask
+    from pipelines.batch.batch import BatchOptions, FilmOutcome, FilmTask
 
 
 def batch(
@@ -58,9 +58,9 @@ def batch(
 ) -> None:
     """Make many films; what is finished is skipped, and one that fails does not stop the rest."""
     with reported():
-        from pipelines.batch import BatchOptions, FilmTask, read_batch
-        from pipelines.options import FilmOptions, sorted_values
-        from pipelines.storyboard import UsageError
+        from arlon.film.storyboard import UsageError
+        from pipelines.batch.batch import BatchOptions, FilmTask, read_batch
+        from pipelines.commands.options import FilmOptions, sorted_values
 
         if executor is Executor.local and (address or pipelines):
             raise UsageError(f"{'--address' if address else '--pipelines'} needs --executor ray")
@@ -95,9 +95,9 @@ def batch(
 def _check_values(film_values: dict[str, Any], settings: dict[str, Any], model: str | None) -> None:
     """Refuse what would fail every film."""
     from arlon.config import config_from_dict
-    from pipelines.model import open_model
-    from pipelines.settings import Settings
-    from pipelines.storyboard import UsageError, storyboard_from_prompts, with_overrides
+    from arlon.film.geometry import open_model
+    from arlon.film.settings import Settings
+    from arlon.film.storyboard import UsageError, storyboard_from_prompts, with_overrides
 
     with_overrides(storyboard_from_prompts(["any"]), film_values)
     try:
@@ -117,11 +117,11 @@ def _run(
     num_pipelines: int | None,
 ) -> Iterator[FilmOutcome]:
     if executor is Executor.local or not tasks:
-        from pipelines.batch import run_batch_local
+        from pipelines.batch.batch import run_batch_local
 
         return run_batch_local(tasks, options)
-    from pipelines.batch_graph import run_batch_graph
-    from pipelines.generate import available_cores
+    from pipelines.batch.ray_batch import run_batch_graph
+    from pipelines.runs.generate import available_cores
 
     return run_batch_graph(
         tasks,

@@ -104,7 +104,7 @@ def only_results_on_stdout() -> AbstractContextManager[Any]:
 @contextmanager
 def reported() -> Iterator[None]:
     """Turn errors into one message on stderr and an exit code."""
-    from pipelines.storyboard import UsageError
+    from arlon.film.storyboard import UsageError
 
     try:
         yield

@@ -37,13 +37,13 @@ def doctor(
 ) -> None:
     """Look at this machine: devices, memory, codecs; and whether a film fits. Nothing is loaded or downloaded."""
     with reported():
-        from pipelines.options import read_assignments
-        from pipelines.storyboard import UsageError
+        from arlon.film.storyboard import UsageError
+        from pipelines.commands.options import read_assignments
 
         if model is None and (assignments or not height is width is duration is None):
             raise UsageError("--height, --width, --duration and --set say what film is meant: give --model too")
-        from pipelines.doctor import check_fit, fit_lines, to_plain
-        from pipelines.machine import examine, machine_lines
+        from pipelines.doctor.diagnosis import check_fit, fit_lines, to_plain
+        from pipelines.doctor.machine import examine, machine_lines
 
         values, settings = read_assignments(assignments or [])
         options = {"height": height, "width": width, "duration": duration, "device": device, "dtype": dtype.value}

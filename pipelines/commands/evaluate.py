@@ -64,10 +64,10 @@ def evaluate(
 ) -> None:
     """Measure films: prompts followed, motion, drift, seams; one JSON file and one page."""
     with reported():
+        from pipelines.deliver.paths import slug
         from pipelines.evaluation.evaluate import evaluate as run
         from pipelines.evaluation.vbench_export import check_export, export_films
-        from pipelines.generate import available_cores
-        from pipelines.output import slug
+        from pipelines.runs.generate import available_cores
 
         if export_vbench is not None:
             check_export(export_vbench, films)
@@ -103,8 +103,8 @@ def evaluate(
 
 
 def _read_backbones(given: list[str]) -> dict[str, str]:
-    from arlon.evaluation.backbones import BACKBONE_KINDS
-    from pipelines.storyboard import UsageError
+    from arlon.evaluation.vbench.networks import BACKBONE_KINDS
+    from arlon.film.storyboard import UsageError
 
     backbones = {}
     for text in given:

@@ -32,8 +32,8 @@ def extend(
 ) -> None:
     """Add shots at the end of a film; of a storyboard, only the shots are read."""
     with reported():
-        from pipelines.options import FilmOptions, read_film_options
-        from pipelines.runs.edit_run import begin_change, change_run, with_shots_added
+        from pipelines.commands.options import FilmOptions, read_film_options
+        from pipelines.runs.edit import begin_change, change_run, with_shots_added
         from pipelines.runs.resume import open_run
 
         compute.check()

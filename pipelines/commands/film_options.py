@@ -20,7 +20,7 @@ from pipelines.commands.common import (
 )
 
 if TYPE_CHECKING:
-    from pipelines.options import FilmOptions
+    from pipelines.commands.options import FilmOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +78,7 @@ def film_options(
     Raises:
         UsageError: If two of them contradict each other, or --num-frames is no number of frames.
     """
-    from pipelines.options import FilmOptions, shot_length
+    from pipelines.commands.options import FilmOptions, shot_length
 
     return FilmOptions(
         prompts=source.prompt or [],

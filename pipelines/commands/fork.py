@@ -19,7 +19,7 @@ def fork(
 ) -> None:
     """Copy a run, sharing its files, to go on from it in another way."""
     with reported():
-        from pipelines.runs.edit_run import fork_run
+        from pipelines.runs.edit import fork_run
         from pipelines.runs.resume import open_run
 
         run_dir = fork_run(open_run(run, model=model), output)

@@ -29,8 +29,8 @@ from pipelines.commands.film_options import LookOptions, SourceOptions, film_opt
 from pipelines.commands.run_options import ComputeOptions
 
 if TYPE_CHECKING:
-    from pipelines.generate import Begin, FilmResult, Prepared, Progress
-    from pipelines.picture import PreparedPicture
+    from pipelines.runs.generate import Begin, FilmResult, Prepared, Progress
+    from pipelines.runs.picture import PreparedPicture
 
 
 @grouped
@@ -59,9 +59,9 @@ def generate(
 ) -> None:
     """Make a film."""
     with reported():
-        from pipelines.generate import prepare
-        from pipelines.options import read_film_options
-        from pipelines.picture import is_picture, prepare_picture
+        from pipelines.commands.options import read_film_options
+        from pipelines.runs.generate import prepare
+        from pipelines.runs.picture import is_picture, prepare_picture
 
         compute.check()
         precision = dtype.value if dtype else None
@@ -84,14 +84,14 @@ def generate(
 
 def _refuse_for_picture(options: dict[str, bool]) -> None:
     """Refuse options that would do nothing where one frame is made."""
-    from pipelines.storyboard import UsageError
+    from arlon.film.storyboard import UsageError
 
     if given := [name for name, is_given in options.items() if is_given]:
         raise UsageError(f"a picture is one frame, made in one process: leave out {', '.join(given)}")
 
 
 def _print_picture(prepared: PreparedPicture, *, as_json: bool) -> None:
-    from pipelines.picture import make_picture
+    from pipelines.runs.picture import make_picture
 
     say(f"seed {prepared.job.plan.storyboard.seed}, model {prepared.record['model']['name']}")
     with only_results_on_stdout():
@@ -111,10 +111,10 @@ def make_film(
 
     On a terminal that is a view that changes, else a line a segment.
     """
-    from pipelines.generate import generate as run
-    from pipelines.generate import start_run
-    from pipelines.runs.lock import RunLockedError
-    from pipelines.runs.run_folder import RunFolder, RunFolderError
+    from pipelines.runs.generate import generate as run
+    from pipelines.runs.generate import start_run
+    from pipelines.store.lock import RunLockedError
+    from pipelines.store.run_folder import RunFolder, RunFolderError
 
     film, graph = prepared.plan, compute.read_graph()
     if not quiet:
@@ -159,7 +159,7 @@ def _announce(prepared: Prepared) -> None:
 
 
 def _view(prepared: Prepared) -> AbstractContextManager[Any]:
-    from pipelines.runs.live import live_view
+    from pipelines.runs.progress_view import live_view
 
     return live_view(prepared.paths.run_dir)
 
@@ -177,7 +177,7 @@ def progress_line(progress: Progress) -> str:
 
 
 def _write_sheet_beside(film: Path) -> Path:
-    from pipelines.sheet import film_sheet, write_sheet
+    from pipelines.deliver.sheet import film_sheet, write_sheet
 
     target = film.with_suffix(".png")
     write_sheet(film_sheet(film), target)

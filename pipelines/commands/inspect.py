@@ -20,7 +20,7 @@ def inspect(
 ) -> None:
     """Tell what a film was made from: storyboard, seeds, model, settings; of a run, also how long it took."""
     with reported():
-        from pipelines.runs.inspection import inspect_film
+        from pipelines.runs.inspect import inspect_film
 
         record = inspect_film(source)
         if storyboard:
@@ -37,7 +37,7 @@ def _print_record(record: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from pipelines.runs.inspection import shot_rows
+    from pipelines.runs.inspect import shot_rows
 
     rows = shot_rows(record)
     try:

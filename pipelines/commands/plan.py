@@ -14,9 +14,9 @@ from pipelines.commands.film_options import LookOptions, SourceOptions, film_opt
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from pipelines.film_cost import FilmCost
-    from pipelines.plan import Plan
-    from pipelines.settings import Settings
+    from arlon.film.plan import Plan
+    from arlon.film.settings import Settings
+    from pipelines.doctor.film_cost import FilmCost
 
 T = TypeVar("T")
 MAX_ROWS, TAIL_ROWS = 30, 10
@@ -36,11 +36,11 @@ def plan(
 ) -> None:
     """Print the frame-exact timeline of a film without making it."""
     with reported():
-        from pipelines.generate import make_settings, open_for_film
-        from pipelines.options import read_film_options
-        from pipelines.picture import check_picture, is_picture
-        from pipelines.plan import clip_plan
-        from pipelines.references import check_references
+        from arlon.film.media import check_references
+        from arlon.film.plan import clip_plan
+        from pipelines.commands.options import read_film_options
+        from pipelines.runs.generate import make_settings, open_for_film
+        from pipelines.runs.picture import check_picture, is_picture
 
         film, settings = read_film_options(film_options(source, look, assignments))
         if is_picture(film, None):
@@ -71,7 +71,7 @@ def print_timeline(film: Plan, *, is_whole: bool = False) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from pipelines.plan import timeline_rows
+    from arlon.film.plan import timeline_rows
 
     head, tail = _head_and_tail(film.shots, is_whole=is_whole)
     rows = timeline_rows(film, (*head, *tail))
@@ -117,13 +117,13 @@ def _sums(film: Plan) -> str:
 
 def _cost(film: Plan, model: Path, settings: Settings) -> FilmCost:
     from arlon.checkpoint import ModelFolder
-    from pipelines.film_cost import plan_cost
+    from pipelines.doctor.film_cost import plan_cost
 
     return plan_cost(film, ModelFolder.open(model, verify=False), dtype=settings.dtype, settings=settings)
 
 
 def _print_cost(cost: FilmCost) -> None:
-    from pipelines.film_cost import cost_lines
+    from pipelines.doctor.film_cost import cost_lines
 
     for line in cost_lines(cost):
         typer.echo(line)

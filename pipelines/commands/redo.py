@@ -27,7 +27,7 @@ def redo(
 ) -> None:
     """Make one shot again, and only what depends on it; the film as it was is kept as a version of the run."""
     with reported():
-        from pipelines.runs.edit_run import begin_change, change_run, with_shot_changed
+        from pipelines.runs.edit import begin_change, change_run, with_shot_changed
         from pipelines.runs.resume import open_run
 
         compute.check()

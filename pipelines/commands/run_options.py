@@ -11,7 +11,7 @@ import typer
 from pipelines.commands.common import AddressOption, Executor
 
 if TYPE_CHECKING:
-    from pipelines.graph import GraphConfig
+    from pipelines.executors.ray_graph import GraphConfig
 
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or the film beside it.")]
 RunModelOption = Annotated[
@@ -38,7 +38,7 @@ class ComputeOptions:
         Raises:
             UsageError: If there are any.
         """
-        from pipelines.storyboard import UsageError
+        from arlon.film.storyboard import UsageError
 
         for name, value in (("--address", self.address), ("--graph", self.graph)):
             if value and self.executor is not Executor.ray:
@@ -53,8 +53,8 @@ class ComputeOptions:
         if self.graph is None:
             return None
         from arlon.config import load_config
-        from pipelines.graph import GraphConfig
-        from pipelines.storyboard import UsageError
+        from arlon.film.storyboard import UsageError
+        from pipelines.executors.ray_graph import GraphConfig
 
         try:
             return load_config(GraphConfig, [self.graph])

@@ -18,8 +18,8 @@ def sheet(
 ) -> None:
     """Write a contact sheet of a film: a row a shot, its prompt above it."""
     with reported():
-        from pipelines.sheet import film_sheet, find_film, write_sheet
-        from pipelines.storyboard import UsageError
+        from arlon.film.storyboard import UsageError
+        from pipelines.deliver.sheet import film_sheet, find_film, write_sheet
 
         target = output or find_film(film).with_suffix(".png")
         if target.suffix.lower() != ".png":

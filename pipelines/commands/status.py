@@ -36,9 +36,9 @@ def status(
 def _watch(run: Path) -> None:
     from rich.console import Console
 
-    from pipelines.runs.live import watch
-    from pipelines.runs.lock import holder_of
+    from pipelines.runs.progress_view import watch
     from pipelines.runs.resume import find_run
+    from pipelines.store.lock import holder_of
 
     folder = find_run(run).path
     watch(folder, Console(stderr=True), is_running=lambda: holder_of(folder) is not None)

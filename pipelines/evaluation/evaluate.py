@@ -29,17 +29,17 @@ import numpy as np
 from PIL import Image
 
 from arlon.data.video_io import probe, read_video
-from arlon.evaluation import suite
-from arlon.evaluation.backbones import Backbone, load_backbone
-from arlon.evaluation.figures import FIGURES, FORMAT
+from arlon.evaluation import cases as suite
 from arlon.evaluation.film import measure_film
-from arlon.evaluation.vbench import RULES
+from arlon.evaluation.metric_table import FIGURES, FORMAT
+from arlon.evaluation.vbench.networks import Backbone, load_backbone
+from arlon.evaluation.vbench.rules import RULES
+from arlon.files import hash_file, hash_plain, write_bytes, write_json
+from arlon.film.storyboard import UsageError
+from arlon.version import version
+from pipelines.deliver.sheet import SheetRow, evenly_spaced, frames_to_sheet
 from pipelines.evaluation.film_set import Film, Problem, add_prompts, find_films, outline_of, prompt_of_name
 from pipelines.evaluation.report import render_report
-from pipelines.runs.durable import hash_file, hash_plain, write_bytes, write_json
-from pipelines.sheet import SheetRow, evenly_spaced, frames_to_sheet
-from pipelines.storyboard import UsageError
-from pipelines.version import version
 
 RESULT_NAME = "evaluation.json"
 PAGE_NAME = "index.html"

@@ -21,11 +21,11 @@ from typing import Any
 
 from arlon.data.video_io import read_tags
 from arlon.evaluation.film import FilmShot, Outline
-from pipelines.film_file import RECORD_TAG
-from pipelines.hls import PLAYLIST_NAME
-from pipelines.markup import parse_json, read_text, shown
-from pipelines.runs.run_folder import RUN_NAME
-from pipelines.sheet import find_film
+from arlon.film.strict_yaml import parse_json, read_text, shown
+from pipelines.deliver.container import RECORD_TAG
+from pipelines.deliver.hls import PLAYLIST_NAME
+from pipelines.deliver.sheet import find_film
+from pipelines.store.run_folder import RUN_NAME
 
 FILM_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
 PARTIAL = ".partial"

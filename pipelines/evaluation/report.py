@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from arlon.evaluation.figures import FIGURES, GROUPS
 from arlon.evaluation.film import QUARTERS
+from arlon.evaluation.metric_table import FIGURES, GROUPS
 from pipelines.evaluation.plots import Estimate, curves_plot, estimates_plot, interval_bar, strip_plot
 
 SEAM_RULES = (1.0, 1.2)

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from arlon.data.video_io import VideoWriter, probe, read_video
+from arlon.files import copy_file, publish, temporary_beside, write_json
+from arlon.film.storyboard import UsageError
 from pipelines.evaluation.film_set import EXPORT_MARK, PARTIAL, Film, Problem, add_prompts, find_films, outline_of
-from pipelines.runs.durable import copy_file, publish, temporary_beside, write_json
-from pipelines.storyboard import UsageError
 
 VIDEOS_NAME = "videos"
 INFO_NAME = EXPORT_MARK

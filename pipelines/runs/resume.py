@@ -13,15 +13,15 @@ from typing import Any
 
 from torch import Tensor
 
-from pipelines.runs.durable import hash_plain, hash_tensor
-from pipelines.generate import Prepared, assemble, library_versions, sweep_film
-from pipelines.model import open_model, read_geometry
-from pipelines.output import paths_of_run
-from pipelines.plan import Plan, Segment, make_plan
-from pipelines.requests import Committed, film_requests
-from pipelines.settings import Settings
-from pipelines.runs.run_folder import RUN_NAME, RunFolder, RunFolderError
-from pipelines.storyboard import Storyboard, StoryboardError, UsageError, parse_storyboard
+from arlon.files import hash_plain, hash_tensor
+from arlon.film.geometry import open_model, read_geometry
+from arlon.film.messages import Committed, film_requests
+from arlon.film.plan import Plan, Segment, make_plan
+from arlon.film.settings import Settings
+from arlon.film.storyboard import Storyboard, StoryboardError, UsageError, parse_storyboard
+from pipelines.deliver.paths import paths_of_run
+from pipelines.runs.generate import Prepared, assemble, library_versions, sweep_film
+from pipelines.store.run_folder import RUN_NAME, RunFolder, RunFolderError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pipelines.runs.lock import holder_of
-from pipelines.output import paths_of_run
+from pipelines.deliver.paths import paths_of_run
 from pipelines.runs.resume import find_run
+from pipelines.store.lock import holder_of
 
 State = Literal["running", "interrupted", "complete"]
 
@@ -31,7 +31,7 @@ class RunStatus:
     left_s: float | None
     """Estimate of the time left at the pace since the last start; None: not known yet."""
     drift: dict[str, float] | None
-    """Of the segment that was committed last, from the first of its shot; see `pipelines.runs.look`."""
+    """Of the segment that was committed last, from the first of its shot; see `arlon.film.appearance`."""
     film: str
     """Where the film is, or is going to be."""
 

@@ -10,14 +10,14 @@ from pathlib import Path
 from torch import Tensor
 
 from arlon.data.video_io import Fragment, VideoWriter, encode_fragment
-from pipelines.runs.durable import hash_file
-from pipelines.film_file import finalise
-from pipelines.requests import CodeResult, SegmentRequests, TextRequest, carried_on, fill, film_requests
+from arlon.files import hash_file
+from arlon.film.messages import CodeResult, SegmentRequests, TextRequest, carried_on, fill, film_requests
+from arlon.film.storyboard import UsageError
+from arlon.film.workers import CodeWorker, DecodeWorker, RefineWorker, TextWorker, torch_threads
+from pipelines.deliver.container import finalise
+from pipelines.executors.write import film_settings
 from pipelines.runs.resume import Run, misfit, read_fitting_codes
-from pipelines.runs.run_folder import RunFolderError
-from pipelines.storyboard import UsageError
-from pipelines.workers import CodeWorker, DecodeWorker, RefineWorker, TextWorker, torch_threads
-from pipelines.writer import film_settings
+from pipelines.store.run_folder import RunFolderError
 
 
 def verify_run(run: Run) -> Iterator[str]:

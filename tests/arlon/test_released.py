@@ -32,13 +32,13 @@ from arlon.checkpoint import (
 )
 from arlon.config import ConfigError
 from arlon.data.video_io import probe
+from arlon.film.geometry import open_model, read_geometry
+from arlon.film.storyboard import parse_storyboard
 from arlon.models.stdit import STDiT3
 from arlon.models.video_vae import SpatialVAEConfig, TemporalVAEConfig, VideoVAE, VideoVAEConfig
 from arlon.text.encoders import load_text_encoder
-from pipelines.generate import generate
-from pipelines.model import open_model, read_geometry
-from pipelines.picture import make_picture, prepare_picture
-from pipelines.storyboard import parse_storyboard
+from pipelines.runs.generate import generate
+from pipelines.runs.picture import make_picture, prepare_picture
 from tests.pipelines.films import prepared_film
 from tests.pipelines.tiny_model import make_tiny_model
 

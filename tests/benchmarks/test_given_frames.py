@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from arlon.evaluation import suite
+from arlon.evaluation import cases as suite
 from benchmarks import given_frames as bench
 from benchmarks.prompt_accuracy import load_model
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.long_film import Film, descendants, halves, tree_bytes, verdicts, window_difference
-from pipelines.generate import generate
+from pipelines.runs.generate import generate
 from tests.pipelines.films import prepared_film
 from tests.pipelines.tiny_model import make_tiny_model
 

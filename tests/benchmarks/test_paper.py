@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from arlon.data import shapes_world as world
-from arlon.evaluation import suite
+from arlon.evaluation import cases as suite
+from arlon.film.geometry import open_model
+from arlon.film.messages import CodeResult
+from arlon.shapes import world
 from benchmarks.paper import conditions
 from benchmarks.paper.__main__ import main, parse_args
 from benchmarks.paper.conditions import Condition, flip_codes, run_condition
@@ -28,8 +30,6 @@ from benchmarks.paper.tables import (
 )
 from benchmarks.prompt_accuracy import load_model, make_cases
 from benchmarks.prompt_accuracy import parse_args as parse_suite
-from pipelines.model import open_model
-from pipelines.requests import CodeResult
 
 pytestmark = pytest.mark.slow
 

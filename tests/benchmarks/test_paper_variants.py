@@ -14,12 +14,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from arlon.checkpoint import ModelFolder, write_model_index
+from arlon.film.geometry import open_model
 from arlon.models.injection import SemanticInjection
 from arlon.models.stdit import STDiT3, STDiT3Config
 from benchmarks.paper import variants
 from benchmarks.paper.__main__ import main as run_experiment
 from benchmarks.paper.experiments import EXPERIMENTS
-from pipelines.model import open_model
 from stages.train import load_stage_config
 
 pytestmark = pytest.mark.slow

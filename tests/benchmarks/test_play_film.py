@@ -12,7 +12,7 @@ import pytest
 
 from arlon.data.video_io import VideoWriter
 from benchmarks import play_film
-from pipelines.film_file import finalise
+from pipelines.deliver.container import finalise
 from tests.arlon.data.clips import make_clip
 
 NO_BROWSER = not any(map(shutil.which, play_film.BROWSERS))

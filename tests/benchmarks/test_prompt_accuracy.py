@@ -12,14 +12,14 @@ import pytest
 from PIL import Image
 
 from arlon.checkpoint import read_json, write_model_index
-from arlon.evaluation import suite
+from arlon.evaluation import cases as suite
+from arlon.film.storyboard import parse_storyboard
+from arlon.film.workers import video_to_frames
 from arlon.models.injection import SemanticInjection
 from arlon.models.video_vae import VideoVAE
 from benchmarks import prompt_accuracy as bench
-from pipelines.generate import generate, prepare
-from pipelines.runs.run_folder import RunFolder
-from pipelines.storyboard import parse_storyboard
-from pipelines.workers import video_to_frames
+from pipelines.runs.generate import generate, prepare
+from pipelines.store.run_folder import RunFolder
 from tests.pipelines.tiny_model import FPS, HEIGHT, WIDTH, make_tiny_model
 
 pytestmark = pytest.mark.slow

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from arlon.data.datasets import CaptionSpan, ShapesTakes, ShapesTakesConfig
 from arlon.models.ar import CodeTransformer
-from arlon.models.code_stream import PromptSpan, SamplingConfig, generate_codes
+from arlon.models.code_sampling import PromptSpan, SamplingConfig, generate_codes
 from arlon.models.video_vae import VideoVAE
 from arlon.models.vqvae import LatentVQVAE
 from arlon.text.encoders import TextFeatures

@@ -10,13 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from arlon.film.messages import CodeResult, fill, film_requests, text_request
+from arlon.film.workers import TextWorker
 from arlon.models.injection import SemanticInjection
 from arlon.models.stdit import STDiT3
 from benchmarks.paper import variants, wrong_codes
 from benchmarks.paper.experiments import EXPERIMENTS
 from benchmarks.prompt_accuracy import SceneEncoder, load_model
-from pipelines.requests import CodeResult, fill, film_requests, text_request
-from pipelines.workers import TextWorker
 
 pytestmark = pytest.mark.slow
 

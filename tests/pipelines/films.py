@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from pipelines.generate import Prepared, prepare
-from pipelines.runs.run_folder import RunFolder
-from pipelines.storyboard import parse_storyboard
+from arlon.film.storyboard import parse_storyboard
+from pipelines.runs.generate import Prepared, prepare
+from pipelines.store.run_folder import RunFolder
 
 SHOTS = (
     {"prompt": "a red circle moves left", "duration": "51f"},

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from pipelines import batch as batch_module
-from pipelines import workers
-from pipelines.batch import BatchOptions, FilmOutcome, FilmTask, attempt_film, read_batch, run_batch_local
+from arlon.film import workers
+from arlon.film.storyboard import UsageError
+from pipelines.batch import batch as batch_module
+from pipelines.batch.batch import BatchOptions, FilmOutcome, FilmTask, attempt_film, read_batch, run_batch_local
 from pipelines.cli import app
-from pipelines.generate import generate
-from pipelines.runs.lock import RunLock
-from pipelines.storyboard import UsageError
+from pipelines.runs.generate import generate
+from pipelines.store.lock import RunLock
 from tests.pipelines.films import SHOTS, prepared_film
 
 TWO_SEGMENTS = {"shots": [{"prompt": "a red circle", "duration": "85f"}], "num_threads": 1, "seed": 3}

@@ -14,13 +14,23 @@ from typer.testing import CliRunner, Result
 
 from arlon import cost
 from arlon.checkpoint import BASE_COMPONENTS
-from pipelines import doctor, film_fit, machine, workers
+from arlon.film import workers
+from arlon.film.geometry import open_model, read_configs, read_geometry, read_size
+from arlon.film.plan import Plan, make_plan, resolve_storyboard
+from arlon.film.settings import Settings
+from arlon.film.storyboard import parse_storyboard
 from pipelines.cli import app
-from pipelines.film_cost import FilmCost, PartCost, cost_lines, gigabytes, operations, plan_cost, solver_evaluations
-from pipelines.model import open_model, read_configs, read_geometry, read_size
-from pipelines.plan import Plan, make_plan, resolve_storyboard
-from pipelines.settings import Settings
-from pipelines.storyboard import parse_storyboard
+from pipelines.doctor import diagnosis as doctor
+from pipelines.doctor import film_fit, machine
+from pipelines.doctor.film_cost import (
+    FilmCost,
+    PartCost,
+    cost_lines,
+    gigabytes,
+    operations,
+    plan_cost,
+    solver_evaluations,
+)
 from tests.pipelines import tiny_model as tiny
 
 pytestmark = pytest.mark.slow
@@ -254,7 +264,7 @@ def test_the_device_cuda_is_the_current_one_of_several(tiny_model: Path, monkeyp
     def gpu(number: int, free: int) -> machine.Device:
         return machine.Device(name=f"cuda:{number}", kind="GPU", memory_bytes=free, free_bytes=free, flops_per_s={})
 
-    monkeypatch.setattr("pipelines.generate.check_device", lambda device: None)
+    monkeypatch.setattr("pipelines.runs.generate.check_device", lambda device: None)
     monkeypatch.setattr(machine, "_accelerators", lambda *, timed: [gpu(0, 10), gpu(1, 10**12)])
     for current, fits in ((0, False), (1, True)):
         monkeypatch.setattr(torch.cuda, "current_device", lambda current=current: current)

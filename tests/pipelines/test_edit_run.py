@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from pipelines.generate import FilmResult, Progress, generate
-from pipelines.runs.edit_run import begin_change, change_run, fork_run, with_shot_changed, with_shots_added
+from arlon.film.storyboard import Storyboard, StoryboardError, UsageError, parse_storyboard
+from pipelines.runs.edit import begin_change, change_run, fork_run, with_shot_changed, with_shots_added
+from pipelines.runs.generate import FilmResult, Progress, generate
 from pipelines.runs.resume import Run, continue_run, open_run
-from pipelines.runs.run_folder import RunFolder
-from pipelines.storyboard import Storyboard, StoryboardError, UsageError, parse_storyboard
+from pipelines.store.run_folder import RunFolder
 from tests.pipelines.films import SHOTS, assert_same_film, prepared_film
 
 pytestmark = pytest.mark.slow
@@ -93,7 +93,7 @@ def test_the_version_before_is_kept_and_can_be_gone_on_with(film: FilmResult, ru
 def test_a_redo_that_stops_while_it_begins_loses_nothing(
     film: FilmResult, run: Run, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
-    import pipelines.runs.edit_run as module
+    import pipelines.runs.edit as module
 
     def stop(*_: object) -> None:
         raise KeyboardInterrupt

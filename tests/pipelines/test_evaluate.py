@@ -16,21 +16,21 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
-from arlon.data import shapes_world as world
 from arlon.data.video_io import VideoWriter, probe, read_video
-from arlon.evaluation import suite
-from arlon.evaluation.backbones import NO_ARCHITECTURE
-from arlon.evaluation.figures import FIGURES
+from arlon.evaluation import cases as suite
+from arlon.evaluation.metric_table import FIGURES
+from arlon.evaluation.vbench.networks import NO_ARCHITECTURE
+from arlon.film.storyboard import UsageError
+from arlon.shapes import world
 from pipelines.cli import app
 from pipelines.commands.evaluate import SHOWN_FIGURES
+from pipelines.deliver.container import RECORD_TAG
 from pipelines.evaluation import evaluate as evaluation
 from pipelines.evaluation import vbench_export
 from pipelines.evaluation.evaluate import evaluate
 from pipelines.evaluation.film_set import Film, Problem, add_prompts, find_films, outline_of
 from pipelines.evaluation.plots import nice_range
 from pipelines.evaluation.vbench_export import export_films
-from pipelines.film_file import RECORD_TAG
-from pipelines.storyboard import UsageError
 
 FPS = 8.0
 RED = "a large red square moves left slowly on a grey background"

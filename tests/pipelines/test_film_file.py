@@ -9,9 +9,9 @@ import av
 import pytest
 
 from arlon.data.video_io import Fragment, VideoError, VideoWriter, probe, read_video
-from pipelines import film_file
-from pipelines.film_file import RECORD_FORMAT, film_tags, finalise, read_film_record
-from pipelines.runs.durable import hash_bytes
+from arlon.files import hash_bytes
+from pipelines.deliver import container as film_file
+from pipelines.deliver.container import RECORD_FORMAT, film_tags, finalise, read_film_record
 from tests.arlon.data.clips import CRF, frame_numbers, make_clip
 
 RECORD = {

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
+from arlon.files import append_line, read_lines
 from pipelines.cli import app
-from pipelines.generate import FilmResult, generate
-from pipelines.runs.durable import append_line, read_lines
-from pipelines.runs.run_folder import RunFolder
-from pipelines.writer import WriteWorker
+from pipelines.executors.write import WriteWorker
+from pipelines.runs.generate import FilmResult, generate
+from pipelines.store.run_folder import RunFolder
 from tests.pipelines.films import SHOTS, prepared_film
 
 PAGE = 4096
@@ -134,7 +134,7 @@ def test_a_log_of_events_for_which_there_is_no_room_stops_no_film(
         if len(lines) > 1:
             raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr("pipelines.runs.run_folder.append_line", torn)
+    monkeypatch.setattr("pipelines.store.run_folder.append_line", torn)
     made = generate(prepared_film(tiny_model, tmp_path / "film.mp4"))
     monkeypatch.undo()
     assert made.film_hash == film.film_hash

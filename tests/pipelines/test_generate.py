@@ -13,15 +13,15 @@ from torch import Tensor
 
 from arlon.checkpoint import ModelFolder
 from arlon.data.video_io import probe, read_video
-from pipelines import generate as module
-from pipelines.film_file import read_film_record
-from pipelines.generate import FilmResult, Progress, generate, prepare
-from pipelines.model import read_geometry
-from pipelines.output import output_paths, slug
-from pipelines.requests import film_requests
+from arlon.film.geometry import read_geometry
+from arlon.film.messages import film_requests
+from arlon.film.storyboard import UsageError, parse_storyboard, storyboard_from_prompts
+from pipelines.deliver.container import read_film_record
+from pipelines.deliver.paths import output_paths, slug
+from pipelines.runs import generate as module
+from pipelines.runs.generate import FilmResult, Progress, generate, prepare
 from pipelines.runs.resume import read_settings
-from pipelines.runs.run_folder import CODES_NAME, RunFolder, hash_bytes
-from pipelines.storyboard import UsageError, parse_storyboard, storyboard_from_prompts
+from pipelines.store.run_folder import CODES_NAME, RunFolder, hash_bytes
 from tests.pipelines.films import SHOTS, assert_same_film, prepared_film
 
 
@@ -170,7 +170,7 @@ def test_what_was_made_before_an_interruption_stays(tiny_model: Path, tmp_path: 
 def test_a_failure_before_anything_is_stored_leaves_nothing(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, worker: str
 ) -> None:
-    monkeypatch.setattr(f"pipelines.workers.{worker}.run", broken)
+    monkeypatch.setattr(f"arlon.film.workers.{worker}.run", broken)
     with pytest.raises(RuntimeError, match="broken"):
         generate(prepared_film(tiny_model, tmp_path / "a.mp4"))
     assert list(tmp_path.iterdir()) == []
@@ -179,7 +179,7 @@ def test_a_failure_before_anything_is_stored_leaves_nothing(
 def test_codes_stay_when_the_first_segment_fails(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipelines.workers.RefineWorker.run", broken)
+    monkeypatch.setattr("arlon.film.workers.RefineWorker.run", broken)
     with pytest.raises(RuntimeError, match="broken"):
         generate(prepared_film(tiny_model, tmp_path / "a.mp4"))
     assert [path.name for path in tmp_path.iterdir()] == ["a.run"]

@@ -14,13 +14,14 @@ import pytest
 from typer.testing import CliRunner
 
 from arlon.config import ConfigError, load_config
-from pipelines import batch_graph, graph
+from arlon.film.storyboard import UsageError
+from pipelines.batch import ray_batch as batch_graph
 from pipelines.cli import app
-from pipelines.generate import FilmResult, Prepared, generate
-from pipelines.graph import GraphConfig, Role
+from pipelines.executors import ray_graph as graph
+from pipelines.executors.ray_graph import GraphConfig, Role
+from pipelines.runs.generate import FilmResult, Prepared, generate
 from pipelines.runs.resume import continue_run, open_run
-from pipelines.runs.run_folder import RunFolder
-from pipelines.storyboard import UsageError
+from pipelines.store.run_folder import RunFolder
 from tests.pipelines.films import prepared_film
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -252,7 +253,7 @@ def mortal_pipeline(marker: Path) -> type:
 
     class Mortal(batch_graph._Pipeline):
         def make(self, task: Any) -> Any:
-            from pipelines.workers import DecodeWorker
+            from arlon.film.workers import DecodeWorker
 
             decode = DecodeWorker.run
 

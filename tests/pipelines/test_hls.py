@@ -12,13 +12,13 @@ import pytest
 from typer.testing import CliRunner
 
 from arlon.data.video_io import VideoWriter, read_video
-from pipelines import hls
+from arlon.film.storyboard import Storyboard, UsageError, parse_storyboard
 from pipelines.cli import app
-from pipelines.generate import FilmResult, Prepared, Progress, generate, prepare
-from pipelines.hls import HlsFolder
-from pipelines.runs.edit_run import begin_change, change_run, with_shot_changed, with_shots_added
+from pipelines.deliver import hls
+from pipelines.deliver.hls import HlsFolder
+from pipelines.runs.edit import begin_change, change_run, with_shot_changed, with_shots_added
+from pipelines.runs.generate import FilmResult, Prepared, Progress, generate, prepare
 from pipelines.runs.resume import Run, continue_run, open_run
-from pipelines.storyboard import Storyboard, UsageError, parse_storyboard
 from tests.arlon.data.clips import CRF, frame_numbers, make_clip
 from tests.pipelines.films import SHOTS
 

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from pipelines import markup
+from arlon.film import strict_yaml as markup
+from arlon.film.geometry import open_model, read_geometry
+from arlon.film.plan import make_plan, resolve_storyboard
+from arlon.film.storyboard import StoryboardError, load_storyboard, parse_storyboard
 from pipelines.cli import app
-from pipelines.generate import generate
-from pipelines.model import open_model, read_geometry
-from pipelines.plan import make_plan, resolve_storyboard
-from pipelines.storyboard import StoryboardError, load_storyboard, parse_storyboard
+from pipelines.runs.generate import generate
 from tests.pipelines.films import prepared_film
 
 
@@ -39,7 +39,7 @@ def test_a_huge_sparse_file_is_refused_before_it_is_parsed(tmp_path: Path, monke
     path = tmp_path / "sparse.yaml"
     with path.open("wb") as file:
         file.truncate(2**30)
-    monkeypatch.setattr("pipelines.storyboard.parse_yaml", lambda _: pytest.fail("it was parsed"))
+    monkeypatch.setattr("arlon.film.storyboard.parse_yaml", lambda _: pytest.fail("it was parsed"))
     with pytest.raises(StoryboardError, match=r"larger than 64 MiB"):
         load_storyboard(path)
     monkeypatch.setattr(markup, "MAX_TEXT_BYTES", 3)
@@ -106,8 +106,8 @@ def test_a_record_cannot_steer_the_terminal(film: Path, tmp_path: Path) -> None:
 def _with_record(film: Path, folder: Path, change: dict[str, Any]) -> Path:
     """The film with another record in its tag."""
     from arlon.data.video_io import Fragment, VideoWriter
-    from pipelines.film_file import film_tags, read_film_record
-    from pipelines.runs.run_folder import RunFolder
+    from pipelines.deliver.container import film_tags, read_film_record
+    from pipelines.store.run_folder import RunFolder
 
     tags = film_tags(read_film_record(film) | change, "title")
     with VideoWriter(folder / "film.mp4", fps=8, tags=tags) as writer:

@@ -18,9 +18,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from pipelines.generate import generate
-from pipelines.runs.live import RunView, Tail, live_view, watch
-from pipelines.runs.run_folder import RunFolder
+from pipelines.runs.generate import generate
+from pipelines.runs.progress_view import RunView, Tail, live_view, watch
+from pipelines.store.run_folder import RunFolder
 from tests.pipelines.films import prepared_film
 
 ROOT = Path(__file__).parents[2]

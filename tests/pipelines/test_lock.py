@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.runs.lock import RunLock, RunLockedError, WriterLock, holder_mark, holder_of
+from pipelines.store.lock import RunLock, RunLockedError, WriterLock, holder_mark, holder_of
 
 HOLD = (
-    "import sys; from pipelines.runs.lock import RunLock; lock = RunLock(sys.argv[1]); lock.__enter__();"
+    "import sys; from pipelines.store.lock import RunLock; lock = RunLock(sys.argv[1]); lock.__enter__();"
     "print('held', flush=True); sys.stdin.read()"
 )
 
@@ -56,7 +56,7 @@ def test_the_lock_of_a_killed_process_is_free(tmp_path: Path) -> None:
 
 
 WRITE = (
-    "import sys; from pipelines.runs.lock import WriterLock; lock = WriterLock(sys.argv[1], sys.argv[2]);"
+    "import sys; from pipelines.store.lock import WriterLock; lock = WriterLock(sys.argv[1], sys.argv[2]);"
     "print('held', flush=True); sys.stdin.read()"
 )
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pipelines.runs.look import Drift, Look, measure_drift, measure_look
+from arlon.film.appearance import Drift, Look, measure_drift, measure_look
 
 
 def test_look_of_known_frames() -> None:

@@ -15,19 +15,19 @@ from typer.testing import CliRunner
 
 from arlon.checkpoint import write_model_index
 from arlon.data.video_io import read_video
+from arlon.film.messages import carried_on, fill, film_requests
+from arlon.film.plan import clip_plan, with_frame_size
+from arlon.film.storyboard import Storyboard, StoryboardError, UsageError, parse_storyboard
+from arlon.film.workers import DecodeWorker, RefineWorker
 from arlon.models.video_vae import VideoVAE
 from pipelines.cli import app
-from pipelines.film_file import read_film_record
-from pipelines.generate import Progress, generate, prepare
-from pipelines.local import KeptWorkers
-from pipelines.picture import is_picture, make_picture, prepare_picture
-from pipelines.plan import clip_plan, with_frame_size
-from pipelines.requests import carried_on, fill, film_requests
+from pipelines.deliver.container import read_film_record
+from pipelines.executors.local import KeptWorkers
+from pipelines.runs.generate import Progress, generate, prepare
+from pipelines.runs.picture import is_picture, make_picture, prepare_picture
 from pipelines.runs.resume import continue_run, open_run
-from pipelines.runs.run_folder import RunFolder
 from pipelines.runs.verify import verify_run
-from pipelines.storyboard import Storyboard, StoryboardError, UsageError, parse_storyboard
-from pipelines.workers import DecodeWorker, RefineWorker
+from pipelines.store.run_folder import RunFolder
 from tests.pipelines.tiny_model import HEIGHT, WIDTH
 
 pytestmark = pytest.mark.slow
@@ -124,7 +124,7 @@ def test_ray_makes_the_same_film_with_a_base(base_model: Path, tmp_path: Path, r
     ],
 )
 def test_sizes_by_name_are_those_of_the_table(tiny_model: Path, values: dict[str, Any], size: tuple[int, int]) -> None:
-    from pipelines.model import open_model, read_geometry
+    from arlon.film.geometry import open_model, read_geometry
 
     geometry = read_geometry(open_model(str(tiny_model))[0])
     found = with_frame_size(board(**values), geometry)
@@ -291,7 +291,7 @@ def test_lengths_have_the_names_of_the_original(tiny_model: Path) -> None:
 
 
 def test_the_plan_of_a_picture_is_one_frame_on_every_grid(tiny_model: Path, tmp_path: Path) -> None:
-    from pipelines.generate import open_for_film
+    from pipelines.runs.generate import open_for_film
 
     plan = clip_plan(open_for_film(picture_board(), str(tiny_model))[0], 1)
     (segment,) = plan.segments

@@ -22,9 +22,9 @@ from typer.testing import CliRunner
 
 from benchmarks import crash
 from pipelines.cli import app
-from pipelines.generate import generate
-from pipelines.runs.lock import WRITER_LOCK_NAME, holder_of
-from pipelines.runs.run_folder import SEGMENT_NAME, RunFolder
+from pipelines.runs.generate import generate
+from pipelines.store.lock import WRITER_LOCK_NAME, holder_of
+from pipelines.store.run_folder import SEGMENT_NAME, RunFolder
 from tests.pipelines.films import assert_same_film, prepared_film
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from arlon.checkpoint import ModelFolder
+from arlon.film.geometry import GenerationDefaults, ModelGeometry, open_model, read_geometry
+from arlon.film.messages import segment_blend
+from arlon.film.plan import Plan, make_plan, resolve_storyboard, timeline_rows
+from arlon.film.storyboard import Storyboard, StoryboardError, parse_storyboard
 from arlon.grids import SegmentGrid
 from arlon.models.vqvae import LatentVQVAE
-from pipelines.model import GenerationDefaults, ModelGeometry, open_model, read_geometry
-from pipelines.plan import Plan, make_plan, resolve_storyboard, timeline_rows
-from pipelines.requests import segment_blend
-from pipelines.storyboard import Storyboard, StoryboardError, parse_storyboard
 from tests.pipelines import tiny_model as tiny
 
 SMALL = GenerationDefaults(height=64, width=64, fps=8.0, segment=15, overlap=5)
@@ -141,7 +141,7 @@ def test_absurdly_long_films_are_refused(monkeypatch: pytest.MonkeyPatch) -> Non
     shots = [{"prompt": "a", "duration": 3600}] * 30
     with pytest.raises(StoryboardError, match="segments, at most"):
         plan_of(*shots)
-    monkeypatch.delattr("pipelines.plan._TakeLayout")  # millions of segments: refused before they are laid out
+    monkeypatch.delattr("arlon.film.plan._TakeLayout")  # millions of segments: refused before they are laid out
     with pytest.raises(StoryboardError, match="segments, at most"):
         plan_of(*shots * 30, fps=240)
 

@@ -10,16 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from arlon.film.messages import Job, TextRequest, film_requests
+from arlon.film.storyboard import StoryboardError, parse_storyboard
+from arlon.film.workers import RefineWorker, TextWorker, guidance
 from arlon.models.ar import CodeTransformer
-from pipelines.generate import FilmResult, Progress, generate
-from pipelines.local import run_local
-from pipelines.requests import Job, TextRequest, film_requests
-from pipelines.runs.edit_run import begin_change, change_run, with_shot_changed
+from pipelines.executors.local import run_local
+from pipelines.runs.edit import begin_change, change_run, with_shot_changed
+from pipelines.runs.generate import FilmResult, Progress, generate
 from pipelines.runs.resume import continue_run, open_run
-from pipelines.runs.run_folder import RunFolder
 from pipelines.runs.verify import replay_segment
-from pipelines.storyboard import StoryboardError, parse_storyboard
-from pipelines.workers import RefineWorker, TextWorker, guidance
+from pipelines.store.run_folder import RunFolder
 from tests.pipelines.films import prepared_film
 
 FIRST, SECOND = "a red circle", "a blue square"

@@ -18,20 +18,20 @@ from arlon.diffusion.guidance import guide
 from arlon.diffusion.references import parse_mask_strategy
 from arlon.diffusion.samplers import draw_noise
 from arlon.diffusion.take import sample_take
+from arlon.film.media import check_references, encode_references
+from arlon.film.messages import film_requests
+from arlon.film.storyboard import StoryboardError, load_storyboard, parse_storyboard
+from arlon.film.workers import RefineWorker
 from arlon.models.stdit import STDiT3
 from arlon.models.video_vae import VideoVAE
 from arlon.models.vqvae import LatentVQVAE
 from arlon.text.encoders import load_text_encoder
-from pipelines.generate import Prepared, generate, open_for_film, prepare
-from pipelines.graph import GraphConfig
-from pipelines.references import check_references, encode_references
-from pipelines.requests import film_requests
-from pipelines.runs.edit_run import begin_change, change_run, fork_run, with_shot_changed, with_shots_added
+from pipelines.executors.ray_graph import GraphConfig
+from pipelines.runs.edit import begin_change, change_run, fork_run, with_shot_changed, with_shots_added
+from pipelines.runs.generate import Prepared, generate, open_for_film, prepare
 from pipelines.runs.resume import continue_run, open_run
-from pipelines.runs.run_folder import REFERENCES_NAME, RunFolder, RunFolderError
 from pipelines.runs.verify import replay_segment, verify_run
-from pipelines.storyboard import StoryboardError, load_storyboard, parse_storyboard
-from pipelines.workers import RefineWorker
+from pipelines.store.run_folder import REFERENCES_NAME, RunFolder, RunFolderError
 from tests.pipelines.tiny_model import FPS, HEIGHT, WIDTH
 
 PROMPT = {"prompt": "a red circle moves left", "duration": "85f"}
@@ -323,7 +323,7 @@ def test_a_picture_too_large_to_hold_is_refused(
 def test_a_reference_too_long_to_encode_is_refused(
     tiny_model: Path, tmp_path: Path, clip: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipelines.references.MAX_REFERENCE_FRAMES", 19)
+    monkeypatch.setattr("arlon.film.media.MAX_REFERENCE_FRAMES", 19)
     with pytest.raises(StoryboardError, match="a reference has at most 19 frames, got 20: cut it"):
         film(tiny_model, tmp_path / "a.mp4", PROMPT | {"references": [str(clip)]})
 

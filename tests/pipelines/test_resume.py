@@ -16,13 +16,13 @@ from typing import Any
 import pytest
 import torch
 
-from pipelines.generate import FilmResult, Progress, generate
-from pipelines.runs.durable import CRASH_VARIABLE, hash_plain
-from pipelines.runs.lock import RunLock, RunLockedError
+from arlon.files import CRASH_VARIABLE, hash_plain
+from arlon.film.storyboard import UsageError
+from pipelines.runs.generate import FilmResult, Progress, generate
 from pipelines.runs.resume import continue_run, open_run
-from pipelines.runs.run_folder import CODES_NAME, RunFolder, RunFolderError
 from pipelines.runs.verify import replay_segment, verify_run
-from pipelines.storyboard import UsageError
+from pipelines.store.lock import RunLock, RunLockedError
+from pipelines.store.run_folder import CODES_NAME, RunFolder, RunFolderError
 from tests.pipelines.films import assert_same_film, prepared_film
 from tests.pipelines.tiny_model import make_tiny_model
 
@@ -113,7 +113,7 @@ def test_a_finished_film_is_put_together_again_without_its_networks(film: FilmRe
 def test_codes_that_were_written_are_not_written_again(
     film: FilmResult, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipelines.workers import CodeWorker
+    from arlon.film.workers import CodeWorker
 
     prepared = prepared_film(tiny_model, tmp_path / "film.mp4")
     write, written = CodeWorker.run, []
@@ -140,7 +140,7 @@ def test_a_torn_line_of_codes_does_not_count(film: FilmResult, tiny_model: Path,
     prepared = prepared_film(tiny_model, tmp_path / "film.mp4")
     folder = RunFolder(prepared.paths.run_dir)
     codes = RunFolder(film.run_dir).read_codes()
-    from pipelines.generate import run_record
+    from pipelines.runs.generate import run_record
 
     folder.start(run_record(prepared, "local"))
     folder.append_codes(0, 0, codes[0][:, :8])
@@ -167,7 +167,7 @@ def test_a_kill_at_a_write_point_loses_nothing_that_was_committed(
     film: FilmResult, tiny_model: Path, tmp_path: Path, point: str
 ) -> None:
     code = (
-        "import sys; from pathlib import Path; from pipelines.generate import generate;"
+        "import sys; from pathlib import Path; from pipelines.runs.generate import generate;"
         "from tests.pipelines.films import assert_same_film, prepared_film;"
         "generate(prepared_film(Path(sys.argv[1]), Path(sys.argv[2])))"
     )

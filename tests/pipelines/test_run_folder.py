@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipelines.runs.run_folder import RunFolder, RunFolderError, hash_tensor, write_bytes
+from pipelines.store.run_folder import RunFolder, RunFolderError, hash_tensor, write_bytes
 
 
 def committed(folder: RunFolder, index: int = 7) -> torch.Tensor:
@@ -54,7 +54,7 @@ def test_a_segment_without_its_record_does_not_count(tmp_path: Path) -> None:
 
 def test_record_is_written_after_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A failure between any two writes leaves no committed segment, and a sweep leaves nothing of it."""
-    import pipelines.runs.durable as module
+    import arlon.files as module
 
     publish = module.publish
     for survived in range(3):

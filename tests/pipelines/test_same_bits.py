@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipelines.generate import generate
-from pipelines.requests import Job, TextRequest, fill, film_requests
-from pipelines.workers import CodeWorker, DecodeWorker, RefineWorker, TextWorker
+from arlon.film.messages import Job, TextRequest, fill, film_requests
+from arlon.film.workers import CodeWorker, DecodeWorker, RefineWorker, TextWorker
+from pipelines.runs.generate import generate
 from tests.pipelines.films import assert_same_film, prepared_film
 
 pytestmark = pytest.mark.slow

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from arlon.data.video_io import VideoError, VideoWriter
-from pipelines.film_file import RECORD_TAG
-from pipelines.sheet import SheetRow, evenly_spaced, film_sheet, find_film, frames_to_sheet, write_sheet
+from pipelines.deliver.container import RECORD_TAG
+from pipelines.deliver.sheet import SheetRow, evenly_spaced, film_sheet, find_film, frames_to_sheet, write_sheet
 
 
 def plain_frames(*levels: int, height: int = 32, width: int = 48) -> np.ndarray:

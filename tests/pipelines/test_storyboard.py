@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from pipelines.storyboard import (
+from arlon.film.storyboard import (
     StoryboardError,
     load_storyboard,
     parse_storyboard,
@@ -16,7 +16,7 @@ from pipelines.storyboard import (
     with_overrides,
     with_shot,
 )
-from pipelines.storyboard_values import Duration, parse_duration
+from arlon.film.storyboard_values import Duration, parse_duration
 
 FILM = {
     "seed": 7,

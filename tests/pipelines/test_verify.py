@@ -12,15 +12,15 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
+from arlon.film.storyboard import UsageError, load_storyboard
 from pipelines.cli import app
-from pipelines.generate import FilmResult, generate
-from pipelines.runs.inspection import inspect_film
-from pipelines.runs.lock import RunLock
+from pipelines.runs.generate import FilmResult, generate
+from pipelines.runs.inspect import inspect_film
 from pipelines.runs.resume import open_run
-from pipelines.runs.run_folder import RunFolder
 from pipelines.runs.status import read_status
 from pipelines.runs.verify import replay_segment, verify_run
-from pipelines.storyboard import UsageError, load_storyboard
+from pipelines.store.lock import RunLock
+from pipelines.store.run_folder import RunFolder
 from tests.pipelines.films import SHOTS, assert_same_film, prepared_film
 
 

@@ -13,16 +13,8 @@ import torch
 from torch import Tensor
 
 from arlon.diffusion import flow, samplers
-from arlon.models.code_stream import PromptSpan, SamplingConfig, generate_codes
-from arlon.models.injection import SemanticInjection
-from arlon.models.stdit import STDiT3
-from arlon.models.video_vae import VideoVAE
-from arlon.models.vqvae import LatentVQVAE
-from arlon.text.encoders import TextEncoder, TextFeatures, load_text_encoder
-from pipelines import graph, workers
-from pipelines.generate import generate, prepare
-from pipelines.local import KeptWorkers, WorkerSource, new_worker
-from pipelines.requests import (
+from arlon.film import workers
+from arlon.film.messages import (
     CodeResult,
     Committed,
     DecodeRequest,
@@ -36,10 +28,19 @@ from pipelines.requests import (
     prompts_to_encode,
     text_request,
 )
-from pipelines.runs.run_folder import RunFolder
-from pipelines.storyboard import parse_storyboard
-from pipelines.workers import CodeWorker, DecodeWorker, RefineWorker, TextWorker, video_to_frames
-from pipelines.writer import WriteWorker
+from arlon.film.storyboard import parse_storyboard
+from arlon.film.workers import CodeWorker, DecodeWorker, RefineWorker, TextWorker, video_to_frames
+from arlon.models.code_sampling import PromptSpan, SamplingConfig, generate_codes
+from arlon.models.injection import SemanticInjection
+from arlon.models.stdit import STDiT3
+from arlon.models.video_vae import VideoVAE
+from arlon.models.vqvae import LatentVQVAE
+from arlon.text.encoders import TextEncoder, TextFeatures, load_text_encoder
+from pipelines.executors import ray_graph as graph
+from pipelines.executors.local import KeptWorkers, WorkerSource, new_worker
+from pipelines.executors.write import WriteWorker
+from pipelines.runs.generate import generate, prepare
+from pipelines.store.run_folder import RunFolder
 from tests.pipelines import tiny_model as tiny
 from tests.pipelines.films import prepared_film
 

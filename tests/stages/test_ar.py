@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from arlon.data.manifest import Clip, write_manifest
+from arlon.data.samples import MixedBatches
 from arlon.data.video_io import VideoWriter
-from arlon.data.windows import MixedBatches
 from stages.ar import ARStageConfig, build, replace_codes
 from stages.data import load_data
 from tests.stages.conftest import StageConfigs

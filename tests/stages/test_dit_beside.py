@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 import torch
 
-from arlon.data.windows import WHOLE, MixedBatches, Shard
+from arlon.data.samples import WHOLE, MixedBatches, Shard
 from stages.dit import build
 from stages.flow_matching import shift_for
 from tests.stages.conftest import StageConfigs

@@ -12,12 +12,12 @@ import torch
 
 from arlon.checkpoint import BASE_COMPONENTS, ModelSources, check_consistency, save_component
 from arlon.config import config_from_dict, config_to_dict, load_config
+from arlon.film.geometry import GenerationDefaults, make_geometry, read_size
 from arlon.models.ar import CodeTransformer
 from arlon.models.injection import SemanticInjection
 from arlon.models.stdit import STDiT3
 from arlon.models.video_vae import VideoVAE
 from arlon.models.vqvae import LatentVQVAE
-from pipelines.model import GenerationDefaults, make_geometry, read_size
 from stages.assemble import ModelFolderConfig
 from stages.train import load_stage_config
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from arlon.config import save_config
-from arlon.data.windows import FixedBatches
+from arlon.data.samples import FixedBatches
 from arlon.models.video_vae import VideoVAE
 from stages import common, data
 from stages.callbacks import LAST_CHECKPOINT

@@ -16,8 +16,8 @@ from arlon.data.bucketed_clips import BucketedClips, ClipLatents, FixedClips
 from arlon.data.buckets import Bucket
 from arlon.data.latent_cache import TextCache
 from arlon.data.manifest import Clip
+from arlon.data.samples import Shard
 from arlon.data.video_io import VideoWriter
-from arlon.data.windows import Shard
 
 BUCKETS = (
     Bucket(resolution="16x24", num_frames=34, length_prob=0.5, batch_size=2),

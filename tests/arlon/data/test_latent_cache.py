@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from arlon.data import windows
+from arlon.data import samples as windows
 from arlon.data.datasets import CaptionSpan, ShapesTakes, ShapesTakesConfig, Take
 from arlon.data.latent_cache import TextCache, build_code_cache, build_latent_cache
-from arlon.data.windows import (
+from arlon.data.samples import (
     BatchStream,
     CodeWindows,
     FixedBatches,
@@ -305,7 +305,7 @@ def test_shapes_takes_are_the_same_whenever_asked() -> None:
 def test_fingerprint_notices_another_renderer(monkeypatch: pytest.MonkeyPatch) -> None:
     config = ShapesTakesConfig(num_takes=4, num_frames=17, height=12, width=16)
     before = ShapesTakes(config).identity
-    monkeypatch.setitem(__import__("arlon.data.shapes_world", fromlist=["COLOURS"]).SIZES, "small", 0.2)
+    monkeypatch.setitem(__import__("arlon.shapes.world", fromlist=["COLOURS"]).SIZES, "small", 0.2)
     assert ShapesTakes(config).identity != before
 
 

@@ -9,7 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from arlon.evaluation import backbones
+from arlon.evaluation.vbench import networks as backbones
 
 SIDE = 32
 

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from arlon.data import shapes_world as world
-from arlon.evaluation import metrics, suite
-from arlon.evaluation.backbones import Backbone
-from arlon.evaluation.figures import FIGURES, GROUPS
+from arlon.evaluation import cases as suite
+from arlon.evaluation import metrics
 from arlon.evaluation.film import FilmShot, Outline, _videos, measure_film
+from arlon.evaluation.metric_table import FIGURES, GROUPS
+from arlon.evaluation.vbench.networks import Backbone
+from arlon.shapes import world
 
 FPS = 8.0
 RED_LEFT = "a large red square moves left slowly on a grey background"

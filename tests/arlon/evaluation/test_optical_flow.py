@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from arlon.data import shapes_world as world
-from arlon.evaluation import vbench
 from arlon.evaluation.optical_flow import estimate_flow
+from arlon.evaluation.vbench import rules as vbench
+from arlon.shapes import world
 
 
 def waves(x_shift: float, y_shift: float, height: int = 56, width: int = 72) -> torch.Tensor:

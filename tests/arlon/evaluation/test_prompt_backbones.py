@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from arlon.evaluation import backbones
 from arlon.evaluation.film import FilmShot, Outline, measure_film
+from arlon.evaluation.vbench import networks as backbones
 from tests.arlon.evaluation.conftest import SIDE, frames
 
 pytestmark = pytest.mark.slow  # importing transformers alone takes seconds

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from arlon.evaluation import vbench
+from arlon.evaluation.vbench import rules as vbench
 from tests.arlon.evaluation.conftest import frames
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from arlon.models.ar import CodeTransformer, CodeTransformerConfig, code_loss
-from arlon.models.code_stream import CodeStream, PromptSpan, SamplingConfig, _window_at, generate_codes, sample_code
+from arlon.models.code_sampling import CodeStream, PromptSpan, SamplingConfig, _window_at, generate_codes, sample_code
 
 GREEDY = SamplingConfig(temperature=0.0, guidance_scale=1.0)
 

@@ -1,0 +1,270 @@
+"""What a pipeline knows of a model before it loads any weights: sizes, grids and defaults, from its configs.
+
+A model is either whole, or a *base* alone: VAE, DiT and text encoder, without codes.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from arlon.grids import SegmentGrid
+
+if TYPE_CHECKING:
+    from arlon.checkpoint import ModelFolder
+    from arlon.models.ar import CodeTransformerConfig
+    from arlon.models.injection import InjectionConfig
+    from arlon.models.stdit import STDiT3Config
+    from arlon.models.video_vae import VideoVAEConfig
+    from arlon.models.vqvae import LatentVQVAEConfig
+    from arlon.text.encoders import TextEncoderConfig
+
+SIZE_FILES = {
+    "vae": "vae",
+    "dit": "dit",
+    "vqvae": "vqvae",
+    "ar": "ar",
+    "injection": "inject",
+    "text_encoder": "model",
+}
+"""File of a folder of `configs/` that holds the config of a component, under the component's name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationDefaults:
+    """What a model folder says about how to use it: the `defaults` of its index."""
+
+    height: int = 512
+    """Frame height in pixels."""
+    width: int = 512
+    """Frame width in pixels."""
+    fps: float = 24.0
+    segment: int = 20
+    """Latent frames of a segment."""
+    overlap: int = 5
+    """Latent frames carried over from the segment before."""
+    guidance_scale: float = 7.0
+    """Text guidance of the diffusion transformer; 1 turns it off."""
+    shift_scale: float = 1.0
+    """Factor of the resolution-aware time shift; see `arlon.diffusion.flow.shift_times`."""
+    shift_base_size: int = 512
+    """Frame side in pixels at which the spatial part of that shift is 1."""
+    num_inference_steps: int = 30
+    solver: str = "euler"
+    ar_temperature: float = 1.0
+    ar_top_p: float = 0.95
+    ar_guidance_scale: float = 3.0
+    """Text guidance of the code model; 1 turns it off."""
+    aesthetic_score: float | None = None
+    """Said after every prompt; released weights were trained on captions with scores. None: it is not said."""
+    vae_blend_frames: int = 0
+    """Frames blended on each side of the VAE's chunk borders; see `arlon.film.settings.Settings`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelGeometry:
+    """The sizes a model works with and how it is best used."""
+
+    defaults: GenerationDefaults
+    grid: SegmentGrid
+    space_stride: int
+    """Pixels per latent row or column."""
+    patch_size: tuple[int, int, int]
+    """Latent frames, rows and columns of one DiT token."""
+    code_ratio: tuple[int, int, int]
+    """Latent frames, rows and columns of one code."""
+    code_halo: int = 0
+    """Code frames on either side that the VQ-VAE decoder looks at."""
+    code_grid: tuple[int, int] | None = None
+    """Rows and columns of codes the AR model writes; None: any."""
+    has_codes: bool = True
+    """Whether the model plans with codes; a base alone does not, and its `code_ratio` is 1."""
+    max_blend_frames: int = 0
+    """Most frames on each side of a chunk border that the VAE can blend."""
+
+    @property
+    def size_multiple(self) -> int:
+        """Frame height and width must be multiples of this many pixels."""
+        return self.space_stride * max(self.patch_size[1:])
+
+    def without_codes(self) -> ModelGeometry:
+        """What is left of the model when the base alone makes a film."""
+        return replace(self, code_ratio=(1, 1, 1), code_halo=0, code_grid=None, has_codes=False)
+
+    def latent_size(self, height: int, width: int) -> tuple[int, int]:
+        """Latent rows and columns of a frame."""
+        return height // self.space_stride, width // self.space_stride
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfigs:
+    """Configs of the components that make a film. A base alone has neither `vqvae`, `ar` nor `injection`."""
+
+    vae: VideoVAEConfig
+    dit: STDiT3Config
+    text_encoder: TextEncoderConfig
+    vqvae: LatentVQVAEConfig | None = None
+    ar: CodeTransformerConfig | None = None
+    injection: InjectionConfig | None = None
+
+    @property
+    def has_codes(self) -> bool:
+        """Whether the model plans with codes."""
+        return self.vqvae is not None
+
+    def without_codes(self) -> ModelConfigs:
+        """The base alone."""
+        return replace(self, vqvae=None, ar=None, injection=None)
+
+
+def open_model(
+    name_or_path: str, *, required: Iterable[str] | None = None, download: bool = True
+) -> tuple[ModelFolder, Mapping[str, str]]:
+    """Open a model by name, path, model file or hub id and check it.
+
+    Args:
+        name_or_path: Which model.
+        required: Components it must have; None: those of a base, which may have codes besides.
+        download: Whether a model of the hub that is not in the cache may be downloaded.
+
+    Returns:
+        The model folder, and what may be written about it into a film: its name (no host path) and content hash.
+
+    Raises:
+        FileNotFoundError: If there is no such model.
+        CheckpointError: If its components are damaged or do not fit each other.
+    """
+    from arlon.checkpoint import BASE_COMPONENTS, MODEL_FILE_SUFFIXES, ModelFolder, resolve_model
+
+    wanted = BASE_COMPONENTS if required is None else tuple(required)
+    model = ModelFolder.open(resolve_model(name_or_path, download=download), required=wanted)
+    path = Path(name_or_path).expanduser()
+    name = name_or_path
+    if path.is_dir():
+        name = path.resolve().name
+    elif path.suffix in MODEL_FILE_SUFFIXES:
+        name = path.stem
+    return model, {"name": name, "hash": model.model_hash}
+
+
+def read_configs(model: ModelFolder) -> ModelConfigs:
+    """Configs of the components of a model folder.
+
+    Raises:
+        FileNotFoundError: If VAE, DiT or text encoder is missing, or some but not all of what codes need.
+        ConfigError: If a config is not what this version knows.
+    """
+    from arlon.checkpoint import GENERATION_COMPONENTS, read_config
+    from arlon.models.ar import CodeTransformer
+    from arlon.models.injection import SemanticInjection
+    from arlon.models.stdit import STDiT3
+    from arlon.models.video_vae import VideoVAE
+    from arlon.models.vqvae import LatentVQVAE
+    from arlon.text.encoders import read_text_config
+
+    base = {"vae": VideoVAE, "dit": STDiT3}
+    codes = {"vqvae": LatentVQVAE, "ar": CodeTransformer, "injection": SemanticInjection}
+    there = [name for name in codes if name in model.components]
+    if there and len(there) < len(codes):
+        missing = [name for name in GENERATION_COMPONENTS if name in codes and name not in there]
+        raise FileNotFoundError(
+            f"model {str(model.path)!r} has {', '.join(there)} but lacks {', '.join(missing)}: a base alone has none"
+        )
+    classes = base | {name: codes[name] for name in there}
+    configs = {name: read_config(kind, model.component(name)) for name, kind in classes.items()}
+    return ModelConfigs(text_encoder=read_text_config(model.component("text_encoder")), **configs)
+
+
+def read_size(name: str) -> tuple[ModelConfigs, GenerationDefaults] | None:
+    """Configs and defaults of a model size, a folder of `configs/`; no weights are needed. None: no such size.
+
+    Raises:
+        ConfigError: If a config is not what this version knows.
+    """
+    from arlon.config import config_from_dict
+    from arlon.film.strict_yaml import parse_yaml
+
+    spec = importlib.util.find_spec("configs")
+    places = spec.submodule_search_locations if spec is not None and name.isidentifier() else None
+    folder = next((Path(place) / name for place in places or () if (Path(place) / name).is_dir()), None)
+    if folder is None:
+        return None
+    files = {part: folder / f"{file}.yaml" for part, file in SIZE_FILES.items()}
+    if not all(file.is_file() for file in files.values()):
+        return None
+    values = {part: parse_yaml(file.read_text(encoding="utf-8")) for part, file in files.items()}
+    configs = {part: config_from_dict(kind, values[part][part]) for part, kind in _config_classes().items()}
+    return ModelConfigs(**configs), config_from_dict(GenerationDefaults, values["text_encoder"]["defaults"])
+
+
+def _config_classes() -> dict[str, type]:
+    from arlon.models.ar import CodeTransformerConfig
+    from arlon.models.injection import InjectionConfig
+    from arlon.models.stdit import STDiT3Config
+    from arlon.models.video_vae import VideoVAEConfig
+    from arlon.models.vqvae import LatentVQVAEConfig
+    from arlon.text.encoders import TextEncoderConfig
+
+    return {
+        "vae": VideoVAEConfig,
+        "dit": STDiT3Config,
+        "vqvae": LatentVQVAEConfig,
+        "ar": CodeTransformerConfig,
+        "injection": InjectionConfig,
+        "text_encoder": TextEncoderConfig,
+    }
+
+
+def read_geometry(model: ModelFolder) -> ModelGeometry:
+    """Sizes and defaults of a model folder, from its configs alone.
+
+    Raises:
+        FileNotFoundError: If a component is missing.
+        ConfigError: If a config or a default is not what this version knows.
+    """
+    from arlon.config import config_from_dict
+
+    return make_geometry(read_configs(model), config_from_dict(GenerationDefaults, model.defaults))
+
+
+def make_geometry(configs: ModelConfigs, defaults: GenerationDefaults) -> ModelGeometry:
+    """Sizes and defaults of a model.
+
+    Raises:
+        ValueError: If the VAE does not work in chunks of frames.
+    """
+    geometry = ModelGeometry(
+        defaults=defaults,
+        grid=_segment_grid(configs.vae, defaults),
+        space_stride=configs.vae.space_stride,
+        patch_size=configs.dit.patch_size,
+        code_ratio=(1, 1, 1),
+        has_codes=False,
+        max_blend_frames=configs.vae.max_blend_frames,
+    )
+    if configs.vqvae is None or configs.ar is None:
+        return geometry
+    return replace(
+        geometry,
+        code_ratio=configs.vqvae.ratio,
+        code_halo=configs.vqvae.receptive_halo,
+        code_grid=configs.ar.grid,
+        has_codes=True,
+    )
+
+
+def _segment_grid(vae: VideoVAEConfig, defaults: GenerationDefaults) -> SegmentGrid:
+    if vae.micro_frame_size is None:
+        raise ValueError(
+            "the model's VAE works on whole videos (micro_frame_size is null): films need one that works in chunks of "
+            "frames, the released one of 17; set that in the config.json of the VAE, or take another VAE"
+        )
+    return SegmentGrid(
+        segment=defaults.segment,
+        overlap=defaults.overlap,
+        chunk_frames=vae.micro_frame_size,
+        time_stride=vae.temporal.time_stride,
+    )

@@ -1,0 +1,409 @@
+"""The steps of making a film that run networks, as plain classes.
+
+The last step, `pipelines.executors.write`, runs no network.
+
+    TextWorker -> CodeWorker -> RefineWorker -> DecodeWorker -> WriteWorker
+
+Each has one method, `run`, from one frozen request to one frozen result (see `arlon.film.messages`). Nothing that
+decides a result hides in a worker: what a segment carries over comes in its request, so any segment can be made
+again alone.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from arlon.data.transforms import crop_centre
+from arlon.diffusion import conditioning, flow, guidance, samplers
+from arlon.diffusion.references import condition_segment
+from arlon.files import hash_tensor
+from arlon.film.messages import (
+    CodeRequest,
+    CodeResult,
+    DecodeRequest,
+    DecodeResult,
+    Job,
+    RefineRequest,
+    RefineResult,
+    TextRequest,
+    TextResult,
+)
+from arlon.film.settings import Settings
+from arlon.memory import give_back_memory
+from arlon.models.ar import CodeTransformer
+from arlon.models.code_sampling import CodeStream, PromptSpan, SamplingConfig
+from arlon.models.injection import SemanticInjection
+from arlon.models.stdit import STDiT3
+from arlon.models.video_vae import VideoVAE
+from arlon.text.encoders import TextEncoder, TextFeatures, load_text_encoder
+
+if TYPE_CHECKING:
+    from arlon.models.vqvae import LatentVQVAE
+
+MAX_KNOWN_PROMPTS = 64
+"""Prompts whose features are kept: a film may have thousands, and the features of one can take megabytes."""
+LARGE_ENCODER_BYTES = 10**9
+"""Weights of a text encoder from which on it is let go once the prompts of a film are encoded."""
+_NOT_IN_FORCE = torch.zeros(1, 1, 1)
+
+
+@contextmanager
+def torch_threads(num_threads: int) -> Iterator[None]:
+    """Run PyTorch with a number of threads, and restore what was."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def process_memory_bytes() -> int:
+    """Memory of this process that is in RAM; where the system does not tell, the most it ever was."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * resource.getpagesize()
+    except OSError:
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+class TextWorker:
+    """Encodes prompts, one at a time, so that features do not depend on what else is in the film.
+
+    Args:
+        job: The film.
+        encoder: Used instead of the model's own, for tests.
+    """
+
+    def __init__(self, job: Job, encoder: TextEncoder | None = None) -> None:
+        self._load = partial(
+            load_text_encoder,
+            job.component("text_encoder"),
+            device=job.settings.device,
+            dtype=getattr(torch, job.settings.text_dtype),
+        )
+        self.encoder: TextEncoder | None = encoder or self._load()
+        self._known: OrderedDict[str, TextFeatures] = OrderedDict()
+
+    def encode_ahead(self, prompts: Iterable[str]) -> None:
+        """Encode the prompts of a film and let the encoder go; it is loaded again for a prompt that is not known then.
+
+        Nothing is done if the encoder is small, or the prompts are more than are kept.
+        """
+        if self.encoder is not None and getattr(self.encoder, "weight_bytes", 0) <= LARGE_ENCODER_BYTES:
+            return
+        distinct: dict[str, None] = {}
+        for prompt in prompts:
+            distinct[prompt] = None
+            if len(distinct) > MAX_KNOWN_PROMPTS:
+                return
+        self.run(TextRequest(prompts=tuple(distinct)))
+        self.encoder = None
+        give_back_memory()
+
+    def run(self, request: TextRequest) -> TextResult:
+        """Encode."""
+        features = {prompt: self._features(prompt) for prompt in request.prompts}
+        while len(self._known) > MAX_KNOWN_PROMPTS:
+            self._known.popitem(last=False)
+        return TextResult(features=features)
+
+    def _features(self, prompt: str) -> TextFeatures:
+        if prompt not in self._known:
+            if self.encoder is None:
+                self.encoder = self._load()
+            self._known[prompt] = self.encoder.encode([prompt]).to("cpu")
+        self._known.move_to_end(prompt)
+        return self._known[prompt]
+
+
+def lets_encoder_go(weight_bytes: int, num_prompts: int) -> bool:
+    """Whether a text encoder encodes the prompts of a film ahead and is let go before other networks work."""
+    return weight_bytes > LARGE_ENCODER_BYTES and num_prompts <= MAX_KNOWN_PROMPTS
+
+
+class CodeWorker:
+    """Writes codes with the autoregressive model; for a base alone, code 0 once a frame, which nobody reads.
+
+    It keeps the stream it last worked on only to save time: a request that does not continue it starts a new
+    stream from the codes it brings, with the same result.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self.settings = job.settings
+        self.model: CodeTransformer | None = None
+        if job.plan.geometry.has_codes:
+            self.model = CodeTransformer.from_pretrained(job.component("ar"), dropout=0.0).to(job.settings.device)
+            if torch.device(job.settings.device).type == "cpu":
+                self.model.lay_out_for_steps()
+        self._stream: tuple[tuple[Any, ...], CodeStream] | None = None
+
+    def run(self, request: CodeRequest) -> CodeResult:
+        """Write."""
+        started_s = time.perf_counter()
+        if self.model is None:
+            return CodeResult(codes=torch.zeros(1, request.stop, 1, 1, dtype=torch.int64), elapsed_s=0.0)
+        existing = request.given if request.before is None else request.before.codes
+        frames = [] if existing is None else list(existing[0])
+        stream = self._stream_at(request, len(frames), existing)
+        frames += [next(stream) for _ in range(request.stop - len(frames))]
+        codes = torch.stack(frames)[None]
+        self._stream = (self._key(request, request.stop, codes), stream)
+        return CodeResult(
+            codes=codes,
+            elapsed_s=time.perf_counter() - started_s,
+            memory_bytes=process_memory_bytes(),
+            ended_s=time.time(),
+        )
+
+    def _key(self, request: CodeRequest, frame: int, codes: Tensor | None) -> tuple[Any, ...]:
+        return request.take, request.schedule, frame, None if codes is None else hash_tensor(codes)
+
+    def _stream_at(self, request: CodeRequest, frame: int, existing: Tensor | None) -> CodeStream:
+        if self._stream is not None and self._stream[0] == self._key(request, frame, existing):
+            stream = self._stream[1]
+            stream.schedule = self._spans(request)
+            return stream
+        settings = self.settings
+        return CodeStream(
+            self.model,
+            self._spans(request),
+            generator_for_frame=partial(_code_generator, request),
+            sampling=SamplingConfig(
+                temperature=settings.ar_temperature,
+                top_p=settings.ar_top_p,
+                guidance_scale=settings.ar_guidance_scale,
+            ),
+            existing=existing,
+        )
+
+    def _spans(self, request: CodeRequest) -> tuple[PromptSpan, ...]:
+        """The prompts of the take; those not in force during this request come without their features."""
+        features = {} if request.text is None else request.text.features
+        return tuple(
+            PromptSpan(
+                text=features[prompt].tokens, text_mask=features[prompt].mask, num_code_frames=count, blend=blend
+            )
+            if prompt in features
+            else PromptSpan(text=_NOT_IN_FORCE, num_code_frames=count, blend=blend)
+            for prompt, _, blend, count in request.schedule
+        )
+
+
+def _code_generator(request: CodeRequest, frame: int) -> torch.Generator:
+    """Generator of a code frame, addressed by (seed, "ar", take, frame)."""
+    seed = samplers.address_seed(request.seed_of(frame), "ar", request.take, frame)
+    return torch.Generator("cpu").manual_seed(seed)
+
+
+class RefineWorker:
+    """Makes the latent of a segment with the diffusion transformer: of coarse latents, or of noise alone."""
+
+    def __init__(self, job: Job) -> None:
+        self.settings, self.geometry = job.settings, job.plan.geometry
+        device = job.settings.device
+        self.dit = STDiT3.from_pretrained(job.component("dit")).to(device)
+        self.vqvae: LatentVQVAE | None = None
+        self.injection: SemanticInjection | None = None
+        if self.geometry.has_codes:
+            from arlon.models.vqvae import LatentVQVAE  # seconds to import, and the other workers do not need it
+
+            self.vqvae = LatentVQVAE.from_pretrained(job.component("vqvae")).to(device)
+            self.injection = SemanticInjection.from_pretrained(job.component("injection")).to(device)
+
+    @torch.inference_mode()
+    def run(self, request: RefineRequest) -> RefineResult:
+        """Refine."""
+        started_s = time.perf_counter()
+        assert request.codes is not None
+        segment, device = request.segment, self.settings.device
+        codes = request.codes.codes[:, : segment.num_code_frames]
+        coarse = None if self.vqvae is None else self._coarse_latent(codes.to(device), request)
+        carried = self._carried(request)
+        rows, columns = self.geometry.latent_size(request.height, request.width)
+        shape = (1, self.dit.config.in_channels, segment.num_latents, rows, columns)
+        noise = samplers.draw_noise(shape, request.seed, "dit", segment.index)
+        given = condition_segment(
+            shape, head=request.head if carried is None else carried, tail=request.tail, placed=request.placed
+        )
+        latent = conditioning.sample_with_edits(
+            self._velocity(request, coarse),
+            conditioning.place_clean(noise, given.latent, given.is_free).to(device),
+            given.edit_ratio.to(device),
+            self._times(request),
+            lambda step: samplers.draw_noise(shape, request.seed, "dit", segment.index, "edit", step),
+            solver=request.solver,
+        ).cpu()
+        return RefineResult(
+            latent=latent[:, :, segment.overlap :].contiguous(),
+            overlap_hash=None if carried is None else hash_tensor(carried),
+            codes_hash=hash_tensor(codes[:, segment.start_code_frame :]),
+            elapsed_s=time.perf_counter() - started_s,
+            memory_bytes=process_memory_bytes(),
+            ended_s=time.time(),
+        )
+
+    def _coarse_latent(self, codes: Tensor, request: RefineRequest) -> Tensor:
+        """Coarse latent (1, C, T, H, W) of a segment, from the codes (1, n, cH, cW) that matter for it."""
+        segment, take = request.segment, request.take
+        ratio = self.geometry.code_ratio[0]
+        is_whole = segment.num_code_frames == take.num_code_frames
+        assert self.vqvae is not None
+        with _precision(self.settings):
+            coarse = self.vqvae.decode_frames(
+                codes,
+                segment.start_latent,
+                segment.start_latent + segment.num_latents,
+                num_latent_frames=take.num_latents if is_whole else segment.num_code_frames * ratio,
+                grid=self.geometry.latent_size(request.height, request.width),
+            )
+        return coarse.float()
+
+    def _carried(self, request: RefineRequest) -> Tensor | None:
+        """The latent frames carried over, (1, C, overlap, H, W)."""
+        if not request.segment.overlap:
+            return None
+        if request.before is None:
+            raise ValueError(f"segment {request.segment.index} needs the segment before it to go on from")
+        return request.before.latent[:, :, -request.segment.overlap :].contiguous()
+
+    def _times(self, request: RefineRequest) -> Tensor:
+        defaults, segment = self.geometry.defaults, request.segment
+        shift = partial(
+            flow.shift_times,
+            height=request.height,
+            width=request.width,
+            num_frames=self.geometry.grid.segment_frames if segment.overlap else segment.num_frames,
+            base_size=defaults.shift_base_size,
+            scale=defaults.shift_scale,
+        )
+        return samplers.make_times(request.num_inference_steps, shift)
+
+    def _velocity(self, request: RefineRequest, coarse: Tensor | None) -> conditioning.MaskedVelocityFn:
+        """Guided velocity of a segment; the coarse features are in both halves of the guidance."""
+        inject = None
+        if self.injection is not None and coarse is not None:
+            with _precision(self.settings):
+                inject = self.injection.condition(coarse)
+        under_mask: dict[tuple[bool, ...], samplers.VelocityFn] = {}
+
+        def velocity(x: Tensor, t: Tensor, frame_mask: Tensor) -> Tensor:
+            key = tuple(frame_mask[0].tolist())
+            if key not in under_mask:
+                under_mask.clear()  # masks only lose frames that stand still: an earlier one does not come back
+                under_mask[key] = self._under_mask(request, frame_mask, inject)
+            with _precision(self.settings):
+                return under_mask[key](x, t)
+
+        return velocity
+
+    def _under_mask(self, request: RefineRequest, frame_mask: Tensor, inject: Any) -> samplers.VelocityFn:
+        """Guided velocity while frames are kept by a mask (1, T); text is prepared once for it."""
+        velocity = self._guided(request, request.prompt, frame_mask, inject)
+        if request.blend is None:
+            return velocity
+        weights = torch.tensor(request.blend.weights, device=frame_mask.device)
+        return _blended(self._guided(request, request.blend.prompt, frame_mask, inject), velocity, weights)
+
+    def _guided(self, request: RefineRequest, prompt: str, frame_mask: Tensor, inject: Any) -> samplers.VelocityFn:
+        """Guided velocity under a prompt."""
+        assert request.text is not None
+        device = self.settings.device
+        text = request.text.features[prompt].to(device)
+        negative = request.text.features[request.negative_prompt].to(device) if request.negative_prompt else None
+        return guidance.guide(
+            self.dit,
+            text.tokens,
+            self.dit.null_text(text.tokens.shape[1]) if negative is None else negative.tokens,
+            guidance_scale=request.guidance_scale,
+            text_mask=text.mask,
+            null_mask=None if negative is None else negative.mask,
+            frame_mask=frame_mask,
+            fps=request.fps,
+            height=float(request.height),
+            width=float(request.width),
+            inject=inject,
+        )
+
+
+def _blended(old: samplers.VelocityFn, new: samplers.VelocityFn, weights: Tensor) -> samplers.VelocityFn:
+    """Velocity between that of two prompts, by the share (T,) of the new one in each latent frame."""
+    share = weights[:, None, None]
+
+    def velocity_fn(x: Tensor, t: Tensor) -> Tensor:
+        return torch.lerp(old(x, t).float(), new(x, t).float(), share)
+
+    return velocity_fn
+
+
+def load_vae(job: Job) -> VideoVAE:
+    """The video VAE of a film, on its device, with as many frames at a time as its settings say."""
+    frames = job.settings.vae_micro_batch
+    overrides = {} if frames is None else {"micro_batch_size": frames}
+    return VideoVAE.from_pretrained(job.component("vae"), **overrides).to(job.settings.device)
+
+
+class DecodeWorker:
+    """Decodes latents with the video VAE; segments start at chunk borders, so each decodes by itself.
+
+    Where borders between chunks are blended, that of two segments changes frames of both. So a segment leaves its last
+    ones to the segment after it, which decodes them together with its own from the latents of both.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self.settings = job.settings
+        self.vae = load_vae(job)
+
+    @torch.inference_mode()
+    def run(self, request: DecodeRequest) -> DecodeResult:
+        """Decode."""
+        assert request.refined is not None
+        started_s = time.perf_counter()
+        latent, known = request.refined.latent, 0
+        if request.lead:
+            if request.before is None:
+                raise ValueError("a segment that begins with frames of the one before it needs its latents")
+            chunk = self.vae.config.chunk_latents
+            latent = torch.cat([request.before.latent[:, :, -chunk:], latent], dim=2)
+            known = self.vae.config.micro_frame_size
+        with _precision(self.settings):
+            video = self.vae.decode(
+                latent.to(self.settings.device),
+                known + request.num_frames,
+                blend_frames=self.settings.vae_blend_frames,
+                tile=self.settings.vae_tile,
+                part=slice(known - request.lead, known + request.num_frames - request.held),
+            )
+        if request.size is not None:
+            video = crop_centre(video, height=request.size[0], width=request.size[1])
+        return DecodeResult(
+            frames=video_to_frames(video[0]),
+            elapsed_s=time.perf_counter() - started_s,
+            memory_bytes=process_memory_bytes(),
+            ended_s=time.time(),
+        )
+
+
+def video_to_frames(video: Tensor) -> np.ndarray:
+    """Frames (pT, pH, pW, 3) uint8 of one video (3, pT, pH, pW) in [-1, 1]; values outside are clipped."""
+    levels = ((video.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return levels.permute(1, 2, 3, 0).contiguous().cpu().numpy()
+
+
+def _precision(settings: Settings) -> AbstractContextManager[Any]:
+    if settings.dtype == "float32":
+        return nullcontext()
+    return torch.autocast(torch.device(settings.device).type, dtype=torch.bfloat16)

@@ -1,0 +1,128 @@
+"""A film as an HLS stream (RFC 8216) that is watched while it grows: `--hls`.
+
+    film.hls/film.m3u8      the playlist: byte ranges of the growing film, one a segment
+    film.hls/stream.mp4     the growing film under a second name, so that no byte is stored twice while it grows
+
+The playlist is replaced as a whole after every segment and only ever gets longer; it never names bytes that are not
+there. It is of type EVENT, and ends with ENDLIST when the film is complete. A film that goes on after an interruption
+goes on in the same stream. A film that was changed gets a new one: then the old playlist is taken away first.
+
+`stream.mp4` is a hard link. It stays when the film is finished and the growing film goes, so a finished film is there
+twice: seekable and as a stream. Where the file system has no hard links it is a copy that grows along.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from math import ceil
+from pathlib import Path
+
+from arlon.files import make_folder, sweep, temporary_beside, write_bytes
+from arlon.film.messages import Job
+
+PLAYLIST_NAME = "film.m3u8"
+STREAM_NAME = "stream.mp4"
+_COPY_CHUNK = 1 << 20
+
+
+class HlsFolder:
+    """The stream of a growing film, in a folder of its own.
+
+    Args:
+        path: The folder; it is made with the first fragment.
+        partial: The growing film. It holds at least the fragments that are added.
+        fps: Frames a second.
+        longest_s: Seconds of the longest fragment there will be: players must be told at the start.
+    """
+
+    def __init__(self, path: Path, partial: Path, *, fps: float, longest_s: float) -> None:
+        self.path, self.partial, self.fps = path, partial, fps
+        self._longest_s = longest_s
+        self._lines: list[str] = []
+        self._end = 0
+        self._is_linked = False
+        self._is_there = False
+
+    def add(self, num_frames: int, *, head_bytes: int, end: int) -> None:
+        """Add the next fragment; `publish` shows it.
+
+        Args:
+            num_frames: Frames in it.
+            head_bytes: Bytes of the growing film before its first fragment.
+            end: Bytes of the growing film, this fragment included.
+        """
+        if not self._lines:
+            self._lines = [
+                "#EXTM3U",
+                "#EXT-X-VERSION:7",
+                f"#EXT-X-TARGETDURATION:{ceil(self._longest_s)}",
+                "#EXT-X-PLAYLIST-TYPE:EVENT",
+                "#EXT-X-INDEPENDENT-SEGMENTS",
+                f'#EXT-X-MAP:URI="{STREAM_NAME}",BYTERANGE="{head_bytes}@0"',
+            ]
+            self._end = head_bytes
+        self._lines += [
+            f"#EXTINF:{num_frames / self.fps:.6f},",
+            f"#EXT-X-BYTERANGE:{end - self._end}@{self._end}",
+            STREAM_NAME,
+        ]
+        self._end = end
+
+    def publish(self, *, is_whole: bool) -> None:
+        """Show what was added; `is_whole`: nothing more will come. Without a fragment nothing is shown."""
+        if not self._lines:
+            return
+        lines = [*self._lines, "#EXT-X-ENDLIST"] if is_whole else self._lines
+        playlist = self.path / PLAYLIST_NAME
+        if not self._is_there:
+            make_folder(self.path)
+            sweep([self.path], (PLAYLIST_NAME, STREAM_NAME))
+            if playlist.exists() and not _goes_on(playlist.read_text(encoding="utf-8", errors="replace"), lines):
+                playlist.unlink()
+            self._link()
+            self._is_there = True
+        if not self._is_linked:
+            self._copy()
+        write_bytes(playlist, ("\n".join(lines) + "\n").encode())
+
+    def _link(self) -> None:
+        temporary = temporary_beside(self.path / STREAM_NAME)
+        try:
+            os.link(self.partial, temporary)
+            self._is_linked = True
+        except OSError:
+            temporary.write_bytes(b"")
+        temporary.replace(self.path / STREAM_NAME)
+
+    def _copy(self) -> None:
+        """Bring the copy up to the end of the last fragment."""
+        with self.partial.open("rb") as source, (self.path / STREAM_NAME).open("ab") as target:
+            left = self._end - source.seek(target.tell())
+            while left > 0 and (data := source.read(min(left, _COPY_CHUNK))):
+                left -= target.write(data)
+
+
+def stream_of(job: Job) -> HlsFolder | None:
+    """The stream of a film, where it was asked for."""
+    if not job.hls_path:
+        return None
+    longest = max(segment.num_frames for segment in job.plan.segments)
+    return HlsFolder(Path(job.hls_path), Path(job.partial_path), fps=job.plan.fps, longest_s=longest / job.plan.fps)
+
+
+def _goes_on(old: str, lines: list[str]) -> bool:
+    """Whether a playlist is the beginning of another one."""
+    shown = [line for line in old.splitlines() if line != "#EXT-X-ENDLIST"]
+    return lines[: len(shown)] == shown
+
+
+def remove_stream(path: Path) -> None:
+    """Remove a stream, and its folder if nothing else is in it."""
+    if not path.is_dir() or path.is_symlink():
+        return
+    sweep([path], (PLAYLIST_NAME, STREAM_NAME))
+    for name in (PLAYLIST_NAME, STREAM_NAME):
+        (path / name).unlink(missing_ok=True)
+    with suppress(OSError):
+        path.rmdir()

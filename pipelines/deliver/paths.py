@@ -1,0 +1,136 @@
+"""Where a film and what belongs to it go, and whether they can go there.
+
+    --output film.mp4     film.mp4, film.json (sidecar), film.run/ (run folder)
+    --output folder       folder/film.mp4, folder/film.json; the folder is the run folder
+    nothing               outputs/<first prompt>-<seed>/ as such a folder
+
+With `--hls` the folder film.hls is beside the film.
+
+While it grows the film is film.partial.mp4, which plays; it is renamed when it is complete.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from arlon.film.storyboard import Storyboard, UsageError
+from arlon.film.strict_yaml import shown
+from pipelines.store.run_folder import RUN_NAME, RunFolder, RunFolderError
+
+MAX_SLUG_LENGTH = 40
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputPaths:
+    """Where a film and what belongs to it go."""
+
+    film: Path
+    run_dir: Path
+
+    @property
+    def partial(self) -> Path:
+        """The film while it grows."""
+        return self.film.with_name(f"{self.film.stem}.partial.mp4")
+
+    @property
+    def film_from_run_dir(self) -> str:
+        """Where the film is, seen from the run folder; `paths_of_run` reads it."""
+        return self.film.name if self.film.parent == self.run_dir else f"../{self.film.name}"
+
+    @property
+    def hls(self) -> Path:
+        """The film as a stream, a folder; where it is asked for."""
+        return self.film.with_suffix(".hls")
+
+    @property
+    def sidecar(self) -> Path:
+        """What the film was made from, as JSON."""
+        return self.film.with_suffix(".json")
+
+
+def output_paths(output: str | Path | None, storyboard: Storyboard) -> OutputPaths:
+    """Where a film goes; see the module.
+
+    Raises:
+        UsageError: If `output` names another kind of file.
+    """
+    if output is None:
+        run_dir = Path("outputs") / f"{slug(storyboard.shots[0].prompt)}-{storyboard.seed}"
+        return OutputPaths(film=run_dir / "film.mp4", run_dir=run_dir)
+    if not str(output):
+        raise UsageError("the output is empty: name a film.mp4 or a folder")
+    path = Path(output).expanduser()
+    if path.suffix.lower() == ".mp4":
+        return OutputPaths(film=path, run_dir=path.with_suffix(".run"))
+    if path.suffix.lower() in (".avi", ".gif", ".m4v", ".mkv", ".mov", ".mpg", ".webm"):
+        raise UsageError(f"films are written as .mp4: name the output '{path.with_suffix('.mp4')}'")
+    return OutputPaths(film=path / "film.mp4", run_dir=path)
+
+
+def paths_of_run(run_dir: Path, film: Any) -> OutputPaths:
+    """Where the film of a run goes, from what `run.json` says.
+
+    Raises:
+        RunFolderError: If that is neither in the run folder nor beside it.
+    """
+    name = str(film).removeprefix("../")
+    if not isinstance(film, str) or Path(name).name != name or Path(name).suffix.lower() != ".mp4":
+        raise RunFolderError(f"'{run_dir}' names no film in or beside it, got {shown(film)}")
+    if film == name:
+        return OutputPaths(film=run_dir / name, run_dir=run_dir)
+    if run_dir.name in ("", ".."):
+        run_dir = run_dir.resolve()
+    return OutputPaths(film=run_dir.parent / name, run_dir=run_dir)
+
+
+def slug(text: str) -> str:
+    """A short, safe folder name from a prompt."""
+    words = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+    return words[:MAX_SLUG_LENGTH].strip("-") or "film"
+
+
+def check_output(paths: OutputPaths, *, overwrite: bool) -> None:
+    """Refuse what is there already, and make sure that both folders can be written. Nothing is created.
+
+    Raises:
+        UsageError: If something is there that must not, or may not, be replaced.
+        OSError: If a folder cannot be written.
+    """
+    for path in (paths.film, paths.sidecar, paths.partial):
+        if path.is_dir():
+            raise UsageError(f"'{path}' is a folder, a file cannot be written there: choose another --output")
+        if path.exists() and not path.is_file():  # opening a pipe would wait for a reader forever
+            raise UsageError(f"'{path}' is a device or a pipe, not a file: choose another --output")
+    if not overwrite:
+        for path in (paths.film, paths.sidecar):
+            if path.exists():
+                raise UsageError(f"'{path}' exists: choose another --output, or replace it with --overwrite")
+        if RunFolder(paths.run_dir).has_run():
+            raise UsageError(
+                f"'{paths.run_dir}' holds another run: choose another --output, or replace it with --overwrite"
+            )
+    elif (run := RunFolder(paths.run_dir)).has_run() and not run.is_ours():
+        raise UsageError(f"will not replace what this program did not write: '{run.path / RUN_NAME}' tells of no film")
+    for folder in (paths.run_dir, paths.film.parent):
+        check_output_folder(folder)
+
+
+def check_output_folder(folder: Path) -> None:
+    """Refuse a folder that cannot be written, or not be made where it is missing.
+
+    Raises:
+        OSError: If so.
+    """
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not there.is_dir():
+        raise OSError(f"cannot write to '{folder}': '{there}' is not a folder")
+    probe = there / f".arlon-{os.getpid()}.tmp"
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OSError(f"cannot write to '{folder}': {error.strerror or error}") from error

@@ -1,0 +1,429 @@
+"""Make a film with Ray: the workers of `arlon.film.workers` and `writer` as actors. The only file that knows Ray.
+
+    text -> codes -> refine -> decode -> write
+
+Every call gets the results it waits for as object references, so tensors go from actor to actor through the object
+store and never through the driver. The code model runs ahead, while decoding and writing follow behind; how far is
+bounded on both sides.
+
+A role may have several actors. What goes on from what came before stays in order: the segments of a take are refined
+one after another, its codes written one after another. So takes are shared out to refiners and code writers, segments
+to decoders. There is one writer; it commits segments as they come and puts them into the film in order, and the film
+equals that of `local` bit for bit.
+
+An actor that dies is started again by Ray, which repeats the call it was at and holds those that wait. Workers hold
+nothing that decides a result, and the writer finds out from the run folder what was committed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict, deque
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from importlib import import_module
+from itertools import groupby
+from typing import Any
+
+from arlon.film.messages import (
+    CodeResult,
+    Committed,
+    Job,
+    SegmentRequests,
+    TextRequest,
+    WriteResult,
+    carried_on,
+    fill,
+    film_requests,
+    prompts_to_encode,
+)
+from arlon.film.storyboard import UsageError
+from arlon.threads import spin_briefly
+from pipelines.store.lock import WriterLock, holder_mark
+from pipelines.store.run_folder import RunFolder
+
+MAX_REPLICAS = 1024
+MAX_RESTARTS = 3
+"""How often an actor may die, and a call be repeated, before the film is given up."""
+CODES_AHEAD = 64
+"""Segments whose codes are asked for before they can be refined."""
+MAX_KNOWN_PROMPTS = 64
+"""Prompts whose features are kept in the object store."""
+OBJECT_STORE_BYTES = 512 * 1024**2
+"""Object store of a Ray that lives for one film."""
+WORKER_OF_ROLE = {
+    "text": ("arlon.film.workers", "TextWorker"),
+    "code": ("arlon.film.workers", "CodeWorker"),
+    "refine": ("arlon.film.workers", "RefineWorker"),
+    "decode": ("arlon.film.workers", "DecodeWorker"),
+    "write": ("pipelines.executors.write", "WriteWorker"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Role:
+    """The actors of a role."""
+
+    replicas: int = 1
+    num_gpus: float = 0.1
+    """GPUs of each, or the share of one; it counts on a CUDA device."""
+    num_cpus: float = 0.0
+    """Cores Ray sets aside for each; the threads of PyTorch are a setting of the film, since bits depend on them."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.replicas <= MAX_REPLICAS:
+            raise ValueError(f"replicas must be between 1 and {MAX_REPLICAS}, got {self.replicas}")
+        for name in ("num_gpus", "num_cpus"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraphConfig:
+    """How the graph is laid out; the film does not depend on it. By default it fits on one GPU."""
+
+    text: Role = field(default_factory=Role)
+    code: Role = field(default_factory=Role)
+    refine: Role = field(default_factory=lambda: Role(num_gpus=0.7))
+    decode: Role = field(default_factory=Role)
+    max_in_flight: int = 3
+    """Segments of one refiner that are refined, decoded or written at the same time."""
+
+    def __post_init__(self) -> None:
+        if self.max_in_flight < 1:
+            raise ValueError(f"max_in_flight must be 1 or more, got {self.max_in_flight}")
+
+
+class _Actor:
+    """One worker in a process of its own. It is built by `start`, whose errors reach the caller as they are."""
+
+    def __init__(self, role: str, job: Job, holder: str, prompts: tuple[str, ...] = ()) -> None:
+        self.role, self.job, self.holder, self.prompts = role, job, holder, prompts
+        self._lock: WriterLock | None = None
+        self._worker: Any = None
+
+    def start(self) -> None:
+        """Load the worker; after a restart the next call does."""
+        import torch
+
+        from arlon.memory import keep_freed_memory
+
+        keep_freed_memory()
+        torch.set_num_threads(self.job.settings.num_threads)
+        if self.role == "write" and self._lock is None:
+            self._lock = WriterLock(self.job.run_dir, self.holder)
+        state = (_committed(RunFolder(self.job.run_dir)),) if self.role == "write" else ()
+        module, name = WORKER_OF_ROLE[self.role]
+        self._worker = getattr(import_module(module), name)(self.job, *state)
+        if self.role == "text":
+            self._worker.encode_ahead(self.prompts)
+
+    @property
+    def worker(self) -> Any:
+        """The worker."""
+        if self._worker is None:
+            self.start()
+        return self._worker
+
+    def run(self, request: Any, **results: Any) -> Any:
+        """Run the worker on a request filled with results; Ray has put those in the place of their references."""
+        return self.worker.run(fill(request, **results))
+
+    def keep_codes(self, take: int, result: Any) -> None:
+        """See `WriteWorker.keep_codes`."""
+        self.worker.keep_codes(take, result)
+
+    def close(self) -> None:
+        """See `WriteWorker.close`."""
+        self.worker.close()
+
+
+def _committed(folder: RunFolder) -> Committed:
+    """What a run folder holds that was made ready for this run: all of it fits."""
+    folder.sweep()
+    try:
+        codes = folder.read_codes()
+    except FileNotFoundError:
+        codes = {}
+    return Committed(codes=codes, segments=frozenset(folder.committed_indices()))
+
+
+def run_graph(
+    job: Job,
+    committed: Committed | None = None,
+    *,
+    address: str | None = None,
+    config: GraphConfig | None = None,
+) -> Generator[WriteResult, None, None]:
+    """Make the segments of a film that are not committed; each is stored when it is yielded.
+
+    Segments of one take come in order, and so do all if there is one refiner.
+
+    Args:
+        job: The film; its run folder is ready. On a cluster, the model must lie under the same path on every node;
+            the run folder is only used on the node of the caller.
+        committed: What the run folder holds already.
+        address: Ray cluster to join; None: that of RAY_ADDRESS, or a Ray for this film on this machine, whose
+            ports are open on all its addresses (Ray knows no other way).
+        config: Actors of each role.
+
+    Raises:
+        ImportError: If Ray is not installed.
+        UsageError: If the cluster has no room for the actors.
+        FileNotFoundError, ValueError: As raised in a worker.
+        RuntimeError: If a worker process died again and again.
+    """
+    config, committed = config or GraphConfig(), committed or Committed()
+    prompts = tuple(dict.fromkeys(prompts_to_encode(job, committed)))
+    with ray_session(address) as ray, _readable_errors(ray):
+        crew: dict[str, list[Any]] = {}
+        try:
+            _check_room(ray, job, config)
+            for role in WORKER_OF_ROLE:
+                replicas = getattr(config, role).replicas if role != "write" else 1
+                crew[role] = [_start_actor(ray, role, job, config, prompts) for _ in range(replicas)]
+            ray.get([actor.start.remote() for actors in crew.values() for actor in actors])
+            yield from _Film(ray, job, committed, crew, config).make()
+            ray.get(crew["write"][0].close.remote())
+        finally:
+            for actor in (actor for actors in crew.values() for actor in actors):
+                ray.kill(actor)
+
+
+def _check_room(ray: Any, job: Job, config: GraphConfig) -> None:
+    """Refuse what would wait forever for room."""
+    roles = [getattr(config, f.name) for f in fields(config) if f.name in WORKER_OF_ROLE]
+    needs = {"CPU": sum(role.replicas * role.num_cpus for role in roles)}
+    if job.settings.device.startswith("cuda"):
+        needs["GPU"] = sum(role.replicas * role.num_gpus for role in roles)
+    there = ray.cluster_resources()
+    for kind, number in needs.items():
+        if number > there.get(kind, 0) + 1e-6:
+            raise UsageError(f"the actors need {number:g} {kind}, the cluster has {there.get(kind, 0):g}")
+
+
+def _start_actor(ray: Any, role: str, job: Job, config: GraphConfig, prompts: tuple[str, ...]) -> Any:
+    """An actor of a role; the writer stays on the node of the caller, whose disk it writes.
+
+    `prompts` are those that an actor of the role `text` encodes at its start, if its encoder is large.
+    """
+    options: dict[str, Any] = {"num_cpus": 0, "max_restarts": MAX_RESTARTS, "max_task_retries": MAX_RESTARTS}
+    if role == "write":
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        here = ray.get_runtime_context().get_node_id()
+        options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(here, soft=False)
+    else:
+        options["num_cpus"] = getattr(config, role).num_cpus
+        if job.settings.device.startswith("cuda"):
+            options["num_gpus"] = getattr(config, role).num_gpus
+    return (
+        ray.remote(_Actor)
+        .options(**options)
+        .remote(role, job, holder_mark(job.run_dir), prompts if role == "text" else ())
+    )
+
+
+class _Take:
+    """A take on its way: which of its segments are asked for, and the references that the next ones need."""
+
+    def __init__(self, requests: list[SegmentRequests]) -> None:
+        self.index = requests[0].segment.take
+        self.codes_to_do = deque(requests)
+        self.to_do = deque(requests)
+        self.codes: deque[Any] = deque()
+        """Of the segments that are asked to be written but not to be refined."""
+        self.last_code: Any = None
+        self.refined: Any = None
+
+
+class _Lane:
+    """A refiner, the take it is at, and how many of its segments are not written yet."""
+
+    def __init__(self, actor: Any) -> None:
+        self.actor = actor
+        self.take: _Take | None = None
+        self.in_flight = 0
+
+
+class _Film:
+    """One film: what is asked of whom, and when."""
+
+    def __init__(
+        self, ray: Any, job: Job, committed: Committed, crew: dict[str, list[Any]], config: GraphConfig
+    ) -> None:
+        self.ray, self.job, self.committed, self.crew, self.config = ray, job, committed, crew, config
+        requests = groupby(film_requests(job), key=lambda request: request.segment.take)
+        self._takes = deque(_Take(list(group)) for _, group in requests)
+        self._without_codes = deque(self._takes)
+        self._num_ahead = 0
+        self._lanes = [_Lane(actor) for actor in crew["refine"]]
+        self._texts: OrderedDict[tuple[str, ...], Any] = OrderedDict()
+        self._written: dict[Any, _Lane] = {}
+        self._folder = RunFolder(job.run_dir)
+        self._at: dict[Any, tuple[Any, Any]] = {}
+        """What refining and decoding give, of the segments that are not written yet, by what writing gives."""
+        self._unkept: dict[int, tuple[int, Any]] = {}
+        """Take and codes, by segment, that the writer was not asked to keep yet."""
+
+    def make(self) -> Generator[WriteResult, None, None]:
+        """Make it."""
+        while True:
+            for lane in self._lanes:
+                self._advance(lane)
+            self._write_codes_ahead()
+            self._keep_finished_codes()
+            if not self._written:
+                break
+            done = self.ray.wait(list(self._written), num_returns=1)[0][0]
+            self._written.pop(done).in_flight -= 1
+            del self._at[done]
+            self._log_queue()
+            yield self.ray.get(done)
+        self.ray.get([self._keep(index) for index in list(self._unkept)])
+
+    def _advance(self, lane: _Lane) -> None:
+        """Ask for as many segments of a lane as may be on their way."""
+        while lane.in_flight < self.config.max_in_flight:
+            if lane.take is None or not lane.take.to_do:
+                if not self._takes:
+                    return
+                lane.take = self._takes.popleft()
+            take = lane.take
+            request = take.to_do.popleft()
+            if not take.codes:
+                self._write_codes(take)
+            code = take.codes.popleft()
+            self._num_ahead -= 1
+            if request.segment.index in self.committed.segments:
+                take.refined = None
+            else:
+                self._written[self._ask_for(lane.actor, take, request, code)] = lane
+                lane.in_flight += 1
+
+    def _ask_for(self, refine: Any, take: _Take, request: SegmentRequests, code: Any) -> Any:
+        index, write = request.segment.index, self.crew["write"][0]
+        before = None
+        if not request.is_take_start:
+            before = take.refined or carried_on(RunFolder(self.job.run_dir).read_latent(index - 1))
+        text = self._text_of(request.refine.prompts)
+        take.refined = refine.run.remote(request.refine, text=text, codes=code, before=before)
+        decode = self.crew["decode"][index % len(self.crew["decode"])]
+        decoded = decode.run.remote(request.decode, refined=take.refined, before=before)
+        if index in self._unkept:  # a committed segment whose codes are not stored would be made again
+            self._keep(index)
+        written = write.run.remote(request.write, codes=code, refined=take.refined, decoded=decoded)
+        self._at[written] = take.refined, decoded
+        return written
+
+    def _log_queue(self) -> None:
+        """Note how many segments wait for each role, or are at it."""
+        num_refined, num_decoded = (self._num_ready(step) for step in (0, 1))
+        depths = {"refine": len(self._at) - num_refined, "decode": num_refined - num_decoded, "write": num_decoded}
+        self._folder.log("queue", **depths)
+
+    def _num_ready(self, step: int) -> int:
+        refs = [refs[step] for refs in self._at.values()]
+        return len(self.ray.wait(refs, num_returns=len(refs), timeout=0)[0]) if refs else 0
+
+    def _write_codes_ahead(self) -> None:
+        while self._without_codes and self._num_ahead < CODES_AHEAD:
+            if self._without_codes[0].codes_to_do:
+                self._write_codes(self._without_codes[0])
+            else:
+                self._without_codes.popleft()
+
+    def _write_codes(self, take: _Take) -> None:
+        """Ask for the codes of the next segment of a take."""
+        request = take.codes_to_do.popleft()
+        code, known = request.code, self.committed.codes.get(take.index)
+        if known is not None and known.shape[1] >= code.stop:
+            take.last_code = self.ray.put(CodeResult(codes=known[:, : code.stop], elapsed_s=0.0))
+        else:
+            if known is not None and known.shape[1] > code.start:
+                before = CodeResult(codes=known, elapsed_s=0.0)
+            else:
+                before = None if request.is_take_start else take.last_code
+            actor = self.crew["code"][take.index % len(self.crew["code"])]
+            take.last_code = actor.run.remote(code, text=self._text_of(code.prompts), before=before)
+            self._unkept[request.segment.index] = take.index, take.last_code
+        take.codes.append(take.last_code)
+        self._num_ahead += 1
+
+    def _keep_finished_codes(self) -> None:
+        """Have codes stored that are written; waiting for others in the writer would hold up the segments there."""
+        for index in list(self._unkept):
+            if not self.ray.wait([self._unkept[index][1]], timeout=0)[0]:
+                return
+            self._keep(index)
+
+    def _keep(self, index: int) -> Any:
+        return self.crew["write"][0].keep_codes.remote(*self._unkept.pop(index))
+
+    def _text_of(self, prompts: tuple[str, ...]) -> Any:
+        if prompts not in self._texts:
+            actors = self.crew["text"]
+            actor = actors[len(self._texts) % len(actors)]
+            self._texts[prompts] = actor.run.remote(TextRequest(prompts=prompts))
+        self._texts.move_to_end(prompts)
+        while len(self._texts) > MAX_KNOWN_PROMPTS:
+            self._texts.popitem(last=False)
+        return self._texts[prompts]
+
+
+@contextmanager
+def ray_session(address: str | None) -> Iterator[Any]:
+    """Ray, ready to use: the one that runs in this process, that of `address` or RAY_ADDRESS, or a new one.
+
+    Raises:
+        ImportError: If Ray is not installed.
+        RuntimeError: If the cluster cannot be reached.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    try:
+        import ray
+    except ImportError as error:
+        raise ImportError("the ray executor needs Ray: pip install 'arlon[ray]'") from error
+    if ray.is_initialized():
+        yield ray
+        return
+    address = address or os.environ.get("RAY_ADDRESS") or None  # set where Ray runs this process as a job
+    options: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
+    if address is None:
+        options |= {"_node_ip_address": "127.0.0.1", "object_store_memory": OBJECT_STORE_BYTES}
+        # Ray's own choice is 15: on a machine with other work, actors would wait where the local executor does not.
+        os.environ.setdefault("RAY_worker_niceness", "0")
+        spin_briefly()  # the actors share the cores, and inherit this
+    else:
+        options = {"address": address, "log_to_driver": False, "logging_level": "ERROR"}
+    try:
+        ray.init(**options)
+    except (ConnectionError, OSError, ValueError) as error:
+        raise RuntimeError(f"cannot reach Ray at {address or 'this machine'}: {error}") from error
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def _readable_errors(ray: Any) -> Iterator[None]:
+    """Errors of workers as they were raised there; a dead worker as a RuntimeError."""
+    try:
+        yield
+    except ray.exceptions.RayError as error:
+        # A call that waited for one of a dead actor fails with that actor's end as its cause.
+        cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
+        if isinstance(cause, ray.exceptions.RayActorError):
+            reason = f"a worker process died, perhaps for lack of memory: {first_line(cause)}"
+            raise RuntimeError(reason) from error
+        if isinstance(cause, ray.exceptions.RayError):
+            raise RuntimeError(first_line(cause)) from error
+        raise cause or RuntimeError(str(error)) from None
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error of Ray, which may have many."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,189 @@
+"""Changing a run: another prompt or seed for a shot, more shots at the end, a copy to go on from.
+
+A change keeps what the run was as a version (`versions/0001`, a run folder of its own that shares the files of the
+run), then writes the new `run.json`, then goes on as after a crash. So at every moment either the old run or the new
+one can be gone on with, and what the old one had is in its version. Only what depends on the change is made again:
+codes from the first changed code frame of a take on, and the segments that read such codes or go on from one that is
+made again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from torch import Tensor
+
+from arlon.files import copy_file, link_or_copy, make_folder, publish, sync_folder, temporary_beside
+from arlon.film.media import check_references, encode_references
+from arlon.film.messages import Committed, code_schedule, film_requests
+from arlon.film.plan import Plan, make_plan
+from arlon.film.storyboard import Shot, Storyboard, UsageError, random_seed, with_shot
+from pipelines.deliver.paths import OutputPaths, check_output, output_paths
+from pipelines.runs.generate import assemble, run_record
+from pipelines.runs.resume import Run, continue_run, misfit
+from pipelines.store.lock import RunLock
+from pipelines.store.run_folder import (
+    CODES_LOG_NAME,
+    CODES_NAME,
+    EVENTS_NAME,
+    FRAGMENT_NAME,
+    LATENTS_NAME,
+    REFERENCES_NAME,
+    SEGMENT_NAME,
+    VERSIONS_NAME,
+    RunFolder,
+)
+
+_LOG_NAMES = (CODES_LOG_NAME, EVENTS_NAME)
+"""Files that grow in place, so that they cannot be shared."""
+
+
+def with_shot_changed(run: Run, shot: int, *, prompt: str | None = None, seed: int | None = None) -> Storyboard:
+    """The storyboard of a run with another prompt or seed for a shot; with neither, it gets a fresh seed.
+
+    Args:
+        run: The run.
+        shot: Number of the shot, from 1.
+        prompt: Its new prompt.
+        seed: Its new seed; -1: a fresh one.
+
+    Raises:
+        UsageError: If there is no such shot, or a value is wrong.
+    """
+    film = run.plan.storyboard
+    if not 1 <= shot <= len(film.shots):
+        raise UsageError(f"--shot must be between 1 and {len(film.shots)}, got {shot}")
+    if seed == -1 or (seed is None and prompt is None):
+        seed = random_seed()
+    return with_shot(film, shot - 1, {"prompt": prompt, "seed": seed})
+
+
+def with_shots_added(run: Run, shots: Sequence[Shot]) -> Storyboard:
+    """The storyboard of a run with more shots at its end; the first says itself how it follows."""
+    film = run.plan.storyboard
+    return replace(film, shots=(*film.shots, *shots))
+
+
+def change_run(run: Run, storyboard: Storyboard) -> Run:
+    """The run under another storyboard, checked; nothing is written. `begin_change` does that.
+
+    Raises:
+        StoryboardError: If the storyboard does not fit the model, or a file that a new shot is given is not usable.
+    """
+    old = run.prepared
+    plan = make_plan(storyboard, old.plan.geometry)
+    references = check_references(plan, first_shot=len(old.plan.storyboard.shots))
+    prepared = assemble(
+        plan,
+        old.record["model"],
+        Path(old.job.model_path),
+        settings=old.job.settings,
+        paths=old.paths,
+        model_source=old.model_source,
+        metadata=bool(old.job.tags),
+        hls=bool(old.job.hls_path),
+        arlon_version=old.record["arlon"],
+    )
+    return replace(run, prepared=replace(prepared, references=references))
+
+
+def begin_change(old: Run, new: Run, executor: str) -> Committed:
+    """Keep the old version, make the run folder ready for the new one, and tell what of it is there already."""
+    folder = old.folder
+    committed = continue_run(old)
+    codes = dict(_unchanged_codes(old.plan, new.plan, committed.codes))
+    version = folder.path / VERSIONS_NAME / f"{folder.num_versions() + 1:04d}"
+    _copy(old, OutputPaths(film=version / "film.mp4", run_dir=version))
+    if given := encode_references(new.prepared.job, new.prepared.references):
+        known = folder.read_references() if folder.has_references() else {}
+        shots = len(old.plan.storyboard.shots)  # what a change that ended here gave to later ones does not count
+        folder.write_references({name: t for name, t in known.items() if int(name.split("/")[0]) < shots} | given)
+    stale = sorted(committed.segments & _changed_segments(new, committed.segments, codes))
+    # Codes that both versions share are right for either, whichever run.json a crash leaves.
+    folder.write_codes(codes)
+    record = run_record(new.prepared, executor) | {"versions": old.record["versions"], "stale": stale}
+    folder.write_run(record)
+    folder.log("changed", version=version.name, stale=len(stale))
+    return continue_run(replace(new, record=record))
+
+
+def fork_run(run: Run, output: str | Path) -> Path:
+    """Copy a run, to go on from it elsewhere; files are shared where the file system can, and never changed in place.
+
+    Args:
+        run: The run; finished or not.
+        output: A film (`.mp4`) or a folder that is not there yet; see `pipelines.deliver.paths`.
+
+    Returns:
+        The new run folder.
+
+    Raises:
+        UsageError: If something is in the way.
+        RunLockedError: If a process works on the run.
+        OSError: If the place cannot be written.
+    """
+    paths = output_paths(output, run.plan.storyboard)
+    check_output(paths, overwrite=False)
+    if paths.run_dir.exists():
+        raise UsageError(f"'{paths.run_dir}' exists: choose another place for the copy")
+    with RunLock(run.folder.path):
+        continue_run(run)
+        _copy(run, paths)
+    return paths.run_dir
+
+
+def _unchanged_codes(old: Plan, new: Plan, codes: Mapping[int, Tensor]) -> Iterator[tuple[int, Tensor]]:
+    """Pairs (take, first code frames (1, n, cH, cW)) that are the same under both plans.
+
+    A code frame depends on the prompts and seeds up to its own, on where they switch, and on nothing behind it.
+    """
+    for take, stored in codes.items():
+        spans = zip(code_schedule(old, old.takes[take]), code_schedule(new, new.takes[take]), strict=False)
+        count = 0
+        for (*before, old_count), (*after, new_count) in spans:
+            if before != after:
+                break
+            count += min(old_count, new_count)
+            if old_count != new_count:
+                break
+        if count:
+            yield take, stored[:, :count]
+
+
+def _changed_segments(new: Run, committed: frozenset[int], codes: Mapping[int, Tensor]) -> set[int]:
+    """Committed segments that cannot stay, given the codes that do."""
+    changed: set[int] = set()
+    for request in film_requests(new.prepared.job):
+        segment = request.segment
+        if segment.index not in committed:
+            continue
+        known = codes.get(segment.take)
+        if (
+            (segment.overlap and segment.index - 1 in changed)
+            or known is None
+            or known.shape[1] < segment.num_code_frames
+            or misfit(new.folder, segment, request.write.inputs, known) is not None
+        ):
+            changed.add(segment.index)
+    return changed
+
+
+def _copy(run: Run, paths: OutputPaths) -> None:
+    """A copy of the run folder that appears whole; going on with it puts its film together from its segments."""
+    make_folder(paths.run_dir.parent)
+    temporary = temporary_beside(paths.run_dir)
+    source, target = run.folder, RunFolder(temporary)
+    make_folder(temporary)
+    for name in (CODES_NAME, REFERENCES_NAME, *_LOG_NAMES):
+        if (source.path / name).exists():
+            copy = copy_file if name in _LOG_NAMES else link_or_copy
+            copy(source.path / name, temporary / name)
+    for index in source.committed_indices():
+        make_folder(target.segment_dir(index))
+        for name in (LATENTS_NAME, FRAGMENT_NAME, SEGMENT_NAME):
+            link_or_copy(source.segment_dir(index) / name, target.segment_dir(index) / name)
+        sync_folder(target.segment_dir(index))
+    target.write_run({**run.record, "film": paths.film_from_run_dir})
+    publish(temporary, paths.run_dir)

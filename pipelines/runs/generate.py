@@ -1,0 +1,455 @@
+"""From a storyboard to a film on disk: check everything, run, and put the film in its place.
+
+`prepare` does all the checks and no work; `generate` does the work. See `pipelines.deliver.paths` for where things go,
+and `pipelines.runs.resume` for going on with a film.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import time
+from collections.abc import Callable, Generator, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from arlon.files import make_folder, sweep, write_json
+from arlon.film.geometry import ModelGeometry, open_model, read_geometry
+from arlon.film.media import Reference, check_references, encode_references
+from arlon.film.messages import Committed, Job, WriteResult
+from arlon.film.plan import Plan, make_plan, resolve_storyboard, with_frame_size
+from arlon.film.settings import Settings
+from arlon.film.storyboard import Storyboard, UsageError, random_seed
+from arlon.version import version
+from pipelines.deliver.container import RECORD_FORMAT, film_tags, finalise
+from pipelines.deliver.hls import remove_stream
+from pipelines.deliver.paths import OutputPaths, check_output, output_paths
+from pipelines.store.lock import RunLock
+from pipelines.store.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from pipelines.executors.local import WorkerSource
+    from pipelines.executors.ray_graph import GraphConfig
+
+Executor = Literal["local", "ray"]
+DEFAULT_MODEL = "shapes"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A film that can be made: every check is passed."""
+
+    job: Job
+    paths: OutputPaths
+    record: dict[str, Any]
+    """What is stored in the film and beside it."""
+    model_source: str
+    """The model as it was asked for; a folder by its full path."""
+    references: tuple[Reference, ...] = ()
+    """Files that it is given and that are not in its run folder yet."""
+
+    @property
+    def plan(self) -> Plan:
+        """The plan of the film."""
+        return self.job.plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """Where a film stands after a segment."""
+
+    done: int
+    """Segments stored, those of earlier runs included."""
+    total: int
+    result: WriteResult
+    prompt: str
+    elapsed_s: float
+    left_s: float
+    """Estimate of the time left, from the pace of the segments so far."""
+
+
+Begin = Callable[[Prepared, str], Committed]
+"""What makes a run folder ready for an executor, under the lock of the run, and tells what it holds already."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilmResult:
+    """A finished film."""
+
+    film: Path
+    sidecar: Path | None
+    """What it was made from; None if that was not to be stored."""
+    run_dir: Path
+    seed: int
+    num_frames: int
+    duration_s: float
+    elapsed_s: float
+    num_made: int
+    """Segments made; the others were in the run folder."""
+    first_segment_s: float
+    """From the start until the first segment made could be played; 0 if none was made."""
+    steps_s: dict[str, float]
+    """Seconds in each step, summed over segments made; with the ray executor steps overlap."""
+    film_hash: str
+    """SHA-256 of the film."""
+
+    def to_plain(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items()}
+
+
+def open_for_film(storyboard: Storyboard, model: str | None = None) -> tuple[Plan, Mapping[str, str], Path]:
+    """Open the model of a storyboard and plan the film.
+
+    Args:
+        storyboard: The film; what it leaves open is taken from the model.
+        model: Name or path of the model; None: the storyboard's, or `shapes`.
+
+    Returns:
+        The plan, name and content hash of the model, and its folder.
+
+    Raises:
+        UsageError: If there is no such model, or the storyboard does not fit it.
+        ValueError: If the model is damaged.
+    """
+    from arlon.diffusion import samplers
+
+    source = _model_source(storyboard, model)
+    try:
+        folder, identity = open_model(source)
+    except FileNotFoundError as error:
+        raise UsageError(str(error)) from error
+    geometry: ModelGeometry = read_geometry(folder)
+    resolved = resolve_storyboard(with_frame_size(storyboard, geometry), geometry.defaults, random_seed())
+    resolved = replace(resolved, model=identity["name"])
+    try:
+        samplers.get_solver(resolved.solver or "")
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    return make_plan(resolved, geometry), identity, folder.path
+
+
+def prepare(
+    storyboard: Storyboard,
+    *,
+    model: str | None = None,
+    output: str | Path | None = None,
+    overwrite: bool = False,
+    settings: Mapping[str, Any] | None = None,
+    metadata: bool = True,
+    hls: bool = False,
+) -> Prepared:
+    """Check everything that can be checked before the work.
+
+    Args:
+        storyboard: The film.
+        model: Name or path of the model; None: the storyboard's, or `shapes`.
+        output: A film (`.mp4`) or a folder; see the module.
+        overwrite: Replace a film, or a run, that is already there.
+        settings: Values of `Settings`, where they differ from the model's.
+        metadata: Store in the film and beside it what it was made from.
+        hls: Make an HLS stream beside the film while it grows; see `pipelines.deliver.hls`.
+
+    Raises:
+        UsageError: If something asked for is not possible.
+        OSError: If the output cannot be written.
+        ValueError: If the model is damaged.
+    """
+    plan, identity, folder = open_for_film(storyboard, model)
+    checked = make_settings(plan.geometry, settings or {})
+    paths = output_paths(output, plan.storyboard)
+    check_output(paths, overwrite=overwrite)
+    references = check_references(plan)
+    source = _model_source(storyboard, model)
+    if hls and paths.hls.exists() and not paths.hls.is_dir():
+        raise UsageError(f"'{paths.hls}' is in the way of the stream: it is not a folder")
+    prepared = assemble(
+        plan, identity, folder, settings=checked, paths=paths, model_source=source, metadata=metadata, hls=hls
+    )
+    return replace(prepared, references=references)
+
+
+def assemble(
+    plan: Plan,
+    identity: Mapping[str, str],
+    model_path: Path,
+    *,
+    settings: Settings,
+    paths: OutputPaths,
+    model_source: str,
+    metadata: bool = True,
+    hls: bool = False,
+    arlon_version: str | None = None,
+) -> Prepared:
+    """A film that can be made, from parts that were checked.
+
+    Args:
+        plan: Of the film.
+        identity: Name and content hash of the model.
+        model_path: Its folder.
+        settings: How it is computed.
+        paths: Where it goes.
+        model_source: The model as it was asked for.
+        metadata: Store the record in the film and beside it.
+        hls: Make a stream beside the film.
+        arlon_version: That the film names; None: this one.
+    """
+    record = film_record(plan, identity, settings)
+    if arlon_version is not None:
+        record["arlon"] = arlon_version
+    job = Job(
+        plan=plan,
+        settings=settings,
+        model_path=str(model_path.resolve()),
+        model_hash=identity["hash"],
+        run_dir=str(paths.run_dir.resolve()),
+        partial_path=str(paths.partial.resolve()),
+        hls_path=str(paths.hls.resolve()) if hls else "",
+        tags=film_tags(record, plan.storyboard.shots[0].prompt) if metadata else {},
+    )
+    return Prepared(job=job, paths=paths, record=record, model_source=model_source)
+
+
+def _model_source(storyboard: Storyboard, model: str | None) -> str:
+    """The model as it was asked for; a folder by its full path, so that it is found from anywhere."""
+    source = model if model is not None else storyboard.model or DEFAULT_MODEL
+    path = Path(source).expanduser()
+    return str(path.resolve()) if source and path.is_dir() else source
+
+
+def make_settings(geometry: ModelGeometry, values: Mapping[str, Any]) -> Settings:
+    """Settings from the model's defaults and given values; None in `values` means: not given.
+
+    Raises:
+        UsageError: If a value is unknown or out of range.
+    """
+    from arlon.config import config_from_dict
+    from arlon.models.video_pieces import MIN_TILE
+
+    names = ("ar_temperature", "ar_top_p", "ar_guidance_scale", "vae_blend_frames")
+    base: dict[str, Any] = {name: getattr(geometry.defaults, name) for name in names}
+    base |= {"num_threads": available_cores()}
+    base |= {name: value for name, value in values.items() if value is not None}
+    try:
+        settings = config_from_dict(Settings, base)
+        check_device(settings.device)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    if settings.vae_blend_frames > geometry.max_blend_frames:
+        raise UsageError(
+            f"vae_blend_frames must be between 0 and {geometry.max_blend_frames} with the chunks of this model's VAE, "
+            f"got {settings.vae_blend_frames}"
+        )
+    stride = geometry.space_stride
+    if settings.vae_tile is not None and (settings.vae_tile % stride or settings.vae_tile < MIN_TILE * stride):
+        raise UsageError(
+            f"vae_tile must be a multiple of {stride} pixels and at least {MIN_TILE * stride}, got {settings.vae_tile}"
+        )
+    return settings
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that PyTorch does not know or this machine does not have.
+
+    Raises:
+        ValueError: If so.
+    """
+    import torch
+
+    try:
+        torch.zeros(1, device=device).cpu()  # back, too: the meta device computes nothing
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"cannot compute on device {device!r}, try 'cpu': {reason[:120]}") from error
+
+
+def available_cores() -> int:
+    """Processor cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def film_record(plan: Plan, identity: Mapping[str, str], settings: Settings) -> dict[str, Any]:
+    """What a film was made from, in plain values and without any path: enough to make it again."""
+    timeline = {name: value for name, value in plan.to_plain().items() if name not in ("takes", "segments")}
+    timeline["segment_starts"] = [segment.start_frame for segment in plan.segments]
+    return {
+        "format": RECORD_FORMAT,
+        "arlon": version(),
+        "storyboard": plan.storyboard.to_plain(),
+        "model": dict(identity),
+        "settings": settings.to_plain(),
+        "timeline": timeline,
+    }
+
+
+def start_run(prepared: Prepared, executor: str) -> Committed:
+    """Make the run folder ready for a new film."""
+    sweep_film(prepared.paths)
+    given = encode_references(prepared.job, prepared.references)
+    remove_stream(prepared.paths.hls)
+    RunFolder(prepared.paths.run_dir).start(run_record(prepared, executor), given)
+    return Committed()
+
+
+def sweep_film(paths: OutputPaths) -> None:
+    """Remove what a crash left of a film and its sidecar while they were written."""
+    sweep([paths.film.parent], (paths.film.name, paths.sidecar.name))
+
+
+def generate(
+    prepared: Prepared,
+    *,
+    begin: Begin = start_run,
+    executor: Executor = "local",
+    address: str | None = None,
+    graph: GraphConfig | None = None,
+    worker: WorkerSource | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> FilmResult:
+    """Make a film.
+
+    If it is interrupted or fails, the codes and segments made so far stay in the run folder, from which
+    `pipelines.runs.resume` goes on, and the segments in the partial film; if there is nothing, nothing stays.
+
+    Args:
+        prepared: From `prepare`.
+        begin: Makes the run folder ready; a new film unless told otherwise.
+        executor: `local`, or `ray` for the same film with its steps in parallel.
+        address: Ray cluster to join.
+        graph: Actors of each role of the ray executor.
+        worker: Source of the workers of `local`; `pipelines.executors.local.KeptWorkers` for many films. None: new ones.
+        on_progress: Called after every segment made.
+
+    Raises:
+        UsageError: If the executor is unknown.
+        RunLockedError: If another process works on the run.
+        ValueError, OSError, RuntimeError: If the work fails.
+    """
+    started_s = time.perf_counter()
+    _check_executor(executor)
+    folder = RunFolder(prepared.paths.run_dir)
+    make_folder(folder.path)
+    with RunLock(folder.path):
+        committed = begin(prepared, executor)
+        folder.log("start", executor=executor, segments=len(committed.segments))
+        tally = _Tally(prepared.plan, committed, started_s)
+        segments = _run(prepared.job, committed, executor, address, graph, worker)
+        try:
+            for result in segments:
+                progress = tally.add(result)
+                if on_progress is not None:
+                    on_progress(progress)
+        except BaseException as error:
+            with suppress(OSError):  # what failed is told, not that nothing can be cleared away
+                segments.close()
+                folder.log("stopped", reason=type(error).__name__, segments=tally.done)
+                if not tally.done:
+                    prepared.paths.partial.unlink(missing_ok=True)
+                if not folder.holds_work():
+                    folder.discard()
+            raise
+        return _finish(prepared, folder, tally)
+
+
+def _check_executor(executor: str) -> None:
+    if executor not in get_args(Executor):
+        raise UsageError(f"unknown executor {executor!r}, choose 'local' or 'ray'")
+    if executor == "ray" and importlib.util.find_spec("ray") is None:
+        raise UsageError("the ray executor needs Ray: pip install 'arlon[ray]'")
+
+
+def _run(
+    job: Job,
+    committed: Committed,
+    executor: str,
+    address: str | None,
+    graph: GraphConfig | None,
+    worker: WorkerSource | None,
+) -> Generator[WriteResult, None, None]:
+    if executor == "local":
+        from pipelines.executors.local import new_worker, run_local
+
+        return run_local(job, committed, worker=worker or new_worker)
+    from pipelines.executors.ray_graph import run_graph
+
+    return run_graph(job, committed, address=address, config=graph)
+
+
+def run_record(prepared: Prepared, executor: str) -> dict[str, Any]:
+    """What `run.json` says: the film's record, and where and with what it is made."""
+    record = prepared.record | {"versions": library_versions(), "executor": executor}
+    record |= {"film": prepared.paths.film_from_run_dir, "metadata": bool(prepared.job.tags)}
+    record |= {"hls": True} if prepared.job.hls_path else {}
+    record["model"] = record["model"] | {"source": prepared.model_source}
+    return record | {"plan": prepared.plan.to_plain()}
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of the libraries that decide the bits of a film."""
+    return {name: importlib.metadata.version(name) for name in ("av", "numpy", "safetensors", "torch")}
+
+
+class _Tally:
+    """Running sums over the segments made; a long film needs no list of them."""
+
+    def __init__(self, plan: Plan, committed: Committed, started_s: float) -> None:
+        self.plan, self.started_s = plan, started_s
+        self.done, self.num_made = len(committed.segments), 0
+        self.left_frames = plan.num_frames - sum(plan.segments[index].num_frames for index in committed.segments)
+        self.first_segment_s = 0.0
+        self.steps_s: dict[str, float] = {}
+        self._frames_since_first = 0
+
+    def add(self, result: WriteResult) -> Progress:
+        """Count a segment.
+
+        Time left: frames to come at the pace since the first segment, whose time holds the start-up too.
+        """
+        elapsed_s = time.perf_counter() - self.started_s
+        segment, prompts = result.segment, self.plan.storyboard.shots
+        for step, seconds in result.elapsed_s.items():
+            self.steps_s[step] = self.steps_s.get(step, 0.0) + seconds
+        self.done += 1
+        self.num_made += 1
+        self.left_frames -= segment.num_frames
+        if self.num_made == 1:
+            self.first_segment_s = elapsed_s
+            pace_s = sum(result.elapsed_s.values()) / segment.num_frames
+        else:
+            self._frames_since_first += segment.num_frames
+            pace_s = (elapsed_s - self.first_segment_s) / self._frames_since_first
+        return Progress(
+            done=self.done,
+            total=len(self.plan.segments),
+            result=result,
+            prompt=prompts[segment.shot].prompt,
+            elapsed_s=elapsed_s,
+            left_s=pace_s * self.left_frames,
+        )
+
+
+def _finish(prepared: Prepared, folder: RunFolder, tally: _Tally) -> FilmResult:
+    """Put the sidecar and then the film in their places."""
+    paths, plan = prepared.paths, prepared.plan
+    if prepared.job.tags:
+        write_json(paths.sidecar, prepared.record)
+    film_hash = finalise(paths.partial, paths.film, num_frames=plan.num_frames)
+    elapsed_s = time.perf_counter() - tally.started_s
+    folder.log("film", name=paths.film.name, sha256=film_hash, elapsed_s=round(elapsed_s, 3))
+    assert plan.storyboard.seed is not None
+    return FilmResult(
+        film=paths.film,
+        sidecar=paths.sidecar if prepared.job.tags else None,
+        run_dir=paths.run_dir,
+        seed=plan.storyboard.seed,
+        num_frames=plan.num_frames,
+        duration_s=plan.duration_s,
+        elapsed_s=elapsed_s,
+        num_made=tally.num_made,
+        first_segment_s=tally.first_segment_s,
+        steps_s=tally.steps_s,
+        film_hash=film_hash,
+    )
