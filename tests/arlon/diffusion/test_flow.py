@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from arlon.diffusion import flow
+from tests.closeness import assert_close_to_scale
 
 DATA = Path(__file__).parents[2] / "data"
 
@@ -26,7 +27,7 @@ def test_velocity_is_the_time_derivative():
     clean, noise = torch.randn(2, 2, 3, dtype=torch.double)
     t, h = torch.rand(2, dtype=torch.double), 1e-6
     slope = (flow.add_noise(clean, noise, t + h) - flow.add_noise(clean, noise, t - h)) / (2 * h)
-    torch.testing.assert_close(slope, flow.velocity_target(clean, noise), rtol=1e-6, atol=1e-8)
+    assert_close_to_scale(slope, flow.velocity_target(clean, noise), relative=1e-6)
 
 
 def test_time_one_is_noise_and_time_zero_is_data():
@@ -40,12 +41,12 @@ def test_loss_equals_the_released_code():
     clean, noise, t, mask = case["in.x0"], case["in.noise"], case["in.t"] / 1000, case["in.mask"].bool()
     target = flow.velocity_target(clean, noise)
     noisy = flow.add_noise(clean, noise, t)
-    torch.testing.assert_close(noisy, case["add_noise"], rtol=1e-5, atol=1e-6)
+    assert_close_to_scale(noisy, case["add_noise"])
     loss = flow.flow_loss(analytic_velocity(noisy, t, case["in.y"]), target)
     torch.testing.assert_close(loss, case["loss_nomask"], rtol=1e-5, atol=0)
 
     partly = flow.add_noise(clean, noise, t, mask)
-    torch.testing.assert_close(partly, case["x_t_masked"], rtol=1e-5, atol=1e-6)
+    assert_close_to_scale(partly, case["x_t_masked"])
     masked = flow.flow_loss(analytic_velocity(partly, t, case["in.y"], mask), target, mask)
     torch.testing.assert_close(masked, case["loss_mask"], rtol=1e-5, atol=0)
 
@@ -66,10 +67,10 @@ def test_shift_equals_the_released_code():
     for row in rows:
         sizes = {name: row[name] for name in ("height", "width", "num_frames")}
         got = 1000 * flow.shift_times(t, **sizes)
-        torch.testing.assert_close(got, torch.tensor(row["out"]), rtol=1e-5, atol=1e-6)
+        assert_close_to_scale(got, torch.tensor(row["out"]))
     doubled = 1000 * flow.shift_times(t, height=240, width=426, num_frames=51, scale=2)
     expected = torch.tensor(table["transform_scale_2_240x426x51"])
-    torch.testing.assert_close(doubled, expected, rtol=1e-5, atol=1e-6)
+    assert_close_to_scale(doubled, expected)
 
 
 def test_short_videos_are_shifted_where_the_released_code_gives_zeros_and_nan():
@@ -103,7 +104,7 @@ def test_schedules_equal_the_released_code():
         height, width, num_frames = map(int, size.split("x"))
         t = 1 - torch.arange(int(steps)) / int(steps)
         got = 1000 * flow.shift_times(t, height=height, width=width, num_frames=num_frames)
-        torch.testing.assert_close(got, torch.tensor(expected), rtol=1e-5, atol=1e-4)
+        assert_close_to_scale(got, torch.tensor(expected))
 
 
 @pytest.mark.parametrize(

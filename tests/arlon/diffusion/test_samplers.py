@@ -13,6 +13,7 @@ from torch import Tensor
 
 from arlon.diffusion import flow, samplers
 from arlon.diffusion.guidance import guide
+from tests.closeness import assert_close_to_scale
 
 DATA = Path(__file__).parents[2] / "data"
 
@@ -41,9 +42,9 @@ def test_guided_sampling_equals_the_released_code(name: str, scale: float, steps
     case, seen = load_file(DATA / f"flow_sample_{name}.safetensors"), []
     velocity_fn = guide(released_network(seen), case["in.y"][:, 0], case["in.y_null"][:, 0], guidance_scale=scale)
     times = samplers.make_times(steps, SHIFTS[name])
-    torch.testing.assert_close(1000 * times[:-1], case["steps.t"][:, 0], rtol=1e-5, atol=1e-4)
+    assert_close_to_scale(1000 * times[:-1], case["steps.t"][:, 0])
     out = samplers.sample(velocity_fn, case["in.z"], times)
-    torch.testing.assert_close(torch.stack(seen), case["steps.z_in"], rtol=1e-5, atol=2e-5)
+    assert_close_to_scale(torch.stack(seen), case["steps.z_in"])
     assert (out - case["out"]).norm() / case["out"].norm() <= 1e-5
 
 
@@ -51,7 +52,7 @@ def test_straight_flow_is_exact_in_any_number_of_steps():
     clean, noise = torch.randn(2, 3, 4, 2, 2, 2)
     for steps in (1, 3, 10):
         got = samplers.sample(lambda x, t: noise - clean, noise, samplers.make_times(steps))
-        torch.testing.assert_close(got, clean, rtol=1e-5, atol=1e-5)
+        assert_close_to_scale(got, clean)
 
 
 def test_euler_converges_to_the_exponential_at_first_order():

@@ -13,6 +13,7 @@ from arlon.models.injection import (
 )
 from arlon.models.stdit import BlockInputs, STDiT3, STDiT3Config
 from arlon.models.uncertainty import LearnedUncertainty, StatisticsUncertainty
+from tests.closeness import assert_close_to_scale
 
 
 def make_injection(**changes) -> SemanticInjection:
@@ -92,7 +93,7 @@ def test_modulation_is_the_stated_formula_at_the_right_token():
     gate, scale, shift = injection.to_modulation[0](torch.nn.functional.silu(c)).chunk(3)
     token = y[0, -1]
     normed = (token - token.mean()) / (token.var(correction=0) + 1e-6).sqrt()
-    torch.testing.assert_close(got[0, -1], token + gate * (normed * (1 + scale) + shift), rtol=1e-4, atol=1e-5)
+    assert_close_to_scale(got[0, -1], token + gate * (normed * (1 + scale) + shift))
 
 
 @pytest.mark.parametrize("design", ["adaptive_norm", "mlp_adapter"])

@@ -17,6 +17,7 @@ from arlon.checkpoint import CheckpointError
 from arlon.models.embeddings import spatial_position
 from arlon.models.pixart import load_pixart
 from arlon.models.stdit import STDiT3, STDiT3Config
+from tests.closeness import assert_close_to_scale
 
 DIM, HEADS, DEPTH, CHANNELS, TEXT = 24, 3, 2, 4, 10
 Weights = dict[str, Tensor]
@@ -120,7 +121,7 @@ def test_one_frame_is_read_as_pixart_reads_it(tmp_path: Path, name: str) -> None
     position = spatial_position(*size, (3, 5), DIM, 64)
     expected = run_pixart(weights, latent, 1000 * t, text, position)
     got = dit(latent.unsqueeze(2), t, text, fps=24.0, height=48.0, width=80.0)
-    torch.testing.assert_close(-got.squeeze(2), expected, rtol=1e-4, atol=1e-5)
+    assert_close_to_scale(-got.squeeze(2), expected)
 
 
 def test_what_pixart_lacks_stays_fresh(tmp_path: Path) -> None:

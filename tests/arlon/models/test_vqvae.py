@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from arlon.models.vqvae import LatentVQVAE, LatentVQVAEConfig, codebook_usage
+from tests.closeness import assert_close_to_scale
 
 
 def make_vqvae(*, is_random: bool = True, **changes) -> LatentVQVAE:
@@ -40,7 +41,7 @@ def test_windowed_decoding_equals_decoding_the_whole_film(ratio, window):
     codes = make_codes(model, 2, 11, 2, 3)
     num_frames = 11 * ratio[0] - (ratio[0] > 1)
     whole = model.decode(codes, num_frames)
-    torch.testing.assert_close(model.decode_windowed(codes, num_frames, window=window), whole, rtol=1e-5, atol=1e-5)
+    assert_close_to_scale(model.decode_windowed(codes, num_frames, window=window), whole)
 
 
 @pytest.mark.parametrize("ratio", [(2, 2, 2), (4, 4, 4), (1, 2, 2)])
@@ -62,7 +63,7 @@ def test_decoded_frames_are_a_slice_of_the_film_at_uneven_starts():
     whole = model.decode(codes, 34, grid=(3, 5))
     for start, stop in ((0, 1), (5, 18), (15, 34), (33, 34)):
         piece = model.decode_frames(codes, start, stop, num_latent_frames=34, grid=(3, 5))
-        torch.testing.assert_close(piece, whole[:, :, start:stop], rtol=1e-5, atol=1e-5)
+        assert_close_to_scale(piece, whole[:, :, start:stop])
 
 
 def test_uneven_sizes_are_padded_by_repetition_and_cropped():
@@ -97,7 +98,7 @@ def test_training_and_evaluation_have_the_same_loss():
     evaluated = model(latent)
     trained = model.train()(latent)
     for name in ("loss", "reconstruction_loss", "commitment_loss"):
-        torch.testing.assert_close(getattr(trained, name), getattr(evaluated, name), rtol=1e-5, atol=1e-6)
+        assert_close_to_scale(getattr(trained, name), getattr(evaluated, name))
     assert torch.equal(trained.codes, evaluated.codes)
     error = (trained.reconstruction - latent).square().mean()
     torch.testing.assert_close(trained.loss, error + 0.25 * trained.commitment_loss)
@@ -113,7 +114,7 @@ def test_codebook_follows_the_moving_average_and_only_in_training():
     code = int(codes[0])
     uses = 0.9 * before["_codebook.cluster_size"][0, code] + 0.1 * (codes == code).sum()
     total = 0.9 * before["_codebook.embed_avg"][0, code] + 0.1 * z[codes == code].sum(0)
-    torch.testing.assert_close(model.quantizer.codebook[code], total / uses, rtol=1e-3, atol=1e-4)
+    assert_close_to_scale(model.quantizer.codebook[code], total / uses, relative=1e-4)
 
 
 def test_dead_codes_restart_from_the_batch():
