@@ -92,4 +92,4 @@ train: setup
 	for stage in vae vqvae ar dit inject model; do $(MAKE) --no-print-directory $$stage || exit $$?; done
 
 clean:
-	rm -rf build dist .pytest_cache .ruff_cache *.egg-info
+	rm -rf build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
