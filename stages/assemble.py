@@ -1,17 +1,24 @@
 """Put trained components together as a model folder: `python -m stages.assemble OUTPUT [--runs runs]`.
 
 Takes `RUNS/*/export`, stores the weights in bfloat16, and writes `model_index.json` with the defaults of generation.
+Frame size, frame rate, segment and text length follow what the stages were trained on (`RUNS/*/export.json`).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from arlon.text.encoders import TextEncoderConfig
+
+if TYPE_CHECKING:
+    from torch import nn
 
 RUN_OF_COMPONENT = {
     "vae": "vae",
@@ -21,6 +28,7 @@ RUN_OF_COMPONENT = {
     "dit": "dit",
     "injection": "inject",
 }
+COMPONENT_OF_STAGE = {"vae": "vae", "vqvae": "vqvae", "ar": "ar", "dit": "dit", "inject": "injection"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,10 +38,11 @@ class ModelFolderConfig:
     text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
     """The frozen text encoder that the stages were trained with."""
     defaults: dict[str, Any] = field(default_factory=dict)
-    """How the model is best used: see `arlon.film.geometry.GenerationDefaults`."""
+    """How the model is best used: see `arlon.film.geometry.GenerationDefaults`. What the stages were trained on wins
+    over what stands here."""
 
 
-def component_classes() -> dict[str, type]:
+def component_classes() -> dict[str, type[nn.Module]]:
     """Model class of each trained component."""
     from arlon.models.ar import CodeTransformer
     from arlon.models.injection import SemanticInjection
@@ -51,23 +60,77 @@ def component_classes() -> dict[str, type]:
     }
 
 
-def assemble(output: Path, runs: Path, config: ModelFolderConfig) -> list[str]:
-    """Write the model folder `output` from the exports under `runs`; returns the names of its components.
+def stage_model_class(stage: str) -> type[nn.Module]:
+    """Class of the model that a stage trains."""
+    return component_classes()[COMPONENT_OF_STAGE[stage]]
+
+
+@dataclass(frozen=True)
+class Assembled:
+    """What `assemble` has put together."""
+
+    components: tuple[str, ...]
+    """Names of the components."""
+    changed: Mapping[str, tuple[Any, Any]]
+    """Defaults that follow the training against the configuration: name -> (configured, as trained)."""
+
+
+def assemble(output: Path, runs: Path, config: ModelFolderConfig) -> Assembled:
+    """Write the model folder `output` from the exports under `runs`; one that is there is replaced as a whole.
 
     Raises:
         FileNotFoundError: If an export is missing.
-        CheckpointError: If components do not fit each other.
+        FileExistsError: If `output` is something else than a model folder.
+        CheckpointError: If stages were trained on different data, or components do not fit each other.
     """
     import torch
 
-    from arlon.checkpoint import load_component, save_component, write_model_index
+    from arlon.checkpoint import INDEX_NAME, load_component, save_component, write_model_index
     from arlon.text.encoders import save_text_encoder
 
-    for name, model_class in component_classes().items():
-        model = load_component(model_class, runs / RUN_OF_COMPONENT[name] / "export")
-        save_component(model, output / name, dtype=torch.bfloat16)
-    save_text_encoder(output / "text_encoder", config.text_encoder)
-    return list(write_model_index(output, config.defaults).components)
+    if output.exists() and not (output / INDEX_NAME).is_file() and (output.is_file() or any(output.iterdir())):
+        raise FileExistsError(f"'{output}' is there and is no model folder: name another one, or remove it")
+    facts = shared_facts(runs)
+    text_length = facts.pop("text_length", None)
+    encoder = config.text_encoder if text_length is None else replace(config.text_encoder, max_length=text_length)
+    # The new folder is complete and checked before the old one goes.
+    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    try:
+        for name, model_class in component_classes().items():
+            model = load_component(model_class, runs / RUN_OF_COMPONENT[name] / "export")
+            save_component(model, temporary / name, dtype=torch.bfloat16)
+        save_text_encoder(temporary / "text_encoder", encoder)
+        index = write_model_index(temporary, config.defaults | facts)
+        if output.exists():
+            shutil.rmtree(output)
+        temporary.replace(output)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    stated = config.defaults | {"text_length": config.text_encoder.max_length}
+    trained = facts if text_length is None else facts | {"text_length": text_length}
+    changed = {name: (stated[name], value) for name, value in trained.items() if stated.get(name, value) != value}
+    return Assembled(tuple(index.components), changed)
+
+
+def shared_facts(runs: Path) -> dict[str, Any]:
+    """What all exports under `runs` were trained on; a property that no record states is left out.
+
+    Raises:
+        CheckpointError: If two exports contradict each other; every contradiction is one line.
+    """
+    from arlon.components import CheckpointError
+    from stages.record import read_facts
+
+    first: dict[str, tuple[Path, Any]] = {}
+    problems = []
+    for run in RUN_OF_COMPONENT.values():
+        for name, value in read_facts(runs / run).stated().items():
+            other, expected = first.setdefault(name, (runs / run, value))
+            if value != expected:
+                problems.append(f"'{runs / run}' was trained with {name} {value}, but '{other}' with {expected}")
+    if problems:
+        raise CheckpointError("\n".join([*problems, "train these stages again with the same data and flow"]))
+    return {name: value for name, (_, value) in first.items()}
 
 
 def main(
@@ -79,11 +142,13 @@ def main(
     from arlon.config import load_config
 
     try:
-        names = assemble(output, runs, load_config(ModelFolderConfig, [config]))
+        done = assemble(output, runs, load_config(ModelFolderConfig, [config]))
     except (OSError, ValueError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from error
-    typer.echo(f"{output}: {', '.join(names)}")
+    for name, (configured, trained) in done.changed.items():
+        typer.echo(f"{name} is {trained}, as the stages were trained ({config} says {configured})")
+    typer.echo(f"{output}: {', '.join(done.components)}")
 
 
 if __name__ == "__main__":

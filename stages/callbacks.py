@@ -187,7 +187,7 @@ class Checkpoints(L.Callback):
     and leaves the checkpoint there was.
     """
 
-    def __init__(self, run: RunConfig, run_dir: Path, export: Callable[[L.LightningModule], None]) -> None:
+    def __init__(self, run: RunConfig, run_dir: Path, export: Callable[[Any, int], None]) -> None:
         self._run, self._path, self._export = run, run_dir / LAST_CHECKPOINT, export
         self._saved_s, self._saved_step = 0.0, -1
         self._between_steps = True
@@ -237,6 +237,8 @@ class Checkpoints(L.Callback):
         """Write checkpoint and export now, unless this step has been written."""
         if first_says(trainer, trainer.global_step == self._saved_step and self._path.exists()):
             return
+        # The export comes first: a checkpoint that has reached the end of a run then means that its export is complete.
+        self._export(pl_module, trainer.global_step)
         self._path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}.tmp")
         try:
@@ -245,7 +247,6 @@ class Checkpoints(L.Callback):
                 temporary.replace(self._path)
         finally:
             temporary.unlink(missing_ok=True)
-        self._export(pl_module)
         self._saved_s, self._saved_step = monotonic(), trainer.global_step
 
     def _handle_interrupt(self, trainer: L.Trainer) -> Callable[[int, Any], None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -34,6 +34,7 @@ from stages.callbacks import (
 from stages.config import OptimConfig, RunConfig
 from stages.optim import make_optimizer
 from stages.parallel import gathered, make_strategy, shard_model
+from stages.record import TrainingFacts, write_record
 
 EXPORT_DIR = "export"
 log = logging.getLogger(__name__)
@@ -114,6 +115,10 @@ class Stage(L.LightningModule):
     def before_export(self) -> None:
         """Bring `model` into the form that is exported; called with the averaged weights in place."""
 
+    def training_facts(self) -> TrainingFacts:
+        """Properties of the training data that the exported model must be used with."""
+        return TrainingFacts()
+
     def _generator(self, *address: str | int) -> torch.Generator:
         return torch.Generator().manual_seed(address_seed(self.config.train.seed, self.stage_name, *address))
 
@@ -137,16 +142,16 @@ def window_parts(stage: Stage, train: SampleSet, val: SampleSet, run: RunConfig)
     return StageParts(stage, train_batches, BatchStream(val_batches, num_batches=run.val_batches))
 
 
-def mix_in(parts: StageParts, beside: Sequence[BatchSet], shares: Sequence[float]) -> StageParts:
-    """The same parts, with a share of the steps made with each of the other sets."""
-    if not beside:
+def mix_in(parts: StageParts, extra: Sequence[BatchSet], shares: Sequence[float]) -> StageParts:
+    """The same parts, with a share of the steps made with each of the extra sets."""
+    if not extra:
         return parts
-    sets, seed = [parts.train, *beside], parts.stage.config.train.seed
+    sets, seed = [parts.train, *extra], parts.stage.config.train.seed
     return replace(parts, train=MixedBatches(sets, [1 - sum(shares), *shares], seed))
 
 
 def init_model(model: nn.Module, run: RunConfig, *, free: Sequence[str] = ()) -> nn.Module:
-    """The model as it is, or with the weights of `train.init_from`; it is exported in the form of that folder.
+    """The model as it is, or with the weights that the run starts from; it is exported in the form of that folder.
 
     Args:
         model: Fresh model.
@@ -156,12 +161,13 @@ def init_model(model: nn.Module, run: RunConfig, *, free: Sequence[str] = ()) ->
     Raises:
         ValueError: If that folder holds a model of another configuration.
     """
-    if run.init_from is None:
+    if run.start_folder is None:
         return model
-    start = load_component(type(model), run.init_from)
+    start = load_component(type(model), run.start_folder)
     if replace(start.config, **{name: getattr(model.config, name) for name in free}) != model.config:
+        key = "init_from" if run.previous_part is None else "previous_part"
         raise ValueError(
-            f"train.init_from = {run.init_from!r} has another configuration than this stage:"
+            f"train.{key} = {run.start_folder!r} has another configuration than this stage:"
             f"\n  there {start.config}"
             f"\n  here  {model.config}"
         )
@@ -193,7 +199,7 @@ def make_training(
         extra: More callbacks, run after the others.
     """
     average, clock = WeightAverage(run.ema_decay), RunClock(optim, run)
-    checkpoints = Checkpoints(run, run_dir, _exporter(average, run_dir))
+    checkpoints = Checkpoints(run, run_dir, lambda stage, step: export_run(stage, average, run_dir, step))
     callbacks = [
         clock,
         average,
@@ -232,17 +238,26 @@ def make_training(
     return Training(trainer=trainer, checkpoints=checkpoints, average=average, stream=stream)
 
 
-def export_model(stage: Stage, average: WeightAverage, folder: Path, dtype: torch.dtype | None = None) -> None:
-    """Write the averaged weights of a stage's model as a component folder; all processes call it, the first writes."""
+def export_run(stage: Stage, average: WeightAverage, run_dir: Path, step: int) -> None:
+    """Write the averaged weights of a stage's model as `export/` of its run folder, and the record beside it.
+
+    Every process calls it, since sharded weights are gathered from all of them; the first one writes.
+    """
     with average.applied(stage.model):
         stage.before_export()
         model = gathered(stage.model)
         if rank_zero_only.rank == 0:
-            save_component(model, folder, dtype=dtype)
+            save_component(model, run_dir / EXPORT_DIR)
+            write_record(run_dir, stage=stage.stage_name, step=step, facts=stage.training_facts())
 
 
-def _exporter(average: WeightAverage, run_dir: Path) -> Callable[[Stage], None]:
-    return lambda stage: export_model(stage, average, run_dir / EXPORT_DIR)
+def export_checkpoint(stage: Stage, checkpoint: Path, run_dir: Path) -> None:
+    """Write the export of a finished run anew from its last checkpoint, without a trainer."""
+    values = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    stage.load_state_dict(values["state_dict"])
+    average = WeightAverage(stage.config.train.ema_decay)
+    average.load_state_dict(values["callbacks"][average.state_key])
+    export_run(stage, average, run_dir, int(values["global_step"]))
 
 
 def _resolved(precision: str) -> Any:

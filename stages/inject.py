@@ -21,9 +21,10 @@ from arlon.models.video_vae import VideoVAE
 from arlon.models.vqvae import LatentVQVAE
 from stages.common import Stage, StageParts, init_model, window_parts
 from stages.config import DataConfig, FlowConfig, OptimConfig, RunConfig
-from stages.data import CachedData, load_codes, load_data, load_frozen, trim_text
+from stages.data import CachedData, data_facts, load_codes, load_data, load_frozen, trim_text
 from stages.dit import example_batch, picture_of_pairs
 from stages.flow_matching import draw_times, even_times, flow_losses, sample_latents, shift_for
+from stages.record import TrainingFacts
 
 CoarseSource = Literal["coarser", "fine", "mix"]
 
@@ -122,6 +123,10 @@ class InjectStage(Stage):
         )
         return picture_of_pairs(self.frozen["vae"], batch["latent"], sampled)
 
+    def training_facts(self) -> TrainingFacts:
+        """Frames, length of captions and segment."""
+        return data_facts(self.config.data, self.config.flow.windows)
+
     def _losses(self, batch: Sample, inject: Inject | None, t: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
         t = shift_for(self.config.flow, batch)(t)
         return flow_losses(self.frozen["dit"], batch, t, generators=generators, inject=inject)
@@ -165,7 +170,7 @@ def build(config: InjectStageConfig) -> StageParts:
     check_blocks(config, dit)
     torch.manual_seed(config.train.seed)
     model = SemanticInjection(config.injection)
-    if config.train.init_from is None:
+    if config.train.start_folder is None:
         model.init_from(dit)
     stage = InjectStage(
         config,

@@ -1,8 +1,8 @@
 """Train one stage: `python -m stages.train STAGE [--config FILE] [key=value ...]`.
 
 The run folder holds `config.yaml` (resolved), `metrics.jsonl`, `tensorboard/`, `samples/`,
-`checkpoints/last.ckpt` and `export/`, the component folder with averaged weights. Exit codes: 0 done, 1
-failed, 2 wrong usage, 130 interrupted and resumable.
+`checkpoints/last.ckpt`, `export/`, the component folder with averaged weights, and `export.json`, what they
+were trained on. Exit codes: 0 done, now or before, 1 failed, 2 wrong usage, 130 interrupted and resumable.
 """
 
 from __future__ import annotations
@@ -23,12 +23,15 @@ from arlon.memory import keep_freed_memory
 from arlon.threads import spin_briefly
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from stages.common import StageParts, Training
+    from stages.config import RunConfig
 
 FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
 MAX_LINES = 24
 """How many lines of an error are shown."""
-CHECKPOINT_KEYS = ("state_dict", "callbacks", "optimizer_states", "loops")
+CHECKPOINT_KEYS = ("state_dict", "callbacks", "optimizer_states", "loops", "global_step")
 
 
 class StageName(StrEnum):
@@ -52,12 +55,31 @@ CONFIG_CLASSES = {
 
 @dataclass(frozen=True)
 class TrainResult:
-    """How a run ended: where it is, its last step, whether it was interrupted, and if this is its first process."""
+    """How a run ended."""
 
     run_dir: Path
     step: int
+    """Optimizer steps that the run has made."""
     interrupted: bool
     is_first: bool = True
+    """Whether this is the first process of the training, the one that reports."""
+    was_finished: bool = False
+    """Whether the run had reached its limits before, so that no step was made."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a checkpoint is."""
+
+    step: int
+    """Optimizer steps."""
+    elapsed_s: float
+    """Seconds of training, interruptions left out."""
+
+    def reaches(self, run: RunConfig) -> bool:
+        """Whether the limits of a run leave nothing to train."""
+        in_time = run.max_minutes is None or self.elapsed_s < 60 * run.max_minutes
+        return self.step >= run.max_steps or not in_time
 
 
 def load_stage_config(stage: str, files: list[Path], overrides: list[str]) -> Any:
@@ -104,8 +126,8 @@ def check_folder(folder: Path) -> None:
         raise OSError(f"cannot write to '{folder}': no permission for '{there}'")
 
 
-def check_checkpoint(path: Path) -> None:
-    """Refuse a file that no training can be resumed from.
+def read_progress(path: Path) -> Progress:
+    """How far a checkpoint is; a file that no training can be resumed from is refused.
 
     Raises:
         ValueError: If it is damaged, or no checkpoint of a stage.
@@ -123,12 +145,14 @@ def check_checkpoint(path: Path) -> None:
     missing = [key for key in CHECKPOINT_KEYS if not isinstance(values, dict) or key not in values]
     if missing:
         raise ValueError(f"{str(path)!r} is no checkpoint of a stage, it lacks {', '.join(missing)}: {hint}")
+    clock = values["callbacks"].get("RunClock", {"elapsed_s": 0.0})
+    return Progress(step=int(values["global_step"]), elapsed_s=float(clock["elapsed_s"]))
 
 
 def run_stage(
     stage: str, config: Any, run_dir: Path, *, resume: str = "auto", export_to: Path | None = None
 ) -> TrainResult:
-    """Train a stage to its end, or until interrupted.
+    """Train a stage to its end, or until interrupted. A run that has reached its limits is left as it is.
 
     Args:
         stage: Name of the stage.
@@ -136,29 +160,74 @@ def run_stage(
         run_dir: Run folder.
         resume: `auto`, `never` or a checkpoint file; see `find_checkpoint`.
         export_to: A further component folder that gets the averaged weights in bfloat16 at the end.
+
+    Raises:
+        ValueError: If the checkpoint is damaged, or another run's that has reached the limits of this one.
+        OSError: If a folder cannot be written.
     """
     import torch
 
     from arlon.config import save_config
-    from stages.common import export_model, make_training
+    from stages.common import make_training
 
     for folder in (run_dir, *([export_to] if export_to else [])):
         check_folder(folder)
     checkpoint = find_checkpoint(run_dir, resume)
-    if checkpoint is not None:
-        check_checkpoint(checkpoint)
+    progress = None if checkpoint is None else read_progress(checkpoint)
     if config.train.strategy == "fsdp" and stage != "dit":
         raise ValueError(f"train.strategy=fsdp shards the DiT; the stage {stage} trains with auto or ddp")
     if config.train.num_threads is not None:
         torch.set_num_threads(config.train.num_threads)
-    parts: StageParts = importlib.import_module(f"stages.{stage}").build(config)
+    if checkpoint is not None and progress is not None and progress.reaches(config.train):
+        finish_again(stage, config, run_dir, checkpoint, export_to)
+        return TrainResult(run_dir, progress.step, interrupted=False, was_finished=True)
+    parts = build_stage(stage, config)
     training = make_training(parts, config.train, config.optim, run_dir)
     if training.trainer.is_global_zero:
         save_config(config, run_dir / "config.yaml")
     interrupted = fit(training, parts, checkpoint)
     if export_to is not None and not interrupted:
-        export_model(parts.stage, training.average, export_to, dtype=torch.bfloat16)
+        copy_export(run_dir, type(parts.stage.model), export_to)
     return TrainResult(run_dir, training.trainer.global_step, interrupted, training.trainer.is_global_zero)
+
+
+def build_stage(stage: str, config: Any) -> StageParts:
+    """Data and module of a stage, by its name."""
+    return importlib.import_module(f"stages.{stage}").build(config)
+
+
+def finish_again(stage: str, config: Any, run_dir: Path, checkpoint: Path, export_to: Path | None) -> None:
+    """Write only what a finished run lacks: its export, if that was removed, and the further component folder.
+
+    Raises:
+        ValueError: If the checkpoint is not that of this run, which would leave nothing to train and no export.
+    """
+    from arlon.components import CONFIG_NAME
+    from stages.assemble import stage_model_class
+    from stages.callbacks import LAST_CHECKPOINT
+    from stages.common import EXPORT_DIR, export_checkpoint
+
+    if checkpoint.resolve() != (run_dir / LAST_CHECKPOINT).resolve():
+        raise ValueError(
+            f"{str(checkpoint)!r} has reached train.max_steps or train.max_minutes, so there is nothing to train: "
+            "raise the limits, or name another checkpoint with --resume"
+        )
+    if not (run_dir / EXPORT_DIR / CONFIG_NAME).is_file():
+        export_checkpoint(build_stage(stage, config).stage, checkpoint, run_dir)
+    if export_to is not None and not (export_to / CONFIG_NAME).is_file():
+        copy_export(run_dir, stage_model_class(stage), export_to)
+
+
+def copy_export(run_dir: Path, model_class: type[nn.Module], folder: Path) -> None:
+    """Store the export of a run in another component folder, in bfloat16; the first process does it."""
+    import torch
+    from lightning.pytorch.utilities import rank_zero_only
+
+    from arlon.components import load_component, save_component
+    from stages.common import EXPORT_DIR
+
+    if rank_zero_only.rank == 0:
+        save_component(load_component(model_class, run_dir / EXPORT_DIR), folder, dtype=torch.bfloat16)
 
 
 def fit(training: Training, parts: StageParts, checkpoint: Path | None) -> bool:
@@ -207,7 +276,12 @@ def main(
     if result.interrupted:
         typer.echo(f"interrupted at step {result.step}; to resume: {_resume_command(run_dir)}", err=True)
         raise typer.Exit(INTERRUPTED)
-    if result.is_first:
+    if result.was_finished:
+        typer.echo(
+            f"{run_dir} is finished at step {result.step}: nothing to do. Larger limits, train.max_steps or "
+            "train.max_minutes, train it further."
+        )
+    elif result.is_first:
         typer.echo(f"step {result.step}: exported {run_dir / 'export'}")
 
 

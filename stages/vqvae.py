@@ -6,7 +6,7 @@ Source: ARLON, arXiv:2410.20502, latent VQ-VAE; loss arXiv:1711.00937 eq. 3 with
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import numpy as np
@@ -18,8 +18,9 @@ from arlon.models.video_vae import VideoVAE
 from arlon.models.vqvae import LatentVQVAE, LatentVQVAEConfig, codebook_usage
 from stages.common import Stage, StageParts, init_model, window_parts
 from stages.config import DataConfig, OptimConfig, RunConfig
-from stages.data import load_data, load_frozen
+from stages.data import data_facts, load_data, load_frozen
 from stages.dit import example_batch, picture_of_pairs
+from stages.record import TrainingFacts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +80,10 @@ class VQVAEStage(Stage):
             "codebook_usage": usage.used_share,
             "perplexity": usage.perplexity,
         }
+
+    def training_facts(self) -> TrainingFacts:
+        """Frames; captions play no part."""
+        return replace(data_facts(self.config.data), text_length=None)
 
     def sample_picture(self) -> np.ndarray:
         """Rows in pairs: a validation clip, and its reconstruction through the codes."""
