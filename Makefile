@@ -55,28 +55,39 @@ format: setup
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
 
-# Four parts, each from the export of the one before: frames, time, both together, the decoders alone.
+# A stage of several parts starts its first part from train.init_from; each later part starts from the export of the one
+# before and must not see it.
+LATER_ARGS = $(filter-out train.init_from=%,$(ARGS))
+STARTS_FROM = $(filter train.init_from=%,$(ARGS))
+
+# Four parts: frames, time, both together, the decoders alone. A folder without their files is one run, such as the
+# fine-tuning of a released VAE.
 vae: setup
+ifneq ($(wildcard $(CONFIG)/vae_spatial.yaml),)
 	$(TRAIN) vae --config $(CONFIG)/vae.yaml --config $(CONFIG)/vae_spatial.yaml --output runs/vae_spatial $(ARGS)
-	$(TRAIN) vae --config $(CONFIG)/vae.yaml --config $(CONFIG)/vae_temporal.yaml --output runs/vae_temporal $(ARGS)
-	$(TRAIN) vae --config $(CONFIG)/vae.yaml --config $(CONFIG)/vae_all.yaml --output runs/vae_all $(ARGS)
-	$(TRAIN) vae --config $(CONFIG)/vae.yaml --config $(CONFIG)/vae_decoder.yaml --output runs/vae $(ARGS)
+	$(TRAIN) vae --config $(CONFIG)/vae.yaml --config $(CONFIG)/vae_temporal.yaml --output runs/vae_temporal $(LATER_ARGS)
+	$(TRAIN) vae --config $(CONFIG)/vae.yaml --config $(CONFIG)/vae_all.yaml --output runs/vae_all $(LATER_ARGS)
+	$(TRAIN) vae --config $(CONFIG)/vae.yaml --config $(CONFIG)/vae_decoder.yaml --output runs/vae $(LATER_ARGS)
+else
+	$(TRAIN) vae --config $(CONFIG)/vae.yaml $(ARGS)
+endif
 
 # Two autoencoders: the fine one, whose codes the AR model writes, and the coarser one, which the DiT is trained on.
 vqvae: setup
+	$(if $(STARTS_FROM),$(error $(STARTS_FROM) fits one of the two autoencoders only: use python -m stages.train vqvae))
 	$(TRAIN) vqvae --config $(CONFIG)/vqvae.yaml $(ARGS)
 	$(TRAIN) vqvae --config $(CONFIG)/vqvae_coarser.yaml --output runs/vqvae_coarser $(ARGS)
 
 ar: setup
 	$(TRAIN) ar --config $(CONFIG)/ar.yaml $(ARGS)
 
-# Three parts, each from the export of the one before: frames, chunks, segments. A folder without them is one run, such
-# as the fine-tuning of a released base.
+# Three parts: frames, chunks, segments. A folder without their files is one run, such as the fine-tuning of a released
+# base.
 dit: setup
 ifneq ($(wildcard $(CONFIG)/dit_images.yaml),)
 	$(TRAIN) dit --config $(CONFIG)/dit.yaml --config $(CONFIG)/dit_images.yaml --output runs/dit_images $(ARGS)
-	$(TRAIN) dit --config $(CONFIG)/dit.yaml --config $(CONFIG)/dit_clips.yaml --output runs/dit_clips $(ARGS)
-	$(TRAIN) dit --config $(CONFIG)/dit.yaml --config $(CONFIG)/dit_segments.yaml --output runs/dit $(ARGS)
+	$(TRAIN) dit --config $(CONFIG)/dit.yaml --config $(CONFIG)/dit_clips.yaml --output runs/dit_clips $(LATER_ARGS)
+	$(TRAIN) dit --config $(CONFIG)/dit.yaml --config $(CONFIG)/dit_segments.yaml --output runs/dit $(LATER_ARGS)
 else
 	$(TRAIN) dit --config $(CONFIG)/dit.yaml $(ARGS)
 endif
@@ -89,6 +100,7 @@ model: setup
 	$(BIN)/python -m stages.assemble runs/model --config $(CONFIG)/model.yaml
 
 train: setup
+	$(if $(STARTS_FROM),$(error $(STARTS_FROM) fits one stage only: give it to that stage, such as make dit))
 	for stage in vae vqvae ar dit inject model; do $(MAKE) --no-print-directory $$stage || exit $$?; done
 
 clean:

@@ -7,6 +7,7 @@ with the new caption as prefix: that is what generation asks for.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
@@ -27,14 +28,16 @@ from arlon.models.video_vae import VideoVAE
 from arlon.models.vqvae import LatentVQVAE
 from stages.common import Stage, StageParts, init_model, mix_in, window_parts
 from stages.config import DataConfig, OptimConfig, RunConfig
-from stages.data import load_codes, load_data, load_frozen, trim_text
+from stages.data import data_facts, load_codes, load_data, load_frozen, trim_text
 from stages.dit import picture_of_pairs
+from stages.record import TrainingFacts
 
 NUM_PICTURES = 3
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class BesideTakesConfig:
+class ExtraTakesConfig:
     """Other rendered takes that some of the steps are made with, such as longer ones with more prompt switches."""
 
     shapes: ShapesTakesConfig = field(default_factory=ShapesTakesConfig)
@@ -44,7 +47,7 @@ class BesideTakesConfig:
 
     def __post_init__(self) -> None:
         if not 0 < self.share < 1:
-            raise ValueError(f"beside: share must be in (0, 1), got {self.share}")
+            raise ValueError(f"extra_takes: share must be in (0, 1), got {self.share}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +62,8 @@ class ARStageConfig:
     code_noise: float = 0.0
     """Share of the codes before the one to learn that are replaced by any code, [0, 1): a model that has only seen true
     codes goes astray behind its own mistakes, and learns few films by heart."""
-    beside: tuple[BesideTakesConfig, ...] = ()
-    """What the steps that are not made with the takes of `data` are made with."""
+    extra_takes: tuple[ExtraTakesConfig, ...] = ()
+    """Takes of the steps that are not made with those of `data`; a manifest replaces them, see `data.mix_rendered`."""
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: RunConfig = field(default_factory=RunConfig)
@@ -68,8 +71,13 @@ class ARStageConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.code_noise < 1:
             raise ValueError(f"code_noise must be in [0, 1), got {self.code_noise}")
-        if sum(part.share for part in self.beside) >= 1:
-            raise ValueError("the shares of beside leave no step for the takes of data: their sum must be below 1")
+        if sum(part.share for part in self.extra_takes) >= 1:
+            raise ValueError("the shares of extra_takes leave no step for the takes of data: their sum must be below 1")
+
+    @property
+    def used_extra_takes(self) -> tuple[ExtraTakesConfig, ...]:
+        """The extra takes that are trained on."""
+        return self.extra_takes if self.data.uses_extra else ()
 
 
 @dataclass(frozen=True)
@@ -145,6 +153,10 @@ class ARStage(Stage):
         truth = torch.stack([example.codes for example in self._examples])
         return picture_of_pairs(self.frozen["vae"], self._decode(truth), self._decode(torch.cat(made)))
 
+    def training_facts(self) -> TrainingFacts:
+        """Frames, and the length of captions."""
+        return data_facts(self.config.data)
+
     def _write(self, example: TakeExample, number: int) -> Tensor:
         seed = self.config.train.seed
 
@@ -214,11 +226,13 @@ def build(config: ARStageConfig) -> StageParts:
         )
 
     train, val = windows(data.train, data.texts), windows(data.val, data.texts)
-    beside = []
-    for part in config.beside:
-        other = load_data(replace(config.data, manifest=None, also=(), shapes=part.shapes), with_text=True)
+    if config.extra_takes and not config.used_extra_takes:
+        log.info("data.manifest replaces the takes of extra_takes; data.mix_rendered=true keeps them")
+    extra = []
+    for part in config.used_extra_takes:
+        other = load_data(replace(config.data, manifest=None, extra_shapes=(), shapes=part.shapes), with_text=True)
         assert other.texts is not None
-        beside.append(FixedBatches(windows(other.train, other.texts), config.train.batch_size))
+        extra.append(FixedBatches(windows(other.train, other.texts), config.train.batch_size))
     torch.manual_seed(config.train.seed)
     num_frames = val_codes.code_shape[0]
     stage = ARStage(
@@ -236,7 +250,7 @@ def build(config: ARStageConfig) -> StageParts:
         ],
     )
     parts = window_parts(stage, train, val, config.train)
-    return mix_in(parts, beside, [part.share for part in config.beside])
+    return mix_in(parts, extra, [part.share for part in config.used_extra_takes])
 
 
 def check_fit(config: ARStageConfig, vqvae: LatentVQVAE, codes: CodeCache) -> None:

@@ -91,6 +91,8 @@ class RunConfig:
     init_from: str | None = None
     """Component folder to start from (fine-tuning); its config must be that of the stage, and the export is stored as
     it was. For `dit` also a file with the weights of PixArt-Sigma; see `arlon/models/pixart.py`."""
+    previous_part: str | None = None
+    """Export of the part before this one, for a stage that is trained in several parts; this part starts from it."""
 
     def __post_init__(self) -> None:
         problems = []
@@ -106,8 +108,19 @@ class RunConfig:
             problems.append("several processes need train.strategy=ddp or train.strategy=fsdp")
         if not 0 <= self.ema_decay < 1:
             problems.append(f"train.ema_decay must be in [0, 1), got {self.ema_decay}")
+        if self.init_from is not None and self.previous_part is not None:
+            problems.append(
+                f"train.init_from = {self.init_from!r} would throw away the part before, train.previous_part = "
+                f"{self.previous_part!r}: give train.init_from to the first part of the stage only, or set "
+                "train.previous_part=null too"
+            )
         if problems:
             raise ValueError("\n".join(problems))
+
+    @property
+    def start_folder(self) -> str | None:
+        """Component that the training starts from: the part before, or what is fine-tuned; None: fresh weights."""
+        return self.init_from if self.previous_part is None else self.previous_part
 
 
 def _validation_takes() -> ShapesTakesConfig:
@@ -122,12 +135,15 @@ class DataConfig:
     """Folder of latents, codes and text features; see `arlon/data/latent_cache.py`."""
     shapes: ShapesTakesConfig = field(default_factory=ShapesTakesConfig)
     """Rendered takes of the training, used if there is no manifest."""
-    also: tuple[ShapesTakesConfig, ...] = ()
-    """More rendered takes of the training, of the same size and length as `shapes`; likewise."""
+    extra_shapes: tuple[ShapesTakesConfig, ...] = ()
+    """More rendered takes of the training, of the same size and length as `shapes`; used if there is no manifest."""
     shapes_val: ShapesTakesConfig = field(default_factory=_validation_takes)
     """Rendered takes of the validation; another seed."""
     manifest: str | None = None
-    """Manifest of one's own clips; they are brought to the frame size, number and rate of `shapes`."""
+    """Manifest of one's own clips, which replace all rendered takes; they are brought to the frame size, length
+    and frame rate of `shapes`."""
+    mix_rendered: bool = False
+    """With a manifest, train on the rendered takes of `extra_shapes` (and of `extra_takes` in the stage `ar`) too."""
     val_clips: int = 32
     """Clips at the end of the manifest that are kept for validation."""
     buckets: tuple[Bucket, ...] = ()
@@ -158,6 +174,11 @@ class DataConfig:
             raise ValueError(f"data.clip_fps must be positive, got {self.clip_fps}")
         if self.val_clips < 1:
             raise ValueError(f"data.val_clips must be at least 1, got {self.val_clips}")
+
+    @property
+    def uses_extra(self) -> bool:
+        """Whether rendered takes besides `shapes` are trained on: a manifest replaces them unless asked otherwise."""
+        return self.manifest is None or self.mix_rendered
 
     @property
     def frame_size(self) -> tuple[int, int]:

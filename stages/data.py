@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import gc
+import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,13 +23,15 @@ from arlon.data.latent_cache import (
     build_code_cache,
     build_latent_cache,
 )
-from arlon.data.samples import Sample
+from arlon.data.samples import Sample, WindowConfig
 from arlon.models.video_vae import VideoVAE
 from arlon.precision import fast_dtype
 from arlon.text.encoders import MiniLMEncoder, TextEncoder, load_text_encoder
 from stages.config import DataConfig
+from stages.record import TrainingFacts
 
 TEXT_STEP = 8
+log = logging.getLogger(__name__)
 
 
 def make_sources(config: DataConfig) -> tuple[TakeSource, TakeSource]:
@@ -55,6 +58,18 @@ def make_sources(config: DataConfig) -> tuple[TakeSource, TakeSource]:
     takes = VideoTakes(clips, clips.identity)
     first_val = len(clips) - config.val_clips
     return TakeRange(takes, range(first_val)), TakeRange(takes, range(first_val, len(clips)))
+
+
+def data_facts(config: DataConfig, windows: WindowConfig | None = None) -> TrainingFacts:
+    """What a stage that reads latents learns from: frames, captions and, if it learns segments, their length.
+
+    Clips in buckets have many sizes, lengths and, unless `data.clip_fps` is given, frame rates.
+    """
+    if config.buckets:
+        return TrainingFacts(fps=config.clip_fps, text_length=config.text_length)
+    shapes = config.shapes
+    facts = TrainingFacts(height=shapes.height, width=shapes.width, fps=shapes.fps, text_length=config.text_length)
+    return facts if windows is None else replace(facts, segment=windows.latent_frames, overlap=windows.overlap)
 
 
 class TakeRange:
@@ -99,9 +114,12 @@ def load_data(config: DataConfig, *, with_text: bool) -> CachedData:
 
     with torch.inference_mode():
         train, val = build(train_source, "train"), build(val_source, "val")
-        if config.also and config.manifest is None:
-            more = [build(ShapesTakes(part), f"train, {number}") for number, part in enumerate(config.also, start=2)]
+        if config.extra_shapes and config.uses_extra:
+            numbered = enumerate(config.extra_shapes, start=2)
+            more = [build(ShapesTakes(part), f"train, {number}") for number, part in numbered]
             train = JoinedLatents([train, *more])
+        elif config.extra_shapes:
+            log.info("data.manifest replaces the takes of data.extra_shapes; data.mix_rendered=true keeps them")
         texts = load_texts(config, [*train.all_captions(), *val.all_captions()]) if with_text else None
     return CachedData(train=train, val=val, texts=texts)
 

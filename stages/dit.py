@@ -36,8 +36,9 @@ from arlon.models.stdit import STDiT3, STDiT3Config
 from arlon.models.video_vae import VideoVAE
 from stages.common import Stage, StageParts, init_model, mix_in, picture_of_videos, window_parts
 from stages.config import DataConfig, FlowConfig, OptimConfig, RunConfig
-from stages.data import fill_texts, load_data, load_encoder, load_frozen, open_texts, trim_text
+from stages.data import data_facts, fill_texts, load_data, load_encoder, load_frozen, open_texts, trim_text
 from stages.flow_matching import draw_times, even_times, flow_losses, grid_times, sample_latents, shift_for
+from stages.record import TrainingFacts
 
 NUM_PICTURES = 4
 log = logging.getLogger(__name__)
@@ -55,8 +56,8 @@ TRAINING_FIELDS = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class BesideConfig:
-    """Windows of another length that some of the steps are made with, as Open-Sora trains on pictures beside clips."""
+class ExtraWindowsConfig:
+    """Windows of another length that some of the steps are made with, as Open-Sora trains on pictures and clips."""
 
     windows: WindowConfig = field(default_factory=WindowConfig)
     """Their length must be that of no other windows."""
@@ -70,7 +71,8 @@ class BesideConfig:
     def __post_init__(self) -> None:
         if not 0 < self.share < 1 or self.batch_size < 1:
             raise ValueError(
-                f"beside: share must be in (0, 1) and batch_size at least 1, got {self.share} and {self.batch_size}"
+                f"extra_windows: share must be in (0, 1), got {self.share}, and batch_size at least 1, got "
+                f"{self.batch_size}"
             )
 
 
@@ -82,25 +84,25 @@ class DiTStageConfig:
     gradient_checkpointing: bool = False
     """Compute every block again in the backward pass: a fraction of the memory for about a third more time."""
     flow: FlowConfig = field(default_factory=FlowConfig)
-    beside: tuple[BesideConfig, ...] = ()
+    extra_windows: tuple[ExtraWindowsConfig, ...] = ()
     """What the steps that are not made with `flow.windows` are made with."""
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
-        lengths = [self.flow.windows.latent_frames, *(part.windows.latent_frames for part in self.beside)]
+        lengths = [self.flow.windows.latent_frames, *(part.windows.latent_frames for part in self.extra_windows)]
         if len(set(lengths)) < len(lengths):
-            raise ValueError(f"flow.windows and beside must have windows of different lengths, got {lengths}")
-        if self.beside and self.data.buckets:
-            raise ValueError("beside is for windows of takes: clips in data.buckets have many lengths already")
-        if sum(part.share for part in self.beside) >= 1:
-            raise ValueError("the shares of beside leave no step for flow.windows: their sum must be below 1")
+            raise ValueError(f"flow.windows and extra_windows must have windows of different lengths, got {lengths}")
+        if self.extra_windows and self.data.buckets:
+            raise ValueError("extra_windows is for windows of takes: clips in data.buckets have many lengths already")
+        if sum(part.share for part in self.extra_windows) >= 1:
+            raise ValueError("the shares of extra_windows leave no step for flow.windows: their sum must be below 1")
 
     @property
     def flows(self) -> dict[int, FlowConfig]:
         """Settings of a step by the latent frames of its windows."""
-        parts = [replace(self.flow, windows=part.windows, shift_scale=part.shift_scale) for part in self.beside]
+        parts = [replace(self.flow, windows=part.windows, shift_scale=part.shift_scale) for part in self.extra_windows]
         return {flow.windows.latent_frames: flow for flow in (self.flow, *parts)}
 
 
@@ -144,6 +146,10 @@ class DiTStage(Stage):
         sampled = sample_latents(self.model, batch, self.config.flow, seed=self.config.train.seed)
         return picture_of_pairs(self.frozen["vae"], batch["latent"], sampled)
 
+    def training_facts(self) -> TrainingFacts:
+        """Frames and length of captions, and the segment unless the training had clips of many lengths."""
+        return data_facts(self.config.data, self.config.flow.windows)
+
     def _losses(self, batch: Sample, t: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
         flow = self.config.flows.get(batch["latent"].shape[2], self.config.flow)
         t = shift_for(flow, batch)(t)
@@ -180,11 +186,11 @@ def _build_windows(config: DiTStageConfig) -> StageParts:
     vae = load_frozen(VideoVAE, config.data.vae, "data.vae")
     stage = DiTStage(config, _make_model(config), vae, example_batch(val))
     parts = window_parts(stage, windows(data.train, config.flow), val, config.train)
-    beside = [
+    extra = [
         FixedBatches(windows(data.train, config.flows[part.windows.latent_frames]), part.batch_size)
-        for part in config.beside
+        for part in config.extra_windows
     ]
-    return mix_in(parts, beside, [part.share for part in config.beside])
+    return mix_in(parts, extra, [part.share for part in config.extra_windows])
 
 
 def _build_buckets(config: DiTStageConfig) -> StageParts:
@@ -235,9 +241,9 @@ def _mask_sampler(flow: FlowConfig) -> MaskSampler | None:
 
 
 def _make_model(config: DiTStageConfig) -> STDiT3:
-    """The DiT to train: fresh, or from `train.init_from`, such as a released base or a file of PixArt-Sigma."""
+    """The DiT to train: fresh, from the part before, or from a released base or a file of PixArt-Sigma."""
     torch.manual_seed(config.train.seed)
-    model, start = STDiT3(config.dit), config.train.init_from
+    model, start = STDiT3(config.dit), config.train.start_folder
     if start is not None and Path(start).suffix in pixart.SUFFIXES and not Path(start).is_dir():
         names = pixart.load_pixart(model, start)
         log.info("%s: %d tensors loaded, %d are fresh", start, len(names.loaded), len(names.fresh))

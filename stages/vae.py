@@ -63,7 +63,7 @@ class VAEStageConfig:
     """part=decoder: frames of a window that are decoded to pixels at a step, drawn evenly; None: all. The temporal part
     sees whole windows either way, and decoding frames is what a step costs."""
     statistics: Literal["auto", "measure", "keep"] = "auto"
-    """Whether `shift` and `scale` are measured at the export; `auto`: unless there is a `train.init_from`."""
+    """Whether `shift` and `scale` are measured at the export; `auto`: unless the training starts from another VAE."""
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: RunConfig = field(default_factory=RunConfig)
@@ -86,7 +86,7 @@ class VAEStageConfig:
     def measures_statistics(self) -> bool:
         """Whether `shift` and `scale` are measured at the export."""
         if self.statistics == "auto":
-            return self.part != "decoder" and self.train.init_from is None
+            return self.part != "decoder" and self.train.start_folder is None
         return self.statistics == "measure"
 
 

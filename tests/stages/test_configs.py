@@ -40,10 +40,10 @@ DIT_PARTS = ("images", "clips", "segments")
 def test_parts_of_the_dit_start_where_the_one_before_ends(folder: Path) -> None:
     parts = [load_stage_config("dit", [folder / "dit.yaml", folder / f"dit_{name}.yaml"], []) for name in DIT_PARTS]
     assert all(part.dit == parts[0].dit for part in parts)
-    assert [part.train.init_from for part in parts] == [None, "runs/dit_images/export", "runs/dit_clips/export"]
+    assert [part.train.previous_part for part in parts] == [None, "runs/dit_images/export", "runs/dit_clips/export"]
     windows = [(part.flow.windows.latent_frames, part.flow.windows.overlap) for part in parts]
     assert windows == [(1, 0), (5, 0), (15, 5)]
-    assert load_stage_config("dit", [folder / "dit.yaml"], []).train.init_from is None
+    assert load_stage_config("dit", [folder / "dit.yaml"], []).train.start_folder is None
 
 
 @pytest.mark.parametrize("folder", [FOLDER, FOLDER / "tiny"])
@@ -68,16 +68,45 @@ def test_make_dit_trains_the_parts_in_order_into_the_folders_that_the_next_one_r
     ]
 
 
-def recipe(target: str, folder: str) -> list[str]:
-    """The trainings that `make TARGET CONFIG=FOLDER` would run."""
-    done = subprocess.run(
-        ["make", "--dry-run", "--assume-old=setup", target, f"CONFIG={folder}"],
+@pytest.mark.parametrize(("target", "parts"), [("vae", 4), ("dit", 3)])
+def test_only_the_first_part_of_a_stage_starts_from_other_weights(target: str, parts: int) -> None:
+    start = "train.init_from=weights/x"
+    lines = recipe(target, "configs/shapes", f"{start} optim.lr=0.5")
+    assert [start in line for line in lines] == [True] + [False] * (parts - 1)
+    assert all("optim.lr=0.5" in line for line in lines)
+    alone = recipe(target, "nowhere", start)
+    assert [start in line for line in alone] == [True], "a folder without parts is one run"
+
+
+@pytest.mark.parametrize("target", ["train", "vqvae"])
+def test_weights_that_fit_one_component_are_not_given_to_several(target: str) -> None:
+    done = make(target, "configs/shapes", "train.init_from=weights/x")
+    assert done.returncode != 0
+    assert "train.init_from=weights/x fits one" in done.stderr
+
+
+def test_a_later_part_refuses_to_throw_the_part_before_away() -> None:
+    files = [FOLDER / "dit.yaml", FOLDER / "dit_clips.yaml"]
+    with pytest.raises(ValueError, match=r"train\.init_from = 'x' .*train\.previous_part=null"):
+        load_stage_config("dit", files, ["train.init_from=x"])
+    alone = load_stage_config("dit", files, ["train.init_from=x", "train.previous_part=null"])
+    assert alone.train.start_folder == "x"
+
+
+def recipe(target: str, folder: str, arguments: str = "") -> list[str]:
+    """The trainings that `make TARGET CONFIG=FOLDER ARGS=ARGUMENTS` would run."""
+    done = make(target, folder, arguments)
+    assert done.returncode == 0, done.stderr
+    return [line for line in done.stdout.splitlines() if "stages.train" in line]
+
+
+def make(target: str, folder: str, arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["make", "--dry-run", "--assume-old=setup", target, f"CONFIG={folder}", f"ARGS={arguments}"],
         cwd=FOLDER.parents[1],
         capture_output=True,
         text=True,
-        check=True,
     )
-    return [line for line in done.stdout.splitlines() if "stages.train" in line]
 
 
 @pytest.mark.parametrize("name", FILES)

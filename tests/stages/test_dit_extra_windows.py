@@ -12,9 +12,8 @@ from stages.dit import build
 from stages.flow_matching import shift_for
 from tests.stages.conftest import StageConfigs
 
-BESIDE = (
-    "beside=[{windows: {latent_frames: 1, overlap: 0, carry_prob: 0.0}, share: 0.5, batch_size: 6, shift_scale: 2.0}]"
-)
+PICTURES = "{latent_frames: 1, overlap: 0, carry_prob: 0.0}"
+EXTRA = f"extra_windows=[{{windows: {PICTURES}, share: 0.5, batch_size: 6, shift_scale: 2.0}}]"
 
 
 class Numbered:
@@ -46,7 +45,7 @@ def test_shares_must_be_a_distribution() -> None:
 
 @pytest.mark.slow
 def test_steps_come_from_both_lengths_each_with_its_own_batch_and_shift(stage_config: StageConfigs) -> None:
-    config = stage_config("dit", BESIDE)
+    config = stage_config("dit", EXTRA)
     parts = build(config)
     shapes = {tuple(parts.train.batch(number)["latent"].shape[::2][:2]) for number in range(16)}
     assert shapes == {(4, 15), (6, 1)}
@@ -66,10 +65,10 @@ def test_steps_come_from_both_lengths_each_with_its_own_batch_and_shift(stage_co
 @pytest.mark.parametrize(
     ("override", "word"),
     [
-        ("beside=[{share: 0.5}]", "different lengths"),
-        ("beside=[{windows: {latent_frames: 10}, share: 1.0}]", "share"),
+        ("extra_windows=[{share: 0.5}]", "different lengths"),
+        ("extra_windows=[{windows: {latent_frames: 10}, share: 1.0}]", "share"),
         (
-            "beside=[{windows: {latent_frames: 10}, share: 0.6}, {windows: {latent_frames: 6}, share: 0.6}]",
+            "extra_windows=[{windows: {latent_frames: 10}, share: 0.6}, {windows: {latent_frames: 6}, share: 0.6}]",
             "below 1",
         ),
     ],
