@@ -15,8 +15,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from arlon.data.video_io import probe, read_video
 from arlon.files import write_bytes
+from arlon.film.record import RECORD_TAG
 from arlon.film.storyboard import UsageError
-from pipelines.deliver.container import RECORD_TAG
 
 MARGIN = 8
 GAP = 4

@@ -21,8 +21,8 @@ from typing import Any
 
 from arlon.data.video_io import read_tags
 from arlon.evaluation.film import FilmShot, Outline
+from arlon.film.record import RECORD_TAG
 from arlon.film.strict_yaml import parse_json, read_text, shown
-from pipelines.deliver.container import RECORD_TAG
 from pipelines.deliver.hls import PLAYLIST_NAME
 from pipelines.deliver.sheet import find_film
 from pipelines.store.run_folder import RUN_NAME

@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from arlon.files import make_folder, sweep, write_json
+from arlon.film.container import finalise
 from arlon.film.geometry import ModelGeometry, open_model, read_geometry
 from arlon.film.media import Reference, check_references, encode_references
 from arlon.film.messages import Committed, Job, WriteResult
 from arlon.film.plan import Plan, make_plan, resolve_storyboard, with_frame_size
+from arlon.film.record import film_record, film_tags
 from arlon.film.settings import Settings
 from arlon.film.storyboard import Storyboard, UsageError, random_seed
-from arlon.version import version
-from pipelines.deliver.container import RECORD_FORMAT, film_tags, finalise
 from pipelines.deliver.hls import remove_stream
 from pipelines.deliver.paths import OutputPaths, check_output, output_paths
 from pipelines.store.lock import RunLock
@@ -197,9 +197,7 @@ def assemble(
         hls: Make a stream beside the film.
         arlon_version: That the film names; None: this one.
     """
-    record = film_record(plan, identity, settings)
-    if arlon_version is not None:
-        record["arlon"] = arlon_version
+    record = film_record(plan, identity, settings, arlon_version=arlon_version)
     job = Job(
         plan=plan,
         settings=settings,
@@ -271,20 +269,6 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def film_record(plan: Plan, identity: Mapping[str, str], settings: Settings) -> dict[str, Any]:
-    """What a film was made from, in plain values and without any path: enough to make it again."""
-    timeline = {name: value for name, value in plan.to_plain().items() if name not in ("takes", "segments")}
-    timeline["segment_starts"] = [segment.start_frame for segment in plan.segments]
-    return {
-        "format": RECORD_FORMAT,
-        "arlon": version(),
-        "storyboard": plan.storyboard.to_plain(),
-        "model": dict(identity),
-        "settings": settings.to_plain(),
-        "timeline": timeline,
-    }
-
-
 def start_run(prepared: Prepared, executor: str) -> Committed:
     """Make the run folder ready for a new film."""
     sweep_film(prepared.paths)
@@ -320,7 +304,7 @@ def generate(
         executor: `local`, or `ray` for the same film with its steps in parallel.
         address: Ray cluster to join.
         graph: Actors of each role of the ray executor.
-        worker: Source of the workers of `local`; `pipelines.executors.local.KeptWorkers` for many films. None: new ones.
+        worker: Source of the workers of `local`, such as `pipelines.executors.local.KeptWorkers`; None: new ones.
         on_progress: Called after every segment made.
 
     Raises:

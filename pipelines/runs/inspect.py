@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pipelines.deliver.container import read_film_record
+from arlon.film.container import read_film_record
 from pipelines.store.run_folder import RunFolder
 
 _RUN_ONLY = ("plan", "film", "stale")

@@ -20,10 +20,10 @@ from arlon.files import make_folder, write_bytes
 from arlon.film.media import reference_names
 from arlon.film.messages import Job, TextRequest, fill, film_requests
 from arlon.film.plan import clip_plan
+from arlon.film.record import film_record, film_tags
 from arlon.film.storyboard import Storyboard, UsageError
-from pipelines.deliver.container import film_tags
 from pipelines.deliver.paths import check_output_folder, slug
-from pipelines.runs.generate import film_record, make_settings, open_for_film
+from pipelines.runs.generate import make_settings, open_for_film
 
 SUFFIX = ".png"
 

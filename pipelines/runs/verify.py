@@ -11,10 +11,10 @@ from torch import Tensor
 
 from arlon.data.video_io import Fragment, VideoWriter, encode_fragment
 from arlon.files import hash_file
+from arlon.film.container import finalise
 from arlon.film.messages import CodeResult, SegmentRequests, TextRequest, carried_on, fill, film_requests
 from arlon.film.storyboard import UsageError
 from arlon.film.workers import CodeWorker, DecodeWorker, RefineWorker, TextWorker, torch_threads
-from pipelines.deliver.container import finalise
 from pipelines.executors.write import film_settings
 from pipelines.runs.resume import Run, misfit, read_fitting_codes
 from pipelines.store.run_folder import RunFolderError

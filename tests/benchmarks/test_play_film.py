@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from arlon.data.video_io import VideoWriter
+from arlon.film.container import finalise
 from benchmarks import play_film
-from pipelines.deliver.container import finalise
 from tests.arlon.data.clips import make_clip
 
 NO_BROWSER = not any(map(shutil.which, play_film.BROWSERS))

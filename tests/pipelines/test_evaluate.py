@@ -20,11 +20,11 @@ from arlon.data.video_io import VideoWriter, probe, read_video
 from arlon.evaluation import cases as suite
 from arlon.evaluation.metric_table import FIGURES
 from arlon.evaluation.vbench.networks import NO_ARCHITECTURE
+from arlon.film.record import RECORD_TAG
 from arlon.film.storyboard import UsageError
 from arlon.shapes import world
 from pipelines.cli import app
 from pipelines.commands.evaluate import SHOWN_FIGURES
-from pipelines.deliver.container import RECORD_TAG
 from pipelines.evaluation import evaluate as evaluation
 from pipelines.evaluation import vbench_export
 from pipelines.evaluation.evaluate import evaluate

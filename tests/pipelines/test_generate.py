@@ -13,10 +13,10 @@ from torch import Tensor
 
 from arlon.checkpoint import ModelFolder
 from arlon.data.video_io import probe, read_video
+from arlon.film.container import read_film_record
 from arlon.film.geometry import read_geometry
 from arlon.film.messages import film_requests
 from arlon.film.storyboard import UsageError, parse_storyboard, storyboard_from_prompts
-from pipelines.deliver.container import read_film_record
 from pipelines.deliver.paths import output_paths, slug
 from pipelines.runs import generate as module
 from pipelines.runs.generate import FilmResult, Progress, generate, prepare

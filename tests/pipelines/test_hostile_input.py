@@ -106,7 +106,8 @@ def test_a_record_cannot_steer_the_terminal(film: Path, tmp_path: Path) -> None:
 def _with_record(film: Path, folder: Path, change: dict[str, Any]) -> Path:
     """The film with another record in its tag."""
     from arlon.data.video_io import Fragment, VideoWriter
-    from pipelines.deliver.container import film_tags, read_film_record
+    from arlon.film.container import read_film_record
+    from arlon.film.record import film_tags
     from pipelines.store.run_folder import RunFolder
 
     tags = film_tags(read_film_record(film) | change, "title")

@@ -15,13 +15,13 @@ from typer.testing import CliRunner
 
 from arlon.checkpoint import write_model_index
 from arlon.data.video_io import read_video
+from arlon.film.container import read_film_record
 from arlon.film.messages import carried_on, fill, film_requests
 from arlon.film.plan import clip_plan, with_frame_size
 from arlon.film.storyboard import Storyboard, StoryboardError, UsageError, parse_storyboard
 from arlon.film.workers import DecodeWorker, RefineWorker
 from arlon.models.video_vae import VideoVAE
 from pipelines.cli import app
-from pipelines.deliver.container import read_film_record
 from pipelines.executors.local import KeptWorkers
 from pipelines.runs.generate import Progress, generate, prepare
 from pipelines.runs.picture import is_picture, make_picture, prepare_picture

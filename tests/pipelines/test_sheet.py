@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from arlon.data.video_io import VideoError, VideoWriter
-from pipelines.deliver.container import RECORD_TAG
+from arlon.film.record import RECORD_TAG
 from pipelines.deliver.sheet import SheetRow, evenly_spaced, film_sheet, find_film, frames_to_sheet, write_sheet
 
 

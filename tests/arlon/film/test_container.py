@@ -10,8 +10,9 @@ import pytest
 
 from arlon.data.video_io import Fragment, VideoError, VideoWriter, probe, read_video
 from arlon.files import hash_bytes
-from pipelines.deliver import container as film_file
-from pipelines.deliver.container import RECORD_FORMAT, film_tags, finalise, read_film_record
+from arlon.film import container
+from arlon.film.container import finalise, read_film_record
+from arlon.film.record import RECORD_FORMAT, film_tags
 from tests.arlon.data.clips import CRF, frame_numbers, make_clip
 
 RECORD = {
@@ -119,7 +120,7 @@ def test_interrupted_finish_leaves_the_growing_film(tmp_path: Path, monkeypatch:
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(film_file, "publish", interrupted)
+    monkeypatch.setattr(container, "publish", interrupted)
     with pytest.raises(KeyboardInterrupt):
         finalise(partial, film, num_frames=sum(LENGTHS))
     assert names(tmp_path) == {"film.partial.mp4"}
