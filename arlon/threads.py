@@ -1,9 +1,10 @@
-"""How the threads of PyTorch wait for the next operation.
+"""Processor threads: how many cores there are, and how the threads of PyTorch wait for the next operation.
 
-Between two operations, OpenMP's threads spin for milliseconds rather than sleep, which is soonest where each has a core
-of its own. Where another process wants that core, whoever has work waits for one who spins: networks of many small
-operations get five to thirty times slower. OpenMP of GNU spins 300,000 times by itself, and 1000 times where it knows
-that there are more threads than cores; of other processes it knows nothing. Results do not change by a bit.
+Between two operations, OpenMP's threads spin for milliseconds instead of sleeping, which has the lowest latency when
+every thread has its own core. If another process needs that core, the busy thread has to wait for a spinning one, and
+networks of many small operations get five to thirty times slower. GNU's OpenMP spins 300,000 times by default, and 1000
+times if it knows that there are more threads than cores, but it knows nothing of other processes. Spinning less changes
+no bit of a result.
 """
 
 from __future__ import annotations
@@ -13,18 +14,23 @@ import sys
 
 SPIN_BRIEFLY = {"GOMP_SPINCOUNT": "1000"}
 CHOSEN_BY_USER = ("GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_WAIT_POLICY")
-"""Environment variables that say how OpenMP waits; where one is set, it has its way."""
+"""Environment variables that say how OpenMP waits; if one is already set, it is left unchanged."""
 
 
 def spin_briefly() -> bool:
-    """Let OpenMP's threads of this process, and of those it starts, spin briefly and then sleep.
+    """Let the OpenMP threads of this process, and of processes it starts, spin briefly and then sleep.
 
-    Entry points call it, before PyTorch is imported: OpenMP reads its variables once.
+    Entry points call this before PyTorch is imported, because OpenMP reads its variables once.
 
     Returns:
-        Whether they will.
+        Whether the setting takes effect in this process.
     """
     if any(name in os.environ for name in CHOSEN_BY_USER):
         return False
     os.environ.update(SPIN_BRIEFLY)
     return "torch" not in sys.modules
+
+
+def available_cores() -> int:
+    """Number of processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -46,11 +46,11 @@ from arlon.film.messages import (
     text_request,
 )
 from arlon.film.plan import make_plan, resolve_storyboard
+from arlon.film.prepare import make_settings
 from arlon.film.settings import Settings
 from arlon.film.storyboard import Duration, Shot, Storyboard
 from arlon.film.workers import CodeWorker, DecodeWorker, RefineWorker, TextWorker, torch_threads
 from pipelines.deliver.sheet import SheetRow, evenly_spaced, frames_to_sheet, write_sheet
-from pipelines.runs.generate import make_settings
 from pipelines.store.run_folder import write_json
 
 Mode = Literal["arlon", "base", "codes", "true_codes"]
@@ -104,7 +104,7 @@ def load_model(
     guidance_scale: float | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> Model:
-    """Open a model; see `pipelines.runs.generate.make_settings` for `settings`.
+    """Open a model; see `arlon.film.prepare.make_settings` for `settings`.
 
     Raises:
         FileNotFoundError: If there is no such model.

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from arlon.files import hash_plain
+from arlon.film.prepare import make_settings, plan_film
 from arlon.film.settings import Settings
 from arlon.film.storyboard import (
     Storyboard,
@@ -40,7 +41,7 @@ from arlon.film.storyboard_values import parse_duration
 from arlon.film.strict_yaml import parse_json, read_text, shown
 from pipelines.deliver.paths import output_paths, slug
 from pipelines.executors.local import WorkerSource, new_worker
-from pipelines.runs.generate import Begin, Prepared, generate, make_settings, open_for_film, prepare, start_run
+from pipelines.runs.generate import Begin, Prepared, generate, prepare, start_run
 from pipelines.runs.resume import Run, continue_run, open_run
 from pipelines.runs.status import read_status
 from pipelines.store.lock import RunLockedError
@@ -267,13 +268,13 @@ def _difference(run: Run, task: FilmTask, options: BatchOptions) -> str | None:
     """In what a run is not the film asked for; what the task leaves open, its run has decided."""
     found = run.plan.storyboard
     seed = found.seed if task.storyboard.seed is None else task.storyboard.seed
-    plan, identity, _ = open_for_film(replace(task.storyboard, seed=seed), options.model)
-    if identity["hash"] != run.record["model"]["hash"]:
+    planned = plan_film(replace(task.storyboard, seed=seed), options.model)
+    if planned.identity["hash"] != run.record["model"]["hash"]:
         return "another model"
-    boards = (replace(board, model=None).to_plain() for board in (found, plan.storyboard))
+    boards = (replace(board, model=None).to_plain() for board in (found, planned.plan.storyboard))
     if len({hash_plain(board) for board in boards}) > 1:
         return "another storyboard"
-    asked = make_settings(plan.geometry, task.settings)
+    asked = make_settings(planned.plan.geometry, task.settings)
     used = run.prepared.job.settings
     different = [name for name in task.settings if getattr(asked, name) != getattr(used, name)]
     return f"another {' and '.join(different)}" if different else None

@@ -120,8 +120,8 @@ def _run(
         from pipelines.batch.batch import run_batch_local
 
         return run_batch_local(tasks, options)
+    from arlon.threads import available_cores
     from pipelines.batch.ray_batch import run_batch_graph
-    from pipelines.runs.generate import available_cores
 
     return run_batch_graph(
         tasks,

@@ -64,10 +64,10 @@ def evaluate(
 ) -> None:
     """Measure films: prompts followed, motion, drift, seams; one JSON file and one page."""
     with reported():
+        from arlon.threads import available_cores
         from pipelines.deliver.paths import slug
         from pipelines.evaluation.evaluate import evaluate as run
         from pipelines.evaluation.vbench_export import check_export, export_films
-        from pipelines.runs.generate import available_cores
 
         if export_vbench is not None:
             check_export(export_vbench, films)

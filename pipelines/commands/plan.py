@@ -38,14 +38,15 @@ def plan(
     with reported():
         from arlon.film.media import check_references
         from arlon.film.plan import clip_plan
+        from arlon.film.prepare import make_settings, plan_film
         from pipelines.commands.options import read_film_options
-        from pipelines.runs.generate import make_settings, open_for_film
         from pipelines.runs.picture import check_picture, is_picture
 
         film, settings = read_film_options(film_options(source, look, assignments))
         if is_picture(film, None):
             check_picture(film)
-        film_plan, _, folder = open_for_film(film, source.model)
+        planned = plan_film(film, source.model)
+        film_plan, folder = planned.plan, planned.model.path
         references = check_references(film_plan)
         chosen = make_settings(film_plan.geometry, settings)
         if is_picture(film, None):

@@ -12,15 +12,23 @@ from typing import Any
 
 import torch
 
-from arlon.film.geometry import GenerationDefaults, ModelConfigs, ModelGeometry, open_model, read_configs, read_size
+from arlon.film.geometry import (
+    GenerationDefaults,
+    ModelConfigs,
+    ModelGeometry,
+    make_geometry,
+    open_model,
+    read_configs,
+    read_size,
+)
+from arlon.film.prepare import make_settings, plan_storyboard
 from arlon.film.storyboard import UsageError, storyboard_from_prompts, with_overrides
 from arlon.film.storyboard_values import parse_duration
 from arlon.film.workers import process_memory_bytes
 from arlon.text.sources import can_be_had, describe_whence, is_at_hand
 from pipelines.doctor.film_cost import cost_lines, gigabytes, operations, plan_cost
-from pipelines.doctor.film_fit import Fit, memory_advice, plan_film
+from pipelines.doctor.film_fit import Fit, memory_advice
 from pipelines.doctor.machine import Device, Machine, devices
-from pipelines.runs.generate import make_settings
 
 MODES = {
     "text": "a film from prompts",
@@ -67,7 +75,7 @@ def check_fit(
         raise UsageError(str(error)) from error
     film = storyboard_from_prompts(["a film"], duration=length)
     film = with_overrides(film, {**(values or {}), "height": height, "width": width})
-    plan = plan_film(film, configs, defaults)
+    plan = plan_storyboard(film, make_geometry(configs, defaults))
     chosen = make_settings(plan.geometry, {"dtype": dtype, **(settings or {}), "device": device})
     wanted = f"cuda:{torch.cuda.current_device()}" if device == "cuda" else device
     found = next((here for here in devices(timed=False) if here.name == wanted), None)

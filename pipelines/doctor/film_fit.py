@@ -8,9 +8,10 @@ from itertools import combinations, product
 from typing import Any
 
 from arlon.film.geometry import GenerationDefaults, ModelConfigs, make_geometry
-from arlon.film.plan import Plan, make_plan, resolve_storyboard
+from arlon.film.plan import Plan
+from arlon.film.prepare import plan_storyboard
 from arlon.film.settings import Settings
-from arlon.film.storyboard import Storyboard, random_seed, with_overrides
+from arlon.film.storyboard import with_overrides
 from arlon.grids import ceil_div
 from arlon.models.video_pieces import MIN_TILE
 from arlon.models.video_vae import VideoVAEConfig
@@ -53,11 +54,6 @@ class Fit:
     def fits(self) -> bool | None:
         """None: the device does not tell its memory."""
         return None if self.device.free_bytes is None else self.needed_bytes <= self.device.free_bytes
-
-
-def plan_film(film: Storyboard, configs: ModelConfigs, defaults: GenerationDefaults) -> Plan:
-    """Plan of a film by the configurations of a model alone."""
-    return make_plan(resolve_storyboard(film, defaults, random_seed()), make_geometry(configs, defaults))
 
 
 def memory_advice(fit: Fit, configs: ModelConfigs, defaults: GenerationDefaults) -> list[str]:
@@ -120,7 +116,11 @@ def _changed(fit: Fit, configs: ModelConfigs, defaults: GenerationDefaults, chan
     settings, plan = fit.settings, fit.plan
     for change in changes:
         settings = replace(settings, **change.settings)
-        plan = plan_film(with_overrides(plan.storyboard, change.film), configs, defaults) if change.film else plan
+        plan = (
+            plan_storyboard(with_overrides(plan.storyboard, change.film), make_geometry(configs, defaults))
+            if change.film
+            else plan
+        )
     cost = plan_cost(plan, configs, dtype=settings.dtype, settings=settings)
     return replace(fit, plan=plan, settings=settings, cost=cost)
 

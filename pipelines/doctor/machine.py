@@ -15,9 +15,9 @@ import torch
 from arlon.data.video_io import VideoWriter, probe
 from arlon.text.encoders import TextEncoderConfig
 from arlon.text.sources import describe_whence, is_at_hand
+from arlon.threads import available_cores
 from arlon.version import version
 from pipelines.doctor.film_cost import gigabytes
-from pipelines.runs.generate import available_cores
 
 PACKAGES = ("torch", "av", "transformers", "diffusers", "safetensors", "huggingface_hub")
 OPTIONAL = {

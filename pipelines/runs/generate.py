@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import os
 import time
 from collections.abc import Callable, Generator, Mapping
 from contextlib import suppress
@@ -18,13 +17,13 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from arlon.files import make_folder, sweep, write_json
 from arlon.film.container import finalise
-from arlon.film.geometry import ModelGeometry, open_model, read_geometry
 from arlon.film.media import Reference, check_references, encode_references
 from arlon.film.messages import Committed, Job, WriteResult
-from arlon.film.plan import Plan, make_plan, resolve_storyboard, with_frame_size
+from arlon.film.plan import Plan
+from arlon.film.prepare import make_settings, plan_film
 from arlon.film.record import film_record, film_tags
 from arlon.film.settings import Settings
-from arlon.film.storyboard import Storyboard, UsageError, random_seed
+from arlon.film.storyboard import Storyboard, UsageError
 from pipelines.deliver.hls import remove_stream
 from pipelines.deliver.paths import OutputPaths, check_output, output_paths
 from pipelines.store.lock import RunLock
@@ -35,7 +34,6 @@ if TYPE_CHECKING:
     from pipelines.executors.ray_graph import GraphConfig
 
 Executor = Literal["local", "ray"]
-DEFAULT_MODEL = "shapes"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,37 +99,6 @@ class FilmResult:
         return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items()}
 
 
-def open_for_film(storyboard: Storyboard, model: str | None = None) -> tuple[Plan, Mapping[str, str], Path]:
-    """Open the model of a storyboard and plan the film.
-
-    Args:
-        storyboard: The film; what it leaves open is taken from the model.
-        model: Name or path of the model; None: the storyboard's, or `shapes`.
-
-    Returns:
-        The plan, name and content hash of the model, and its folder.
-
-    Raises:
-        UsageError: If there is no such model, or the storyboard does not fit it.
-        ValueError: If the model is damaged.
-    """
-    from arlon.diffusion import samplers
-
-    source = _model_source(storyboard, model)
-    try:
-        folder, identity = open_model(source)
-    except FileNotFoundError as error:
-        raise UsageError(str(error)) from error
-    geometry: ModelGeometry = read_geometry(folder)
-    resolved = resolve_storyboard(with_frame_size(storyboard, geometry), geometry.defaults, random_seed())
-    resolved = replace(resolved, model=identity["name"])
-    try:
-        samplers.get_solver(resolved.solver or "")
-    except ValueError as error:
-        raise UsageError(str(error)) from error
-    return make_plan(resolved, geometry), identity, folder.path
-
-
 def prepare(
     storyboard: Storyboard,
     *,
@@ -158,16 +125,23 @@ def prepare(
         OSError: If the output cannot be written.
         ValueError: If the model is damaged.
     """
-    plan, identity, folder = open_for_film(storyboard, model)
+    planned = plan_film(storyboard, model)
+    plan = planned.plan
     checked = make_settings(plan.geometry, settings or {})
     paths = output_paths(output, plan.storyboard)
     check_output(paths, overwrite=overwrite)
     references = check_references(plan)
-    source = _model_source(storyboard, model)
     if hls and paths.hls.exists() and not paths.hls.is_dir():
         raise UsageError(f"'{paths.hls}' is in the way of the stream: it is not a folder")
     prepared = assemble(
-        plan, identity, folder, settings=checked, paths=paths, model_source=source, metadata=metadata, hls=hls
+        plan,
+        planned.identity,
+        planned.model.path,
+        settings=checked,
+        paths=paths,
+        model_source=planned.source,
+        metadata=metadata,
+        hls=hls,
     )
     return replace(prepared, references=references)
 
@@ -209,64 +183,6 @@ def assemble(
         tags=film_tags(record, plan.storyboard.shots[0].prompt) if metadata else {},
     )
     return Prepared(job=job, paths=paths, record=record, model_source=model_source)
-
-
-def _model_source(storyboard: Storyboard, model: str | None) -> str:
-    """The model as it was asked for; a folder by its full path, so that it is found from anywhere."""
-    source = model if model is not None else storyboard.model or DEFAULT_MODEL
-    path = Path(source).expanduser()
-    return str(path.resolve()) if source and path.is_dir() else source
-
-
-def make_settings(geometry: ModelGeometry, values: Mapping[str, Any]) -> Settings:
-    """Settings from the model's defaults and given values; None in `values` means: not given.
-
-    Raises:
-        UsageError: If a value is unknown or out of range.
-    """
-    from arlon.config import config_from_dict
-    from arlon.models.video_pieces import MIN_TILE
-
-    names = ("ar_temperature", "ar_top_p", "ar_guidance_scale", "vae_blend_frames")
-    base: dict[str, Any] = {name: getattr(geometry.defaults, name) for name in names}
-    base |= {"num_threads": available_cores()}
-    base |= {name: value for name, value in values.items() if value is not None}
-    try:
-        settings = config_from_dict(Settings, base)
-        check_device(settings.device)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
-    if settings.vae_blend_frames > geometry.max_blend_frames:
-        raise UsageError(
-            f"vae_blend_frames must be between 0 and {geometry.max_blend_frames} with the chunks of this model's VAE, "
-            f"got {settings.vae_blend_frames}"
-        )
-    stride = geometry.space_stride
-    if settings.vae_tile is not None and (settings.vae_tile % stride or settings.vae_tile < MIN_TILE * stride):
-        raise UsageError(
-            f"vae_tile must be a multiple of {stride} pixels and at least {MIN_TILE * stride}, got {settings.vae_tile}"
-        )
-    return settings
-
-
-def check_device(device: str) -> None:
-    """Refuse a device that PyTorch does not know or this machine does not have.
-
-    Raises:
-        ValueError: If so.
-    """
-    import torch
-
-    try:
-        torch.zeros(1, device=device).cpu()  # back, too: the meta device computes nothing
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"cannot compute on device {device!r}, try 'cpu': {reason[:120]}") from error
-
-
-def available_cores() -> int:
-    """Processor cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def start_run(prepared: Prepared, executor: str) -> Committed:

@@ -20,10 +20,10 @@ from arlon.files import make_folder, write_bytes
 from arlon.film.media import reference_names
 from arlon.film.messages import Job, TextRequest, fill, film_requests
 from arlon.film.plan import clip_plan
+from arlon.film.prepare import make_settings, plan_film
 from arlon.film.record import film_record, film_tags
 from arlon.film.storyboard import Storyboard, UsageError
 from pipelines.deliver.paths import check_output_folder, slug
-from pipelines.runs.generate import make_settings, open_for_film
 
 SUFFIX = ".png"
 
@@ -94,8 +94,8 @@ def prepare_picture(
         ValueError: If the model is damaged.
     """
     check_picture(storyboard)
-    plan, identity, folder = open_for_film(storyboard, model)
-    plan = clip_plan(plan, 1)
+    planned = plan_film(storyboard, model)
+    plan = clip_plan(planned.plan, 1)
     checked = make_settings(plan.geometry, settings or {})
     film = plan.storyboard
     path = Path("outputs") / f"{slug(film.shots[0].prompt)}-{film.seed}{SUFFIX}" if output is None else Path(output)
@@ -103,12 +103,12 @@ def prepare_picture(
     if path.is_dir() or (path.exists() and not overwrite):
         raise UsageError(f"'{path}' exists: choose another --output, or replace it with --overwrite")
     check_output_folder(path.parent)
-    record = film_record(plan, identity, checked)
+    record = film_record(plan, planned.identity, checked)
     job = Job(
         plan=plan,
         settings=checked,
-        model_path=str(folder.resolve()),
-        model_hash=identity["hash"],
+        model_path=str(planned.model.path.resolve()),
+        model_hash=planned.identity["hash"],
         run_dir="",
         partial_path="",
         tags=film_tags(record, film.shots[0].prompt) if metadata else {},

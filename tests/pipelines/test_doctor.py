@@ -264,7 +264,7 @@ def test_the_device_cuda_is_the_current_one_of_several(tiny_model: Path, monkeyp
     def gpu(number: int, free: int) -> machine.Device:
         return machine.Device(name=f"cuda:{number}", kind="GPU", memory_bytes=free, free_bytes=free, flops_per_s={})
 
-    monkeypatch.setattr("pipelines.runs.generate.check_device", lambda device: None)
+    monkeypatch.setattr("arlon.film.prepare.check_device", lambda device: None)
     monkeypatch.setattr(machine, "_accelerators", lambda *, timed: [gpu(0, 10), gpu(1, 10**12)])
     for current, fits in ((0, False), (1, True)):
         monkeypatch.setattr(torch.cuda, "current_device", lambda current=current: current)

@@ -16,6 +16,7 @@ from arlon.data.video_io import probe, read_video
 from arlon.film.container import read_film_record
 from arlon.film.geometry import read_geometry
 from arlon.film.messages import film_requests
+from arlon.film.prepare import make_settings
 from arlon.film.storyboard import UsageError, parse_storyboard, storyboard_from_prompts
 from pipelines.deliver.paths import output_paths, slug
 from pipelines.runs import generate as module
@@ -308,10 +309,10 @@ def test_newer_settings_are_told_where_they_are_not_at_their_default(
 def test_a_model_says_how_many_frames_are_blended(tiny_model: Path) -> None:
     geometry = read_geometry(ModelFolder.open(tiny_model))
     of_model = replace(geometry, defaults=replace(geometry.defaults, vae_blend_frames=3))
-    assert module.make_settings(of_model, {}).vae_blend_frames == 3
-    assert module.make_settings(of_model, {"vae_blend_frames": 0}).vae_blend_frames == 0
+    assert make_settings(of_model, {}).vae_blend_frames == 3
+    assert make_settings(of_model, {"vae_blend_frames": 0}).vae_blend_frames == 0
     with pytest.raises(UsageError, match="vae_blend_frames must be between 0 and 2"):
-        module.make_settings(replace(of_model, max_blend_frames=2), {})
+        make_settings(replace(of_model, max_blend_frames=2), {})
 
 
 def test_unknown_model_solver_and_executor_are_refused(tiny_model: Path, tmp_path: Path) -> None:

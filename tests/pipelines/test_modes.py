@@ -18,6 +18,7 @@ from arlon.data.video_io import read_video
 from arlon.film.container import read_film_record
 from arlon.film.messages import carried_on, fill, film_requests
 from arlon.film.plan import clip_plan, with_frame_size
+from arlon.film.prepare import plan_film
 from arlon.film.storyboard import Storyboard, StoryboardError, UsageError, parse_storyboard
 from arlon.film.workers import DecodeWorker, RefineWorker
 from arlon.models.video_vae import VideoVAE
@@ -291,8 +292,6 @@ def test_lengths_have_the_names_of_the_original(tiny_model: Path) -> None:
 
 
 def test_the_plan_of_a_picture_is_one_frame_on_every_grid(tiny_model: Path, tmp_path: Path) -> None:
-    from pipelines.runs.generate import open_for_film
-
-    plan = clip_plan(open_for_film(picture_board(), str(tiny_model))[0], 1)
+    plan = clip_plan(plan_film(picture_board(), str(tiny_model)).plan, 1)
     (segment,) = plan.segments
     assert (plan.num_frames, segment.num_latents, segment.num_code_frames, plan.takes[0].num_latents) == (1, 1, 1, 1)

@@ -20,6 +20,7 @@ from arlon.diffusion.samplers import draw_noise
 from arlon.diffusion.take import sample_take
 from arlon.film.media import check_references, encode_references
 from arlon.film.messages import film_requests
+from arlon.film.prepare import plan_film
 from arlon.film.storyboard import StoryboardError, load_storyboard, parse_storyboard
 from arlon.film.workers import RefineWorker
 from arlon.models.stdit import STDiT3
@@ -28,7 +29,7 @@ from arlon.models.vqvae import LatentVQVAE
 from arlon.text.encoders import load_text_encoder
 from pipelines.executors.ray_graph import GraphConfig
 from pipelines.runs.edit import begin_change, change_run, fork_run, with_shot_changed, with_shots_added
-from pipelines.runs.generate import Prepared, generate, open_for_film, prepare
+from pipelines.runs.generate import Prepared, generate, prepare
 from pipelines.runs.resume import continue_run, open_run
 from pipelines.runs.verify import replay_segment, verify_run
 from pipelines.store.run_folder import REFERENCES_NAME, RunFolder, RunFolderError
@@ -503,7 +504,7 @@ def test_shots_with_references_do_not_each_look_at_all_segments(
             return super().__iter__()
 
     shot = {"prompt": "a", "transition": "cut", "duration": "1 segments", "references": [str(picture)]}
-    plan = open_for_film(parse_storyboard({"shots": [shot] * 20}), str(tiny_model))[0]
+    plan = plan_film(parse_storyboard({"shots": [shot] * 20}), str(tiny_model)).plan
     plan = replace(plan, shots=Counted(plan.shots), segments=Counted(plan.segments))
     assert len(check_references(plan)) == 20
     assert Counted.looks <= 2
