@@ -8,6 +8,7 @@ were trained on. Exit codes: 0 done, now or before, 1 failed, 2 wrong usage, 130
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import logging
 import os
 import sys
@@ -260,6 +261,8 @@ def main(
     ] = None,
 ) -> None:
     """Train one stage; running the same command again resumes it."""
+    if importlib.util.find_spec("lightning") is None:
+        _fail(ImportError("training needs Lightning: pip install 'arlon[train]'"), WRONG_USAGE)
     run_dir = output or Path("runs") / stage.value
     files = config or [Path("configs") / "shapes" / f"{stage.value}.yaml"]
     settings = _settings(stage.value, files, overrides or [])

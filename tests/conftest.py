@@ -88,6 +88,14 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Wheel of this project, built from a copy of the source tree."""
+    from tests.wheels import build_wheel
+
+    return build_wheel(tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="session")
 def ray_session() -> Iterator[Any]:
     """A local Ray, started once for the whole run; starting it takes several seconds."""
     ray = pytest.importorskip("ray")

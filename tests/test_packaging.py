@@ -2,37 +2,23 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
-PACKAGES = ("arlon", "stages", "pipelines", "configs")
+from tests.wheels import PACKAGES, ROOT
+
 DATA = ("configs/**/*.yaml", "arlon/weights/**/*.json", "arlon/weights/**/*.safetensors")
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def wheel_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
-    """Files of a wheel and their sizes; it is built from a copy, so that the source tree stays clean."""
-    pytest.importorskip("setuptools", minversion="77")
-    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    for package in PACKAGES:
-        shutil.copytree(ROOT / package, source / package, ignore=shutil.ignore_patterns(".*"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index"]
-    result = subprocess.run(
-        [*command, "--wheel-dir", str(target), str(source)], capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stderr
-    with zipfile.ZipFile(next(target.glob("arlon-*.whl"))) as wheel:
-        return {item.filename: item.file_size for item in wheel.infolist() if not item.is_dir()}
+def wheel_files(wheel: Path) -> dict[str, int]:
+    """Files of a wheel and their sizes."""
+    with zipfile.ZipFile(wheel) as archive:
+        return {item.filename: item.file_size for item in archive.infolist() if not item.is_dir()}
 
 
 def expected_files(*patterns: str) -> dict[str, int]:

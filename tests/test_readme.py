@@ -132,7 +132,9 @@ def workplace(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     folder = tmp_path_factory.mktemp("readme")
     board = next(text for text in blocks("yaml", "yml") if "shots" in text)
     (folder / "film.yaml").write_text(board, encoding="utf-8")
-    (folder / "films.jsonl").write_text('{"prompts": ["a red circle"], "duration": "51f", "num_threads": 1}\n', encoding="utf-8")
+    (folder / "films.jsonl").write_text(
+        '{"prompts": ["a red circle"], "duration": "51f", "num_threads": 1}\n', encoding="utf-8"
+    )
     frames = np.random.default_rng(0).integers(0, 255, (34, 32, 48, 3), np.uint8)
     with VideoWriter(folder / "mine.mp4", fps=8.0) as writer:
         writer.append(frames)
