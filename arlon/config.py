@@ -111,11 +111,11 @@ def _parse_overrides(overrides: Sequence[str]) -> DictConfig:
         raise ConfigError(f"cannot parse the overrides {list(overrides)}: {_one_line(error)}") from error
 
 
-def _build(schema: type[T], *sources: Any) -> T:
+def _build(schema: type, *sources: Any) -> Any:
     """Merge the sources over the defaults of `schema`, check them, and build plain dataclasses."""
     try:
         merged = OmegaConf.merge(_defaults(schema), *sources)
-        values = OmegaConf.to_container(
+        values: Any = OmegaConf.to_container(
             merged, resolve=False, throw_on_missing=True, structured_config_mode=SCMode.DICT
         )
     except (OmegaConfBaseException, TypeError) as error:
@@ -129,7 +129,7 @@ def _defaults(schema: type) -> DictConfig:
     return OmegaConf.structured(schema)
 
 
-def _to_dataclass(schema: type[T], values: Mapping[str, Any], prefix: str) -> T:
+def _to_dataclass(schema: type[Any], values: Mapping[str, Any], prefix: str) -> Any:
     hints = typing.get_type_hints(schema)
     arguments = {
         field.name: _to_field(hints[field.name], values[field.name], f"{prefix}{field.name}")
@@ -143,7 +143,7 @@ def _to_field(hint: Any, value: Any, key: str) -> Any:
     """Give a plain value the type its annotation asks for: tuples and dataclasses at every depth."""
     for option in _options(hint):
         origin, arguments = typing.get_origin(option) or option, typing.get_args(option)
-        if is_dataclass(option) and isinstance(value, Mapping):
+        if isinstance(option, type) and is_dataclass(option) and isinstance(value, Mapping):
             # OmegaConf checks fields, but not the elements of a container of dataclasses: merge those here.
             complete = value.keys() == {field.name for field in fields(option)}
             return _to_dataclass(option, value, f"{key}.") if complete else _build(option, dict(value))
@@ -214,7 +214,7 @@ def _explain(error: Exception, schema: type, sources: Sequence[Any]) -> str:
 def _culprit(schema: type, sources: Sequence[Any]) -> str | None:
     """Dotted key whose value alone `schema` refuses, for the errors that do not say it."""
     for source in sources:
-        plain = OmegaConf.to_container(source) if OmegaConf.is_config(source) else source
+        plain: Any = OmegaConf.to_container(source) if OmegaConf.is_config(source) else source
         for key, nested in _leaves(plain):
             try:
                 OmegaConf.merge(_defaults(schema), nested)

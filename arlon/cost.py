@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +37,7 @@ from arlon.models.video_vae import VideoVAE, VideoVAEConfig
 from arlon.models.vqvae import LatentVQVAE, LatentVQVAEConfig
 from arlon.text.encoders import TextEncoderConfig, network_config
 
+Network = TypeVar("Network", bound=nn.Module)
 LatentSize = tuple[int, int, int]
 """(T, H, W)."""
 MAX_KEPT = 128
@@ -288,7 +289,7 @@ def text_cost(config: TextEncoderConfig, *, dtype: torch.dtype = torch.float32) 
     return _at_depth(at, network_config(config)[1].num_hidden_layers)
 
 
-def _build(kind: Callable[[Any], nn.Module], config: Any, dtype: torch.dtype) -> nn.Module:
+def _build(kind: Callable[[Any], Network], config: Any, dtype: torch.dtype) -> Network:
     return kind(config).to(dtype).eval().requires_grad_(False)
 
 

@@ -99,4 +99,4 @@ class ScalarEmbedder(nn.Module):
         steps = torch.arange(NUM_FREQUENCIES, device=values.device, dtype=torch.float32)
         frequencies = torch.exp(steps * (-math.log(ROPE_BASE) / NUM_FREQUENCIES))
         sines, cosines = sinusoid(values, frequencies)
-        return self.mlp(torch.cat((cosines, sines), dim=-1).to(self.mlp[0].weight.dtype))
+        return self.mlp(torch.cat((cosines, sines), dim=-1).to(next(self.mlp.parameters()).dtype))

@@ -25,7 +25,7 @@ class SpatialVAE(nn.Module):
     """Holds diffusers' AutoencoderKL under the released key prefix `spatial_vae.module`."""
 
     def __init__(self, config: SpatialVAEConfig) -> None:
-        from diffusers import AutoencoderKL
+        from diffusers.models import AutoencoderKL
 
         super().__init__()
         levels = len(config.block_out_channels)

@@ -100,9 +100,9 @@ class ResBlock(nn.Module):
         return y + (self.conv3(x) if hasattr(self, "conv3") else x)
 
 
-def _res_blocks(in_channels: int, out_channels: int, config: TemporalVAEConfig) -> nn.ModuleList:
+def _res_blocks(in_channels: int, out_channels: int, config: TemporalVAEConfig) -> nn.Sequential:
     widths = [in_channels] + [out_channels] * config.num_res_blocks
-    return nn.ModuleList(ResBlock(a, b, config.num_groups) for a, b in itertools.pairwise(widths))
+    return nn.Sequential(*(ResBlock(a, b, config.num_groups) for a, b in itertools.pairwise(widths)))
 
 
 class TemporalEncoder(nn.Module):
@@ -129,12 +129,10 @@ class TemporalEncoder(nn.Module):
         """Encode; see the class."""
         x = self.conv_in(x)
         for level, blocks in enumerate(self.block_res_blocks):
-            for block in blocks:
-                x = block(x)
+            x = blocks(x)
             if level < len(self.conv_blocks):
                 x = self.conv_blocks[level](x)
-        for block in self.res_blocks:
-            x = block(x)
+        x = self.res_blocks(x)
         return self.conv2(F.silu(self.norm1(x)))
 
 
@@ -147,7 +145,7 @@ class TemporalDecoder(nn.Module):
         top = widths[-1]
         self.conv1 = CausalConv3d(config.latent_embed_dim, top, 3)
         self.res_blocks = _res_blocks(top, top, config)
-        blocks: list[nn.ModuleList] = []
+        blocks: list[nn.Sequential] = []
         doubling: list[nn.Module] = []
         previous = top
         for level in reversed(range(len(widths))):
@@ -163,12 +161,9 @@ class TemporalDecoder(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """Decode; see the class."""
-        x = self.conv1(z)
-        for block in self.res_blocks:
-            x = block(x)
+        x = self.res_blocks(self.conv1(z))
         for level in reversed(range(len(self.block_res_blocks))):
-            for block in self.block_res_blocks[level]:
-                x = block(x)
+            x = self.block_res_blocks[level](x)
             if level > 0 and isinstance(self.conv_blocks[level - 1], CausalConv3d):
                 x = _phase_to_time(self.conv_blocks[level - 1](x))
         return self.conv_out(F.silu(self.norm1(x)))

@@ -31,6 +31,10 @@ class StatisticsUncertainty(nn.Module):
     Source: arXiv:2202.03958 (uncertainty of feature statistics) and its official code.
     """
 
+    running_mean: Tensor
+    running_var: Tensor
+    num_updates: Tensor
+
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.register_buffer("running_mean", torch.zeros(2, dim))

@@ -25,6 +25,7 @@ Dimension key
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -119,6 +120,8 @@ class VideoVAE(nn.Module):
     """
 
     config_class = VideoVAEConfig
+    scale: Tensor
+    shift: Tensor
 
     def __init__(self, config: VideoVAEConfig) -> None:
         super().__init__()
@@ -130,10 +133,10 @@ class VideoVAE(nn.Module):
         self._init_weights()
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> VideoVAE:
-        before = {name: self._buffers[name] for name in ("scale", "shift")}
+        before = {"scale": self.scale, "shift": self.shift}
         super()._apply(fn, recurse)
         for name, value in before.items():
-            after = self._buffers[name]
+            after: Tensor = getattr(self, name)
             if after.dtype != value.dtype and not value.is_meta:
                 self._buffers[name] = value.to(after.device)
         return self
@@ -272,8 +275,7 @@ class VideoVAE(nn.Module):
             raise ValueError(
                 f"num_frames={num_frames} makes {expected} latent frames, but the latent has {latent.shape[2]}"
             )
-        options = {"blend_frames": blend_frames, "tile": tile, "part": part}
-        pieces = list(self.decode_stream([latent], num_frames, **options))
+        pieces = list(self.decode_stream([latent], num_frames, blend_frames=blend_frames, tile=tile, part=part))
         if not pieces:
             raise ValueError(f"{part} has none of the frames of the video")
         return torch.cat(pieces, dim=2)
@@ -385,22 +387,23 @@ class VideoVAE(nn.Module):
             if count < 1:
                 raise ValueError(f"num_frames={num_frames} are decoded, but there are latent frames left")
             z = full_precision(latent) * self.scale + self.shift
-            yield by_tile(lambda part, count=count: self.temporal_vae.decode(part, count), z, side)
+            yield by_tile(functools.partial(self.temporal_vae.decode, num_frames=count), z, side)
             done += count
         if num_frames is not None and done != num_frames:
             raise ValueError(f"num_frames={num_frames} were asked for, but the latents hold {done}")
 
     def _blend_borders(self, chunks: Iterator[Tensor], blend_frames: int, side: int | None) -> Iterator[Tensor]:
         """Chunks of per-frame latents (B, F, n, H, W) with their borders blended; see the module."""
-        last, waiting = None, None
+        last: Tensor | None = None
+        waiting: list[Tensor] = []  # `last` with its first border blended, until the next chunk blends its second one
         for chunk in chunks:
             blended = chunk
             if last is not None:
-                waiting, blended = self._blend_border(last, chunk, waiting, blend_frames, side)
-                yield waiting
-            last, waiting = chunk, blended
-        if waiting is not None:
-            yield waiting
+                done, blended = self._blend_border(last, chunk, waiting.pop(), blend_frames, side)
+                yield done
+            waiting.append(blended)
+            last = chunk
+        yield from waiting
 
     def _blend_border(
         self, left: Tensor, right: Tensor, left_blended: Tensor, blend_frames: int, side: int | None

@@ -50,8 +50,8 @@ class ResBlock(nn.Module):
         self.spatial = SpatialConv(dim, dim)
         self.temporal_norm = nn.RMSNorm(dim, eps=NORM_EPS)
         self.temporal = TemporalConv(dim, dim)
-        nn.init.zeros_(self.temporal.weight)
-        nn.init.zeros_(self.temporal.bias)
+        for parameter in self.temporal.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform (B, T, H, W, D)."""
