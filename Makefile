@@ -1,5 +1,11 @@
-# Words: setup, demo, test, test-jobs, check, lint, format, model, clean, and the training stages vae, vqvae, ar, dit, inject
-# (train: all, in order).
+# Words: setup, demo, model, clean, the training stages vae, vqvae, ar, dit, inject (train: all, in order), and these checks:
+#
+#   make check         lint, types and the fast tests
+#   make test          lint, types and all tests
+#   make test-slow     only the tests that `make check` leaves out
+#   make test-jobs     films as jobs of a Ray cluster
+#
+# Options:
 #
 #   make train CONFIG=configs/shapes          a folder with one YAML file a stage
 #   make dit ARGS="train.max_steps=1000"      dotted overrides and options of `python -m stages.train`
@@ -15,10 +21,18 @@ JOBS ?= 2
 BIN := $(VENV)/bin
 PYTEST = $(BIN)/python -m pytest -q --numprocesses $(JOBS) --dist loadfile
 STAMP := $(VENV)/.installed
-SOURCES := arlon stages pipelines tests $(wildcard benchmarks)
 TRAIN = $(BIN)/python -m stages.train
 
-.PHONY: setup demo test test-jobs check lint format train vae vqvae ar dit inject model clean
+# `make dit steps=3` would train with the default number of steps, since make ignores variables that nobody reads.
+KNOWN := PYTHON VENV CONFIG ARGS JOBS
+GIVEN := $(foreach name,$(.VARIABLES),$(if $(filter command,$(origin $(name))),$(name)))
+UNKNOWN := $(filter-out $(KNOWN),$(filter-out -%,$(GIVEN)))
+ifneq ($(UNKNOWN),)
+$(error unknown variable: $(UNKNOWN) (known: $(KNOWN)). Options of the command go into ARGS="...", such as \
+ARGS="train.max_steps=1000")
+endif
+
+.PHONY: setup demo test test-slow test-jobs check lint types format train vae vqvae ar dit inject model clean
 
 setup: $(STAMP)
 
@@ -33,10 +47,14 @@ demo: setup
 	$(BIN)/arlon generate --storyboard configs/shapes/demo.yaml --output outputs/demo/film.mp4 --overwrite $(ARGS)
 	$(BIN)/arlon sheet outputs/demo/film.mp4 --output outputs/demo/sheet.png
 
-# What fails is run once more: bit-for-bit tests of whole films failed now and then; one cause is mended, perhaps not all
-# (docs/log.md).
-test: setup
-	$(PYTEST) -m "not gpu" $(ARGS) || $(PYTEST) -m "not gpu" --last-failed $(ARGS)
+check: lint types
+	$(PYTEST) -m "not slow and not ray and not gpu" $(ARGS)
+
+test: lint types
+	$(PYTEST) -m "not gpu" $(ARGS)
+
+test-slow: setup
+	$(PYTEST) -m "(slow or ray) and not gpu" $(ARGS)
 
 # With Ray's job server, which makes every start of Ray slower, so in a virtual environment of its own.
 test-jobs:
@@ -44,16 +62,16 @@ test-jobs:
 	$(VENV)-jobs/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[jobs]'
 	$(VENV)-jobs/bin/python -m pytest -q tests/pipelines/test_ray_job.py $(ARGS)
 
-check: lint
-	$(PYTEST) -m "not slow and not ray and not gpu" $(ARGS)
-
 lint: setup
-	$(BIN)/ruff check $(SOURCES)
-	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup
+	$(BIN)/python tests/type_ratchet.py
 
 format: setup
-	$(BIN)/ruff check --fix $(SOURCES)
-	$(BIN)/ruff format $(SOURCES)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
 
 # A stage of several parts starts its first part from train.init_from; each later part starts from the export of the one
 # before and must not see it.

@@ -9,7 +9,7 @@ import pytest
 
 from tests.wheels import PACKAGES, ROOT
 
-DATA = ("configs/**/*.yaml", "arlon/weights/**/*.json", "arlon/weights/**/*.safetensors")
+DATA = ("configs/**/*.yaml", "arlon/py.typed", "arlon/weights/**/*.json", "arlon/weights/**/*.safetensors")
 
 pytestmark = pytest.mark.slow
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -41,7 +42,7 @@ def make_tiny_model(folder: Path) -> Path:
     return folder
 
 
-def _components() -> dict[str, nn.Module]:
+def _components() -> dict[str, Any]:
     patch = (1, 2, 2)
     return {
         "vae": VideoVAE(
