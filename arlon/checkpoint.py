@@ -16,11 +16,9 @@ Components that lie in different places, such as released ones, are put together
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import importlib.resources
 import itertools
-import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping
@@ -31,7 +29,6 @@ from typing import Any
 from arlon.components import (
     CONFIG_NAME,
     FORMAT,
-    CheckpointError,
     component_config,
     find_weights,
     hash_component,
@@ -41,7 +38,9 @@ from arlon.components import (
     save_component,
     stored_dtypes,
 )
-from arlon.config import load_config, write_text
+from arlon.config import load_config
+from arlon.errors import CheckpointError, did_you_mean
+from arlon.files import hash_bytes, make_folder, publish, temporary_beside, write_json
 from arlon.grids import code_grid
 from arlon.hub import fetch, is_hub_id
 
@@ -144,10 +143,10 @@ class ModelFolder:
             raise CheckpointError(f"{str(path / INDEX_NAME)!r} has no sha256 for {', '.join(bad)}")
         names = set(hashes) | set(required)
         if missing := sorted(n for n in names if n not in hashes or not (path / n / CONFIG_NAME).is_file()):
-            hint = ". Copy the text_encoder of the model beside its other parts; --model shapes needs none"
-            raise FileNotFoundError(
-                f"model {str(path)!r} lacks the components {', '.join(missing)}{hint * ('text_encoder' in missing)}"
-            )
+            message = f"model {str(path)!r} lacks the components {', '.join(missing)}"
+            if "text_encoder" in missing:
+                message += ". Copy the text_encoder of the model beside its other parts; --model shapes needs none"
+            raise FileNotFoundError(message)
         defaults = dict(index.get("defaults") or {})
         check_consistency(path, hashes, defaults)
         if verify:
@@ -192,7 +191,7 @@ def write_model_index(folder: str | Path, defaults: Mapping[str, Any] | None = N
         "components": entries,
         "defaults": dict(defaults),
     }
-    write_text(folder / INDEX_NAME, json.dumps(index, indent=2) + "\n")
+    write_json(folder / INDEX_NAME, index)
     return ModelFolder.open(folder, required=found, verify=False)
 
 
@@ -300,16 +299,17 @@ def combine(
     text, dit = links.get("text_encoder"), links.get("dit")
     if isinstance(text, dict) and isinstance(dit, Path):  # as many tokens as the DiT was trained with
         text["max_length"] = component_config(dit).get("model_max_length", text["max_length"])
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    temporary.mkdir(parents=True)
+    temporary = temporary_beside(folder)
+    make_folder(temporary)
     try:
         for name, source in links.items():
             if isinstance(source, Path):
                 (temporary / name).symlink_to(source, target_is_directory=True)
             else:
-                write_text(temporary / name / CONFIG_NAME, json.dumps(source, indent=2) + "\n")
+                make_folder(temporary / name)
+                write_json(temporary / name / CONFIG_NAME, source)
         write_model_index(temporary, sources.defaults)
-        temporary.replace(folder)
+        publish(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return ModelFolder.open(folder, required=links, verify=False)
@@ -358,11 +358,9 @@ def resolve_model(name_or_path: str | Path, *, download: bool = True) -> Path:
         return _combined(load_config(ModelSources, [file]), file, file.parent, download)
     if is_hub_id(name):
         return _whole_folder(fetch(name, download=download), Path(name), download)
-    near = difflib.get_close_matches(name, PACKAGED_MODELS, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
     raise FileNotFoundError(
-        f"unknown model {name!r}: {hint}known are {', '.join(PACKAGED_MODELS)}, any model folder or model file, "
-        "or a hub id 'owner/name'"
+        f"unknown model {name!r}, {did_you_mean(name, PACKAGED_MODELS)} (or give a model folder, a model file or a hub "
+        "id 'owner/name')"
     )
 
 
@@ -445,7 +443,7 @@ def _verify(path: Path, hashes: Mapping[str, str]) -> None:
 
 def _hash_of_hashes(hashes: Mapping[str, str]) -> str:
     lines = "".join(f"{name}:{hashes[name]}\n" for name in sorted(hashes))
-    return hashlib.sha256(lines.encode()).hexdigest()
+    return hash_bytes(lines.encode())
 
 
 def _class_name(folder: Path) -> str:

@@ -12,9 +12,7 @@ Everything is written to a temporary name and renamed, so that a reader never fi
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -25,7 +23,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from arlon.config import ConfigError, config_from_dict, config_to_dict, write_text
+from arlon.config import config_from_dict, config_to_dict
+from arlon.errors import CheckpointError, ConfigError, shorten_list
+from arlon.files import (
+    hash_bytes,
+    hash_file,
+    make_folder,
+    publish,
+    sync_file,
+    sync_folder,
+    temporary_beside,
+    write_text,
+)
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -34,8 +43,6 @@ CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 WEIGHTS_STEMS = ("model.safetensors", "diffusion_pytorch_model.safetensors")
 HASHED_SUFFIXES = (".json", ".safetensors", ".model", ".txt")
-MAX_NAMED = 4
-"""How many offending tensors a message names."""
 
 HUGGING_FACE_KEYS = frozenset(
     {
@@ -89,10 +96,6 @@ FULL_PRECISION = frozenset({"rope.freqs"})
 READABLE = 0o644
 HEADER_LENGTH = 8
 """Bytes at the start of a safetensors file that say how long its header is."""
-
-
-class CheckpointError(ValueError):
-    """Weights or a model folder that cannot be used; the message names the file and what is wrong."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +152,7 @@ def save_component(
         The folder.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     form: StoredForm | None = getattr(module, "stored_form", None)
     texts = {CONFIG_NAME: _config_text(module, form)}
     tensors = _storable(module, dtype, form)
@@ -158,7 +161,7 @@ def save_component(
     else:
         form = None
     names = [WEIGHTS_NAME] if form is None else list(form.headers)
-    temporary = {name: folder / f".{name}.{os.getpid()}.tmp" for name in names}
+    temporary = {name: temporary_beside(folder / name) for name in names}
     try:
         for name, path in temporary.items():
             if form is None:
@@ -166,9 +169,9 @@ def save_component(
             else:
                 _write_weights(path, form.headers[name], (tensors[key] for key in form.tensors_in(name)))
             path.chmod(READABLE)  # safetensors makes files that only their owner can read
-            _sync(path)
+            sync_file(path)
         for name, path in temporary.items():
-            path.replace(folder / name)
+            publish(path, folder / name)
         for name, text in texts.items():
             write_text(folder / name, text)
     finally:
@@ -177,7 +180,7 @@ def save_component(
     for file in folder.glob("*.safetensors*"):
         if file.name not in {*names, *texts}:
             file.unlink()
-    _sync(folder)
+    sync_folder(folder)
     return folder
 
 
@@ -341,21 +344,17 @@ def check_precisions(files: Iterable[Path], what: str, names: Container[str] | N
     wanted = {name: kind for name, kind in stored.items() if names is None or name in names}
     if odd := [f"{name} ({kind})" for name, kind in wanted.items() if kind not in READ_PRECISIONS]:
         raise CheckpointError(
-            f"{str(files[0].parent)!r} holds {what} tensors stored as numbers that are not read, {len(odd)}: "
-            f"{some_of(odd)}; expected {', '.join(READ_PRECISIONS.values())}: get the weights that are not quantised, "
-            "or store them as one of these"
+            f"{str(files[0].parent)!r} holds {len(odd)} {what} tensors of a type that is not supported: "
+            f"{shorten_list(odd)}; expected {', '.join(READ_PRECISIONS.values())}: get the weights that are not "
+            "quantised, or store them as one of these"
         )
 
 
 def hash_component(folder: str | Path) -> str:
     """SHA-256 over the names and contents of the files of a component (config, weights, tokenizer)."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(folder).iterdir()):
-        if path.suffix in HASHED_SUFFIXES and not path.name.startswith("."):
-            with path.open("rb") as file:
-                content = hashlib.file_digest(file, "sha256").hexdigest()
-            digest.update(f"{path.name}:{content}\n".encode())
-    return digest.hexdigest()
+    files = [file for file in sorted(Path(folder).iterdir()) if file.suffix in HASHED_SUFFIXES]
+    lines = [f"{file.name}:{hash_file(file)}\n" for file in files if not file.name.startswith(".")]
+    return hash_bytes("".join(lines).encode())
 
 
 def _shards(index: Path) -> list[Path]:
@@ -364,10 +363,10 @@ def _shards(index: Path) -> list[Path]:
         raise CheckpointError(f"{str(index)!r} has no 'weight_map' from tensors to files")
     names = sorted({str(name) for name in weight_map.values()})
     if outside := [name for name in names if Path(name).name != name]:
-        raise CheckpointError(f"{str(index)!r} names files outside its folder: {some_of(outside)}")
+        raise CheckpointError(f"{str(index)!r} names files outside its folder: {shorten_list(outside)}")
     if missing := [name for name in names if not (index.parent / name).is_file()]:
         raise FileNotFoundError(
-            f"{str(index.parent)!r} lacks {len(missing)} of {len(names)} shards: {some_of(missing)}"
+            f"{str(index.parent)!r} lacks {len(missing)} of {len(names)} shards: {shorten_list(missing)}"
         )
     return [index.parent / name for name in names]
 
@@ -387,7 +386,7 @@ def _load_weights(model: nn.Module, files: Iterable[Path], *, strict: bool) -> N
     problems = [p for file in files for p in _open(file, lambda f, e=expected: _misfits(f, e))]
     if problems:
         raise CheckpointError(
-            f"{where} does not fit {type(model).__name__} in {len(problems)} tensors: {some_of(problems)}"
+            f"{where} does not fit {type(model).__name__} in {len(problems)} tensors: {shorten_list(problems)}"
         )
     for file in files:
         _open(file, lambda f, file=file: _copy(f, {n: expected[n] for n in names if stored[n] == file}))
@@ -458,13 +457,7 @@ def _write_weights(path: Path, header: bytes, tensors: Iterable[Tensor]) -> None
 
 def _refuse(where: str, what: str, names: list[str], total: int) -> None:
     if names:
-        raise CheckpointError(f"{where} {what} tensors, {len(names)} of {total}: {some_of(names)}")
-
-
-def some_of(names: list[str]) -> str:
-    """The first `MAX_NAMED` names, and how many more there are."""
-    rest = len(names) - MAX_NAMED
-    return ", ".join(names[:MAX_NAMED]) + (f" and {rest} more" if rest > 0 else "")
+        raise CheckpointError(f"{where} {what} tensors, {len(names)} of {total}: {shorten_list(names)}")
 
 
 def read_json(path: Path, expectation: str) -> dict[str, Any]:
@@ -489,12 +482,3 @@ def read_json(path: Path, expectation: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise CheckpointError(f"{str(path)!r} must hold a JSON object, got {type(values).__name__}")
     return values
-
-
-def _sync(path: Path) -> None:
-    """Flush a file or a folder entry to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

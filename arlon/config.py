@@ -7,9 +7,7 @@ and checks the sources; what comes out is plain Python, and no OmegaConf type le
 
 from __future__ import annotations
 
-import difflib
 import functools
-import os
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,11 +19,10 @@ import yaml
 from omegaconf import DictConfig, OmegaConf, SCMode
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
+from arlon.errors import ConfigError, did_you_mean, one_line
+from arlon.files import make_folder, write_text
+
 T = TypeVar("T")
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be built; the message is one line and names the dotted key."""
 
 
 def load_config(schema: type[T], files: Sequence[str | Path] = (), overrides: Sequence[str] = ()) -> T:
@@ -70,22 +67,8 @@ def config_to_dict(config: Any) -> dict[str, Any]:
 
 def save_config(config: Any, path: str | Path) -> None:
     """Write the resolved configuration as YAML; it loads back with `load_config(type(config), [path])`."""
+    make_folder(Path(path).parent)
     write_text(path, OmegaConf.to_yaml(OmegaConf.create(config_to_dict(config))))
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """Write a UTF-8 file that appears complete or not at all: temporary name beside it, fsync, rename."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _read_yaml(path: Path) -> DictConfig:
@@ -203,9 +186,7 @@ def _explain(error: Exception, schema: type, sources: Sequence[Any]) -> str:
     owner = getattr(error, "object_type", None)
     if isinstance(error, ConfigKeyError) and is_dataclass(owner):
         known = [field.name for field in fields(owner)]
-        near = difflib.get_close_matches(str(key).split(".")[-1], known, n=1)
-        hint = f", did you mean {near[0]!r}?" if near else ""
-        return f"unknown key {str(key)!r}{hint} (known: {', '.join(known)})"
+        return f"unknown key {str(key)!r}, {did_you_mean(str(key).split('.')[-1], known)}"
     if isinstance(error, MissingMandatoryValue):
         return f"missing value for the required key {str(key)!r} of {schema.__name__}"
     return f"{key or schema.__name__}: {_one_line(error)}"
@@ -234,8 +215,6 @@ def _leaves(values: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _one_line(error: Exception) -> str:
     """The first line of an OmegaConf message; all of a YAML one, which tells line and column at its end."""
-    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
     if isinstance(error, yaml.YAMLError):
-        return "; ".join(lines)
-    first = lines[0] if lines else type(error).__name__
-    return first.replace("TupleConfig", "tuple").replace("ListConfig", "list").replace("DictConfig", "dict")
+        return "; ".join(line.strip() for line in str(error).splitlines() if line.strip())
+    return one_line(error).replace("TupleConfig", "tuple").replace("ListConfig", "list").replace("DictConfig", "dict")

@@ -10,6 +10,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from arlon.errors import one_line
+
 FILES = ("*.json", "*.safetensors", "*.model", "*.txt")
 """What a component or its tokenizer consists of."""
 _HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)((?:/[A-Za-z0-9][\w.-]*)*)")
@@ -49,8 +51,9 @@ def fetch(name: str, *, beside: Sequence[str] = (), download: bool = True) -> Pa
         patterns = [f"{part}{file}" for part in folders for file in FILES]
         root = snapshot_download(repository, allow_patterns=patterns, local_files_only=not download)
     except Exception as error:  # the hub client raises errors of several libraries
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise FileNotFoundError(f"no folder {name!r}, and no model of that name on the hub: {reason}") from error
+        raise FileNotFoundError(
+            f"no folder {name!r}, and no model of that name on the hub: {one_line(error)}"
+        ) from error
     if not (Path(root) / folder).is_dir():
         raise FileNotFoundError(f"the hub's {repository!r} has no folder {folder!r} with {', '.join(FILES)}")
     return Path(root) / folder

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from arlon.errors import did_you_mean
 from arlon.grids import ceil_div
 
 Sizes = Mapping[str, tuple[int, int]]
@@ -168,7 +169,7 @@ def _nearest(ratio: float, sizes: Sizes) -> str:
 
 def _sizes(resolution: str) -> Sizes:
     if resolution not in SIZE_TABLES:
-        raise ValueError(f"unknown resolution {resolution!r}, choose from {', '.join(SIZE_TABLES)}")
+        raise ValueError(f"unknown resolution {resolution!r}, {did_you_mean(resolution, SIZE_TABLES)}")
     return SIZE_TABLES[resolution]
 
 
@@ -188,7 +189,7 @@ def _parse_aspect(aspect: str) -> float:
             raise ValueError
     except ValueError:
         raise ValueError(
-            f"unknown aspect {aspect!r}: give height:width such as 9:16, or choose from {', '.join(ASPECT_WORDS)}"
+            f"unknown aspect {aspect!r}: give height:width such as 9:16, or {did_you_mean(aspect, ASPECT_WORDS)}"
         ) from None
     return height / width
 

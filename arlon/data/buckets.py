@@ -30,6 +30,7 @@ import torch
 
 from arlon.data.aspect import PIXEL_BUDGETS, SIZE_TABLES
 from arlon.data.samples import addressed_generator, addressed_seed
+from arlon.errors import did_you_mean
 
 log = logging.getLogger(__name__)
 
@@ -60,8 +61,8 @@ class Bucket:
         problems = []
         if self.resolution not in PIXEL_BUDGETS and not _one_size(self.resolution):
             problems.append(
-                f"unknown resolution {self.resolution!r}, choose from {', '.join(PIXEL_BUDGETS)}, or give "
-                "HEIGHTxWIDTH such as 256x384"
+                f"unknown resolution {self.resolution!r}, {did_you_mean(self.resolution, PIXEL_BUDGETS)} (or give "
+                "HEIGHTxWIDTH such as 256x384)"
             )
         if self.num_frames < 1:
             problems.append(f"num_frames must be at least 1, got {self.num_frames}")

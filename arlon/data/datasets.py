@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from arlon.errors import did_you_mean
 from arlon.grids import CHUNK_FRAMES
 from arlon.shapes import captions
 from arlon.shapes import world as shapes_world
@@ -85,7 +86,7 @@ class ShapesTakesConfig:
         if self.num_frames < CHUNK_FRAMES or self.num_frames % CHUNK_FRAMES:
             problems.append(f"num_frames ({self.num_frames}) must be a positive multiple of {CHUNK_FRAMES}")
         if self.split not in ("train", "held_out"):
-            problems.append(f"unknown split {self.split!r}, choose from 'train', 'held_out'")
+            problems.append(f"unknown split {self.split!r}, {did_you_mean(self.split, ('train', 'held_out'))}")
         if self.num_takes < 1 or self.captions_per_shot < 1 or self.min_span_chunks < 1:
             problems.append("num_takes, captions_per_shot and min_span_chunks must be at least 1")
         for name in ("switch_prob", "two_objects_prob"):

@@ -13,9 +13,7 @@ folder, so nothing stale is ever read.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,6 +23,7 @@ import torch
 from torch import Tensor
 
 from arlon.data.datasets import CaptionSpan, TakeSource
+from arlon.files import atomic_file, hash_bytes, make_folder, write_bytes
 
 CACHE_FORMAT = 1
 Progress = Callable[[int, int], None]
@@ -45,7 +44,7 @@ def content_key(identity: Mapping[str, Any]) -> str:
         TypeError: If `identity` holds something that JSON does not know.
     """
     text = json.dumps({"format": CACHE_FORMAT, **identity}, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return hash_bytes(text.encode())[:16]
 
 
 class ArrayShards:
@@ -69,10 +68,10 @@ class ArrayShards:
 
     def write(self, shard: int, array: np.ndarray, records: Sequence[Any]) -> None:
         """Store one shard: the array first, then the records, each by rename."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         self._maps.pop(shard, None)
         write_array(self.folder / f"{shard:05d}.npy", array)
-        _write_bytes(self.folder / f"{shard:05d}.json", json.dumps(list(records)).encode())
+        write_bytes(self.folder / f"{shard:05d}.json", json.dumps(list(records)).encode())
 
     def row(self, index: int) -> np.ndarray:
         """Row `index` as a view into its memory map."""
@@ -251,11 +250,11 @@ class TextCache:
         return [row[:length] for row, length in zip(tokens, lengths.tolist(), strict=True)]
 
     def _write(self, captions: list[str], rows: list[np.ndarray]) -> None:
-        name = hashlib.sha256("\n".join(captions).encode()).hexdigest()[:16]
+        name = hash_bytes("\n".join(captions).encode())[:16]
         record = {"captions": captions, "lengths": [len(row) for row in rows]}
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         write_array(self.folder / f"{name}.npy", np.concatenate(rows))
-        _write_bytes(self.folder / f"{name}.json", json.dumps(record).encode())
+        write_bytes(self.folder / f"{name}.json", json.dumps(record).encode())
         self._index(name, record)
 
     def _index(self, name: str, record: Mapping[str, list[Any]]) -> None:
@@ -312,7 +311,7 @@ def build_latent_cache(
             if progress is not None:
                 progress(start + len(takes), total)
         shards.write(shard, np.concatenate(arrays), records)
-    _write_bytes(shards.folder / "cache.json", json.dumps(identity, indent=2).encode())
+    write_bytes(shards.folder / "cache.json", json.dumps(identity, indent=2).encode())
     return LatentCache(shards, total, identity)
 
 
@@ -351,25 +350,9 @@ def build_code_cache(
 
 
 def write_array(path: Path, array: np.ndarray) -> None:
-    """Write an `.npy` file that appears complete or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            np.save(file, np.ascontiguousarray(array))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _write_bytes(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Write an `.npy` file atomically."""
+    with atomic_file(path) as temporary, temporary.open("wb") as file:  # a name alone would be given the suffix .npy
+        np.save(file, np.ascontiguousarray(array))
 
 
 def _to_float16(latent: Tensor, first: int) -> np.ndarray:

@@ -31,18 +31,15 @@ import numpy as np
 from arlon.data import video_io
 from arlon.data.pictures import IMAGE_FPS, PICTURE_SUFFIXES, read_picture
 from arlon.data.transforms import Filter
+from arlon.errors import ManifestError, indent_lines
+from arlon.files import atomic_file
 
 log = logging.getLogger(__name__)
 
 REQUIRED_COLUMNS = ("path", "text", "num_frames", "height", "width")
 VIDEO_SUFFIXES = frozenset({".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".gif"})
-MAX_LISTED = 20
 MIN_FPS = 0.01
 """Frames a second of a video, at least; at most `video_io.MAX_FPS`."""
-
-
-class ManifestError(ValueError):
-    """A manifest, or the folder it should be made of, is not usable; the message lists every problem."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,12 +136,8 @@ def write_manifest(clips: Sequence[Clip], path: str | Path) -> None:
     if not clips:
         raise ManifestError(f"manifest '{path}' would have no rows: give at least one clip")
     writer = _format_of(path, {".jsonl": _write_json_lines, ".csv": _write_csv})
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        writer(partial, [_clip_to_row(clip, path.parent) for clip in clips])
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with atomic_file(path) as temporary:
+        writer(temporary, [_clip_to_row(clip, path.parent) for clip in clips])
 
 
 def build_manifest(folder: str | Path, *, skip_bad: bool = False) -> list[Clip]:
@@ -341,9 +334,8 @@ def _clip_to_row(clip: Clip, folder: Path) -> dict[str, Any]:
 
 
 def _listed(what: str, problems: Sequence[str]) -> ManifestError:
-    more = [f"... and {len(problems) - MAX_LISTED} more"] if len(problems) > MAX_LISTED else []
-    lines = "\n".join(f"  {line}" for line in [*problems[:MAX_LISTED], *more])
-    return ManifestError(f"{what} has {len(problems)} problem{'s' * (len(problems) > 1)}:\n{lines}")
+    plural = "s" if len(problems) > 1 else ""
+    return ManifestError(f"{what} has {len(problems)} problem{plural}:\n{indent_lines(problems)}")
 
 
 # --- files --------------------------------------------------------------------------------------------------

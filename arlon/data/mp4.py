@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 from itertools import chain, groupby
 from typing import BinaryIO
 
+from arlon.errors import VideoError
+
 _CONTAINERS = (b"moov", b"trak", b"mdia", b"minf", b"stbl")
 _FINISHED_BRANDS = b"isom" + (512).to_bytes(4, "big") + b"isomiso2avc1mp41"
 _MAX_UINT32 = 0xFFFFFFFF
@@ -29,10 +31,6 @@ _TEXT = 1  # type of a metadata value: UTF-8
 
 Edit = Callable[[bytes], bytes]
 """Takes the content of a box and gives the boxes that replace it."""
-
-
-class VideoError(ValueError):
-    """A file cannot be read as video, or frames cannot be written as one."""
 
 
 def box(kind: bytes, *content: bytes) -> bytes:

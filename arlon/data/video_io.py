@@ -26,7 +26,7 @@ import av
 import numpy as np
 
 from arlon.data import mp4
-from arlon.data.mp4 import VideoError
+from arlon.errors import VideoError
 
 MAX_FPS = 1000
 _FRAGMENT_FLAGS = "frag_custom+empty_moov+default_base_moof"

@@ -7,7 +7,6 @@ Source: Open-Sora v1.2 (`MaskGenerator`, and the masked loop of its rectified-fl
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from arlon.diffusion import flow
 from arlon.diffusion.samplers import StepCallback, VelocityFn, check_times, get_solver
+from arlon.errors import did_you_mean
 
 MASK_MODES = (
     "identity",
@@ -119,9 +119,7 @@ def _randint(low: int, high: int, generator: torch.Generator | None) -> int:
 def _check_modes(modes: Mapping[str, float] | list[str]) -> None:
     for mode in modes:
         if mode not in MASK_MODES:
-            near = difflib.get_close_matches(mode, MASK_MODES, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise ValueError(f"unknown mask mode {mode!r}, {hint}choose from {', '.join(MASK_MODES)}")
+            raise ValueError(f"unknown mask mode {mode!r}, {did_you_mean(mode, MASK_MODES)}")
 
 
 def place_clean(noise: Tensor, clean: Tensor, frame_mask: Tensor) -> Tensor:

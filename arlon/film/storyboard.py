@@ -30,6 +30,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from arlon.errors import StoryboardError
+from arlon.errors import UsageError as UsageError  # storyboards raise it, so callers find it here too
 from arlon.film.storyboard_values import FILM_READERS, SHOT_READERS, Duration, Transition, read_values
 from arlon.film.strict_yaml import parse_json, parse_yaml, read_text
 from arlon.text.prompts import is_script, parse_prompt
@@ -37,33 +39,8 @@ from arlon.text.prompts import is_script, parse_prompt
 DEFAULT_DURATION = Duration(seconds=5.0)
 MAX_SHOTS = 10_000
 RANDOM_SEED_LIMIT = 2**31
-MAX_LISTED = 20
-"""How many problems a message lists."""
 REFERENCE_KINDS = ("image", "end_image", "video")
 """Shot keys that name a file; see `arlon.film.media`."""
-
-
-class UsageError(ValueError):
-    """What was asked for cannot be done as asked; nothing has been started."""
-
-
-class StoryboardError(UsageError):
-    """Everything that is wrong with a storyboard, one problem a line.
-
-    Args:
-        problems: One sentence a problem.
-        source: Name of the storyboard, for the message.
-    """
-
-    def __init__(self, problems: Sequence[str], source: str = "storyboard") -> None:
-        self.problems = tuple(problems)
-        if len(self.problems) == 1:
-            super().__init__(f"{source}: {self.problems[0]}")
-        else:
-            rest = len(self.problems) - MAX_LISTED
-            listed = [*self.problems[:MAX_LISTED], *([f"... and {rest} more"] if rest > 0 else [])]
-            lines = "\n".join(f"  {problem}" for problem in listed)
-            super().__init__(f"{source} has {len(self.problems)} problems:\n{lines}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,6 @@ ValueError that goes on from the name of the key: "must be between 1 and 240, go
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 import unicodedata
@@ -14,6 +13,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from arlon.errors import did_you_mean
 from arlon.film.strict_yaml import MAX_SHOWN, shown
 from arlon.text.prompts import add_scores, is_script
 
@@ -250,10 +250,8 @@ def read_values(
     values = {}
     for key, value in data.items():
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
-            hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(sorted(known))}"
             name = key if str(key).isprintable() and len(str(key)) <= MAX_SHOWN else shown(key)
-            problems.append(f"{prefix}{name}: unknown key; {hint}")
+            problems.append(f"{prefix}{name}: unknown key; {did_you_mean(str(key), sorted(known))}")
         elif key in readers and value is not None:
             try:
                 values[key] = readers[key](value)

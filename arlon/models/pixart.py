@@ -21,7 +21,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from arlon.components import READ_PRECISIONS, CheckpointError, some_of
+from arlon.components import READ_PRECISIONS
+from arlon.errors import CheckpointError, one_line, shorten_list
 from arlon.models.stdit import STDiT3
 
 SUFFIXES = (".safetensors", ".pth", ".pt")
@@ -68,7 +69,7 @@ def load_pixart(model: STDiT3, path: str | Path) -> LoadedPixArt:
         if name in state and (tensor.shape != state[name].shape or tensor.dtype not in FLOATS)
     ]
     problems = [
-        f"{what} tensors, {len(names)}: {some_of(names)}"
+        f"{what} tensors, {len(names)}: {shorten_list(names)}"
         for what, names in (("lacks", missing), ("has unknown", unknown), ("has unfit", wrong))
         if names
     ]
@@ -114,7 +115,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             return load_file(path)
         values = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+        reason = one_line(error, 120)
         raise CheckpointError(
             f"{str(path)!r} is damaged, or holds more than tensors, and is not loaded ({reason}): get it again, or "
             "store its tensors as safetensors"

@@ -17,6 +17,8 @@ from typing import Literal
 
 import numpy as np
 
+from arlon.errors import did_you_mean
+
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (222, 36, 36),
     "green": (52, 200, 76),
@@ -322,7 +324,7 @@ def render_background(name: str, height: int, width: int) -> np.ndarray:
     else:
         flat = {"black": (10, 10, 12), "grey": (104, 104, 106), "navy": (16, 22, 72)}
         if name not in flat:
-            raise ValueError(f"unknown background {name!r}, choose from {', '.join(map(repr, BACKGROUNDS))}")
+            raise ValueError(f"unknown background {name!r}, {did_you_mean(name, BACKGROUNDS)}")
         layers = tuple(np.float32(v) + 0 * x * y for v in flat[name])
     return np.stack(np.broadcast_arrays(*layers), axis=-1).astype(np.float32)
 
@@ -361,7 +363,7 @@ def signed_distance(shape: str, x: np.ndarray, y: np.ndarray, radius: np.ndarray
     if shape == "crescent":
         inside, bite = x + 0.2 * radius, x - 0.55 * radius
         return np.maximum(np.sqrt(inside * inside + y * y) - 1.3 * radius, radius - np.sqrt(bite * bite + y * y))
-    raise ValueError(f"unknown shape {shape!r}, choose from {', '.join(map(repr, ALL_SHAPES))}")
+    raise ValueError(f"unknown shape {shape!r}, {did_you_mean(shape, ALL_SHAPES)}")
 
 
 def render_scene(

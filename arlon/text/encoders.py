@@ -13,7 +13,6 @@ Dimension key
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,13 +22,12 @@ import torch
 from torch import Tensor
 
 from arlon.components import CONFIG_NAME, FORMAT, check_precisions, component_config, find_weights, read_json
-from arlon.config import config_from_dict, config_to_dict, write_text
+from arlon.config import config_from_dict, config_to_dict
+from arlon.errors import one_line, shorten_list
+from arlon.files import make_folder, write_json
 from arlon.memory import align_weights
 from arlon.text.cleaning import clean_caption
 from arlon.text.sources import MINILM_DIM, T5_DIM, find_minilm, find_t5, tokenizer_folder
-
-MAX_NAMED = 3
-"""Tensors that do not fit are named up to so many."""
 
 
 @dataclass(frozen=True)
@@ -226,7 +224,8 @@ class T5Encoder(_TransformerEncoder):
 
 def save_text_encoder(folder: str | Path, config: TextEncoderConfig) -> Path:
     """Write the component folder that names an encoder; its weights are not copied."""
-    write_text(Path(folder) / CONFIG_NAME, json.dumps(_component_values(config), indent=2) + "\n")
+    make_folder(Path(folder))
+    write_json(Path(folder) / CONFIG_NAME, _component_values(config))
     return Path(folder)
 
 
@@ -305,8 +304,7 @@ def _from_pretrained(kind: Any, folder: Path, **options: Any) -> Any:
         try:
             return kind.from_pretrained(folder, local_files_only=True, **options)
         except Exception as error:  # transformers raises errors of several libraries
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ValueError(f"cannot load the T5 text encoder in {str(folder)!r}: {reason}") from error
+            raise ValueError(f"cannot load the T5 text encoder in {str(folder)!r}: {one_line(error)}") from error
 
 
 def _refuse_misfits(folder: Path, info: Mapping[str, Any]) -> None:
@@ -319,10 +317,9 @@ def _refuse_misfits(folder: Path, info: Mapping[str, Any]) -> None:
         *(f"{name} is {found}, expected {wanted}" for name, (found, wanted) in sorted(shapes.items())),
     ]
     if problems:
-        more = f" and {len(problems) - MAX_NAMED} more" if len(problems) > MAX_NAMED else ""
         raise ValueError(
             f"the weights in {str(folder)!r} do not fit the T5 of its config.json: "
-            f"{'; '.join(problems[:MAX_NAMED])}{more}. Copy them again, or name another folder"
+            f"{shorten_list(problems, separator='; ')}. Copy them again, or name another folder"
         )
 
 

@@ -9,11 +9,12 @@ segment marks and without `{"` are plain text.
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from dataclasses import dataclass
 from itertools import pairwise
+
+from arlon.errors import did_you_mean
 
 CAMERA_MOTIONS = ("pan left", "pan right", "tilt up", "tilt down", "zoom in", "zoom out", "static")
 """Camera motions the training captions of the released model name; few clips have one."""
@@ -75,7 +76,7 @@ def _parse_tail(tail: str) -> dict[str, str]:
         ) from None
     for key, value in values.items():
         if key not in _TAIL_KEYS:
-            raise ValueError(f"unknown key {key!r} after the prompt, choose from {', '.join(map(repr, _TAIL_KEYS))}")
+            raise ValueError(f"unknown key {key!r} after the prompt, {did_you_mean(str(key), _TAIL_KEYS)}")
         if not isinstance(value, str):
             raise ValueError(f"{key} after the prompt must be text, got {value!r}")
     return values
@@ -110,9 +111,7 @@ def add_scores(
         ValueError: If the camera motion is unknown.
     """
     if camera is not None and camera not in CAMERA_MOTIONS:
-        near = difflib.get_close_matches(camera, CAMERA_MOTIONS, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"unknown camera motion {camera!r}, {hint}choose from {', '.join(CAMERA_MOTIONS)}")
+        raise ValueError(f"unknown camera motion {camera!r}, {did_you_mean(camera, CAMERA_MOTIONS)}")
     wanted = {
         "aesthetic score:": None if aesthetic is None else f"{aesthetic:.1f}",
         "motion score:": None if motion is None else f"{motion:.1f}",

@@ -7,13 +7,13 @@ SHA-256; T5 comes from a folder or from the hub.
 from __future__ import annotations
 
 import functools
-import hashlib
 import importlib.util
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from arlon.components import find_weights
+from arlon.files import hash_file
 from arlon.hub import fetch, is_hub_id, is_offline
 
 if TYPE_CHECKING:
@@ -84,8 +84,7 @@ def _checked(folder: Path) -> Path:
 @functools.lru_cache(maxsize=8)
 def _sha256(path: str, size: int, mtime_ns: int) -> str:
     """SHA-256 of a file; size and modification time are arguments so that a changed file is read again."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return hash_file(Path(path))
 
 
 def _packaged_minilm() -> Path | None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from arlon.data.aspect import NUM_FRAMES
+from arlon.errors import did_you_mean
 from arlon.film.settings import Settings
 from arlon.film.storyboard import (
     Storyboard,
@@ -116,9 +116,7 @@ def read_assignments(
     for text in assignments:
         key, value = _assignment(text)
         if key not in film_keys | setting_keys:
-            near = difflib.get_close_matches(key, film_keys | setting_keys, n=1)
-            hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(sorted(film_keys | setting_keys))}"
-            raise UsageError(f"--set {key}: unknown key; {hint}")
+            raise UsageError(f"--set {key}: unknown key; {did_you_mean(key, sorted(film_keys | setting_keys))}")
         if value is None:
             raise UsageError(f"--set {key}: no value given; leave it out to take the model's own")
         given[key] = value

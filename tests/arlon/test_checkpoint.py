@@ -185,7 +185,7 @@ def test_weights_stored_as_other_numbers_are_refused(folder: Path, dtype: torch.
         with pytest.raises(CheckpointError) as error:
             load_component(Tiny, folder, strict=strict)
         (line,) = str(error.value).splitlines()
-        assert "holds Tiny tensors stored as numbers that are not read, 2: " in line
+        assert "holds 2 Tiny tensors of a type that is not supported: " in line
         assert f"linear.bias ({name})" in line
         assert f"linear.weight ({name}); expected float32, float16, bfloat16, float64: get the weights" in line
 
@@ -369,7 +369,7 @@ def test_model_is_found_by_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("shape", "unknown model 'shape': did you mean 'shapes'"),
+        ("shape", "unknown model 'shape', did you mean 'shapes'"),
         ("./runs/none", "unknown model './runs/none'"),
         ("runs/none", "no folder 'runs/none', and no model of that name on the hub"),
         ("", "unknown model ''"),

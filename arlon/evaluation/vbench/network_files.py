@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from arlon.checkpoint import read_json
+from arlon.errors import one_line
 
 
 def check_kind(folder: Path, kind: str, wanted: str) -> None:
@@ -62,7 +63,7 @@ def load_network(model_class: Any, folder: Path, device: str, **options: Any) ->
             str(folder), local_files_only=True, use_safetensors=True, output_loading_info=True, **options
         )
     except Exception as error:  # errors of several libraries
-        raise ValueError(f"cannot load '{folder}': {str(error).strip().splitlines()[0][:200]}") from error
+        raise ValueError(f"cannot load '{folder}': {one_line(error, 200)}") from error
     finally:
         logging.set_verbosity(verbosity)
         if shows_progress:

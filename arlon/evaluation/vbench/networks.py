@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from arlon.checkpoint import read_json, resolve_model
+from arlon.errors import did_you_mean, one_line
 from arlon.evaluation.vbench.network_files import (
     check_kind,
     describe,
@@ -167,10 +168,9 @@ class RaftBackbone(Backbone):
         try:
             from torchvision.models.optical_flow import raft_large
         except (ImportError, RuntimeError) as error:  # one made for another torch fails in its own way
-            reason = str(error).strip().splitlines()[0]
             raise ValueError(
-                f"RAFT's architecture comes from torchvision, which cannot be imported ({reason}): install the extra "
-                "'vbench', in the version that fits this torch"
+                f"RAFT's architecture comes from torchvision, which cannot be imported ({one_line(error)}): install "
+                "the extra 'vbench', in the version that fits this torch"
             ) from error
         file = weight_file(source)
         tensors = read_tensors(file)
@@ -213,8 +213,9 @@ class MusiqBackbone(Backbone):
         try:
             from pyiqa.archs.musiq_arch import MUSIQ
         except Exception as error:  # it wants a transformers of its own, and fails in its own way with another
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ValueError(f"MUSIQ's architecture comes from pyiqa, which cannot be imported ({reason})") from error
+            raise ValueError(
+                f"MUSIQ's architecture comes from pyiqa, which cannot be imported ({one_line(error)})"
+            ) from error
         file = weight_file(source)
         tensors = read_tensors(file)
         self._model = MUSIQ(pretrained=False)
@@ -324,7 +325,7 @@ def load_backbone(dimension: str, source: str, *, device: str = "cpu") -> Backbo
         ValueError: If there is no such dimension, or the source is no such network; the message says why.
     """
     if dimension not in BACKBONE_KINDS:
-        raise ValueError(f"no backbone can be given for {dimension!r}, choose from {', '.join(BACKBONE_KINDS)}")
+        raise ValueError(f"no backbone can be given for {dimension!r}, {did_you_mean(dimension, BACKBONE_KINDS)}")
     try:
         place = Path(source).expanduser() if Path(source).expanduser().is_file() else resolve_model(source)
         return BACKBONE_KINDS[dimension](place, device)
