@@ -10,10 +10,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from arlon.errors import UsageError
 from arlon.film.geometry import ModelGeometry, open_model, read_geometry
 from arlon.film.plan import Plan, make_plan, resolve_storyboard, with_frame_size
 from arlon.film.settings import Settings
-from arlon.film.storyboard import Storyboard, UsageError, random_seed
+from arlon.film.storyboard import Storyboard, random_seed
 from arlon.threads import available_cores
 
 if TYPE_CHECKING:

@@ -25,12 +25,12 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from arlon.errors import UsageError
 from arlon.files import hash_plain
 from arlon.film.prepare import make_settings, plan_film
 from arlon.film.settings import Settings
 from arlon.film.storyboard import (
     Storyboard,
-    UsageError,
     anchored,
     load_storyboard,
     parse_storyboard,

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from arlon.film.storyboard import UsageError
+from arlon.errors import UsageError
 from pipelines.batch.batch import BatchOptions, FilmOutcome, FilmTask, attempt_film
 from pipelines.executors.ray_graph import first_line, ray_session
 

@@ -8,21 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipelines.commands.common import (
-    FAILED,
+from arlon.errors import UsageError
+from pipelines.commands.common import FAILED, count, only_results_on_stdout, printable, reported, say
+from pipelines.commands.options import (
     AddressOption,
-    DeviceOption,
     Executor,
     HlsOption,
     JsonOption,
     ModelOption,
-    PrecisionOption,
-    SetOption,
-    count,
-    only_results_on_stdout,
-    printable,
-    reported,
-    say,
+    SettingOptions,
+    grouped,
 )
 
 if TYPE_CHECKING:
@@ -31,7 +26,9 @@ if TYPE_CHECKING:
     from pipelines.batch.batch import BatchOptions, FilmOutcome, FilmTask
 
 
+@grouped
 def batch(
+    *,
     films: Annotated[
         Path, typer.Argument(metavar="FILE.jsonl", help="One film a line: prompts or a storyboard; docs/cluster.md.")
     ],
@@ -47,34 +44,17 @@ def batch(
         typer.Option("--pipelines", min=1, help="Films at the same time. [default: as many as there is room for]"),
     ] = None,
     retries: Annotated[int, typer.Option("--retries", min=0, help="Further attempts after a failure.")] = 2,
-    dtype: PrecisionOption = None,
-    device: DeviceOption = None,
-    threads: Annotated[
-        int | None, typer.Option("--threads", min=1, help="Processor threads of a pipeline. [default: all cores]")
-    ] = None,
-    assignments: SetOption = None,
+    how: SettingOptions,
     hls: HlsOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Make many films; what is finished is skipped, and one that fails does not stop the rest."""
     with reported():
-        from arlon.film.storyboard import UsageError
         from pipelines.batch.batch import BatchOptions, FilmTask, read_batch
-        from pipelines.commands.options import FilmOptions, sorted_values
 
         if executor is Executor.local and (address or pipelines):
             raise UsageError(f"{'--address' if address else '--pipelines'} needs --executor ray")
-        values = {"dtype": dtype.value if dtype else None, "device": device, "num_threads": threads}
-        everywhere = FilmOptions(
-            prompts=[],
-            storyboard=None,
-            seed=None,
-            duration=None,
-            transition="continue",
-            values=values,
-            assignments=assignments or [],
-        )
-        film_values, settings = sorted_values(everywhere)
+        film_values, settings = how.read()
         _check_values(film_values, settings, model)
         options = BatchOptions(
             output_dir=str(output_dir.expanduser().resolve()), model=model, num_retries=retries, hls=hls
@@ -97,7 +77,7 @@ def _check_values(film_values: dict[str, Any], settings: dict[str, Any], model: 
     from arlon.config import config_from_dict
     from arlon.film.geometry import open_model
     from arlon.film.settings import Settings
-    from arlon.film.storyboard import UsageError, storyboard_from_prompts, with_overrides
+    from arlon.film.storyboard import storyboard_from_prompts, with_overrides
 
     with_overrides(storyboard_from_prompts(["any"]), film_values)
     try:

@@ -1,4 +1,4 @@
-"""What the commands share: exit codes, options, and how an error reaches the user.
+"""How every command prints, and how an error reaches the user.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted. An error is one readable message on stderr;
 `ARLON_DEBUG=1` shows the traceback too.
@@ -8,110 +8,42 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, redirect_stdout
-from dataclasses import fields, is_dataclass
-from enum import Enum
-from functools import wraps
-from inspect import Parameter, Signature, signature
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
+
+from arlon.errors import UsageError
 
 FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
 
 
-class Executor(str, Enum):  # noqa: UP042 (typer shows the values of a plain str Enum)
-    """How a film is computed."""
-
-    local = "local"
-    ray = "ray"
-
-
-class TransitionOption(str, Enum):  # noqa: UP042
-    """How shots given by --prompt join."""
-
-    carry = "continue"
-    cut = "cut"
-
-
-class DtypeOption(str, Enum):  # noqa: UP042
-    """Precision of the networks."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-
-
-PromptsOption = Annotated[
-    list[str] | None, typer.Option("--prompt", "-p", help="A shot; give it again for the next one.")
-]
-StoryboardOption = Annotated[
-    Path | None,
-    typer.Option("--storyboard", help="Storyboard file: .yaml, .json, or .txt with one prompt a line."),
-]
-ModelOption = Annotated[str | None, typer.Option("--model", help="Name or folder of a model. [default: shapes]")]
-DurationOption = Annotated[
-    str | None, typer.Option("--duration", help='Length of shots that give none: seconds, or "36f" frames.')
-]
-JoinOption = Annotated[TransitionOption, typer.Option("--transition", help="How shots given by --prompt join.")]
-HeightOption = Annotated[int | None, typer.Option("--height", help="Frame height in pixels.")]
-WidthOption = Annotated[int | None, typer.Option("--width", help="Frame width in pixels.")]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Any film-level storyboard key or setting, e.g. ar_top_p=0.9."),
-]
-AddressOption = Annotated[str | None, typer.Option("--address", help="Ray cluster to join.")]
-PrecisionOption = Annotated[DtypeOption | None, typer.Option("--dtype", help="Precision. [default: float32]")]
-DeviceOption = Annotated[str | None, typer.Option("--device", help="cpu, cuda, ... [default: cpu]")]
-HlsOption = Annotated[bool, typer.Option("--hls", help="Make an HLS stream beside a film, to watch it while it grows.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing of how it goes, only what came of it.")]
-
-
-def grouped(command: Callable[..., None]) -> Callable[..., None]:
-    """The command as typer has to see it, which knows no groups: the fields of a dataclass are options of their own."""
-    parameters = signature(command, eval_str=True).parameters.values()
-    groups = {given.name: given.annotation for given in parameters if is_dataclass(given.annotation)}
-
-    @wraps(command)
-    def flat(**values: Any) -> None:
-        for name, group in groups.items():
-            values[name] = group(**{field.name: values.pop(field.name) for field in fields(group)})
-        command(**values)
-
-    options: list[Parameter] = []
-    for given in parameters:
-        group = groups.get(given.name)
-        options += [given] if group is None else signature(group, eval_str=True).parameters.values()
-    flat.__signature__ = Signature(options)
-    return flat
-
-
 def count(number: int, noun: str) -> str:
+    """A number of things in words: `1 film`, `3 films`."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def say(text: str) -> None:
+    """Print a line that is not a result, on stderr."""
     typer.echo(text, err=True)
 
 
 def only_results_on_stdout() -> AbstractContextManager[Any]:
-    """While work is done: Ray prints there when a process dies, and what reads our results would trip over it."""
+    """Send what is printed to stderr while work is done: Ray prints to stdout when a process dies."""
     return redirect_stdout(sys.stderr)
 
 
 @contextmanager
 def reported() -> Iterator[None]:
-    """Turn errors into one message on stderr and an exit code."""
-    from arlon.film.storyboard import UsageError
-
+    """Turn an error inside the `with` block into one message on stderr and an exit code."""
     try:
         yield
     except typer.Exit:
         raise
     except KeyboardInterrupt as error:
-        _debug()
+        _print_traceback()
         raise typer.Exit(INTERRUPTED) from error
     except UsageError as error:
         _fail(str(error), WRONG_USAGE, error)
@@ -129,18 +61,16 @@ def _message(error: BaseException) -> str:
 
 
 def _fail(text: str, code: int, error: BaseException) -> None:
-    _debug()
+    _print_traceback()
     say(f"error: {printable(text)}")
     raise typer.Exit(code) from error
 
 
-def printable(text: str) -> str:
-    """Text whose control characters, which would steer a terminal, are written out."""
-    return "".join(char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in text)
-
-
-def _debug() -> None:
+def _print_traceback() -> None:
     if os.environ.get("ARLON_DEBUG"):
-        import traceback
-
         traceback.print_exc()
+
+
+def printable(text: str) -> str:
+    """Write out control characters, which would steer a terminal, as escapes; line breaks stay."""
+    return "".join(char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in text)

@@ -7,14 +7,15 @@ from typing import Annotated
 
 import typer
 
-from pipelines.commands.common import (
-    FAILED,
+from arlon.errors import UsageError
+from pipelines.commands.common import FAILED, reported
+from pipelines.commands.options import (
     DtypeOption,
     HeightOption,
     JsonOption,
     SetOption,
     WidthOption,
-    reported,
+    read_assignments,
 )
 
 
@@ -37,9 +38,6 @@ def doctor(
 ) -> None:
     """Look at this machine: devices, memory, codecs; and whether a film fits. Nothing is loaded or downloaded."""
     with reported():
-        from arlon.film.storyboard import UsageError
-        from pipelines.commands.options import read_assignments
-
         if model is None and (assignments or not height is width is duration is None):
             raise UsageError("--height, --width, --duration and --set say what film is meant: give --model too")
         from pipelines.doctor.diagnosis import check_fit, fit_lines, to_plain

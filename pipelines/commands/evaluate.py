@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipelines.commands.common import FAILED, JsonOption, count, printable, reported, say
+from arlon.errors import UsageError
+from pipelines.commands.common import FAILED, count, printable, reported, say
+from pipelines.commands.options import JsonOption
 
 if TYPE_CHECKING:
     from pipelines.evaluation.evaluate import Evaluation, Progress
@@ -104,7 +106,6 @@ def evaluate(
 
 def _read_backbones(given: list[str]) -> dict[str, str]:
     from arlon.evaluation.vbench.networks import BACKBONE_KINDS
-    from arlon.film.storyboard import UsageError
 
     backbones = {}
     for text in given:

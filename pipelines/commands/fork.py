@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from pipelines.commands.common import reported, say
-from pipelines.commands.run_options import RunArgument, RunModelOption
+from pipelines.commands.options import RunArgument, RunModelOption
 
 
 def fork(

@@ -11,22 +11,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipelines.commands.common import (
-    DeviceOption,
+from arlon.errors import UsageError
+from pipelines.commands.common import count, only_results_on_stdout, reported, say
+from pipelines.commands.options import (
+    ComputeOptions,
     Executor,
+    FilmOptions,
     HlsOption,
     JsonOption,
-    PrecisionOption,
     QuietOption,
-    SetOption,
-    count,
+    SettingOptions,
     grouped,
-    only_results_on_stdout,
-    reported,
-    say,
+    read_film,
 )
-from pipelines.commands.film_options import LookOptions, SourceOptions, film_options
-from pipelines.commands.run_options import ComputeOptions
 
 if TYPE_CHECKING:
     from pipelines.runs.generate import Begin, FilmResult, Prepared, Progress
@@ -36,18 +33,14 @@ if TYPE_CHECKING:
 @grouped
 def generate(
     *,
-    source: SourceOptions,
+    film: FilmOptions,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="film.mp4 or a folder. [default: outputs/PROMPT-SEED]"),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at --output.")] = False,
-    look: LookOptions,
     compute: ComputeOptions,
-    dtype: PrecisionOption = None,
-    device: DeviceOption = None,
-    threads: Annotated[int | None, typer.Option("--threads", help="Processor threads. [default: all cores]")] = None,
-    assignments: SetOption = None,
+    how: SettingOptions,
     sheet: Annotated[bool, typer.Option("--sheet", help="Write a contact sheet beside the film.")] = False,
     metadata: Annotated[
         bool,
@@ -59,23 +52,26 @@ def generate(
 ) -> None:
     """Make a film."""
     with reported():
-        from pipelines.commands.options import read_film_options
         from pipelines.runs.generate import prepare
         from pipelines.runs.picture import is_picture, prepare_picture
 
         compute.check()
-        precision = dtype.value if dtype else None
-        options = film_options(source, look, assignments, dtype=precision, device=device, num_threads=threads)
-        film, settings = read_film_options(options)
-        if is_picture(film, output):
+        storyboard, settings = read_film(film, how)
+        if is_picture(storyboard, output):
             _refuse_for_picture({"--executor": compute.executor is not Executor.local, "--sheet": sheet, "--hls": hls})
             checked = prepare_picture(
-                film, model=source.model, output=output, overwrite=overwrite, settings=settings, metadata=metadata
+                storyboard, model=film.model, output=output, overwrite=overwrite, settings=settings, metadata=metadata
             )
             _print_picture(checked, as_json=as_json)
             return
         prepared = prepare(
-            film, model=source.model, output=output, overwrite=overwrite, settings=settings, metadata=metadata, hls=hls
+            storyboard,
+            model=film.model,
+            output=output,
+            overwrite=overwrite,
+            settings=settings,
+            metadata=metadata,
+            hls=hls,
         )
         result = make_film(prepared, compute, quiet=quiet)
         sheet_path = _write_sheet_beside(result.film) if sheet else None
@@ -84,7 +80,6 @@ def generate(
 
 def _refuse_for_picture(options: dict[str, bool]) -> None:
     """Refuse options that would do nothing where one frame is made."""
-    from arlon.film.storyboard import UsageError
 
     if given := [name for name, is_given in options.items() if is_given]:
         raise UsageError(f"a picture is one frame, made in one process: leave out {', '.join(given)}")

@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from pipelines.commands.common import JsonOption, printable, reported
+from pipelines.commands.common import printable, reported
+from pipelines.commands.options import JsonOption
 
 
 def inspect(

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
-from pipelines.commands.common import JsonOption, SetOption, count, grouped, reported
-from pipelines.commands.film_options import LookOptions, SourceOptions, film_options
+from pipelines.commands.common import count, reported
+from pipelines.commands.options import FilmOptions, JsonOption, SettingOptions, grouped, read_film
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,9 +28,8 @@ FILE_COLUMNS = 120
 @grouped
 def plan(
     *,
-    source: SourceOptions,
-    look: LookOptions,
-    assignments: SetOption = None,
+    film: FilmOptions,
+    how: SettingOptions,
     is_whole: Annotated[bool, typer.Option("--all", help="Print every shot of a long film.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -39,17 +38,16 @@ def plan(
         from arlon.film.media import check_references
         from arlon.film.plan import clip_plan
         from arlon.film.prepare import make_settings, plan_film
-        from pipelines.commands.options import read_film_options
         from pipelines.runs.picture import check_picture, is_picture
 
-        film, settings = read_film_options(film_options(source, look, assignments))
-        if is_picture(film, None):
-            check_picture(film)
-        planned = plan_film(film, source.model)
+        storyboard, settings = read_film(film, how)
+        if is_picture(storyboard, None):
+            check_picture(storyboard)
+        planned = plan_film(storyboard, film.model)
         film_plan, folder = planned.plan, planned.model.path
         references = check_references(film_plan)
         chosen = make_settings(film_plan.geometry, settings)
-        if is_picture(film, None):
+        if is_picture(storyboard, None):
             film_plan = clip_plan(film_plan, 1)
         if as_json:
             plain = film_plan.to_plain() | {"references": [given.describe() for given in references]}

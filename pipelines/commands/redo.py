@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
-from pipelines.commands.common import JsonOption, QuietOption, grouped, reported
+from pipelines.commands.common import reported
 from pipelines.commands.generate import make_film, print_film
-from pipelines.commands.run_options import ComputeOptions, RunArgument, RunModelOption
+from pipelines.commands.options import ComputeOptions, JsonOption, QuietOption, RunArgument, RunModelOption, grouped
 
 
 @grouped

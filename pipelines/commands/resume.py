@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from pipelines.commands.common import JsonOption, QuietOption, grouped, reported, say
+from pipelines.commands.common import reported, say
 from pipelines.commands.generate import make_film, print_film
-from pipelines.commands.run_options import ComputeOptions, RunArgument, RunModelOption
+from pipelines.commands.options import ComputeOptions, JsonOption, QuietOption, RunArgument, RunModelOption, grouped
 
 
 @grouped

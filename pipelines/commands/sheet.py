@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from arlon.errors import UsageError
 from pipelines.commands.common import reported
 
 
@@ -18,7 +19,6 @@ def sheet(
 ) -> None:
     """Write a contact sheet of a film: a row a shot, its prompt above it."""
     with reported():
-        from arlon.film.storyboard import UsageError
         from pipelines.deliver.sheet import film_sheet, find_film, write_sheet
 
         target = output or find_film(film).with_suffix(".png")

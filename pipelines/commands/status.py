@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipelines.commands.common import JsonOption, reported
-from pipelines.commands.run_options import RunArgument
+from pipelines.commands.common import reported
+from pipelines.commands.options import JsonOption, RunArgument
 
 if TYPE_CHECKING:
     from pipelines.runs.status import RunStatus

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from pipelines.commands.common import FAILED, count, reported, say
-from pipelines.commands.run_options import RunArgument, RunModelOption
+from pipelines.commands.options import RunArgument, RunModelOption
 
 
 def verify(

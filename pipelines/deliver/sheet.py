@@ -14,9 +14,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from arlon.data.video_io import probe, read_video
+from arlon.errors import UsageError
 from arlon.files import write_bytes
 from arlon.film.record import RECORD_TAG
-from arlon.film.storyboard import UsageError
 
 MARGIN = 8
 GAP = 4

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from arlon.errors import UsageError
 from arlon.film.geometry import (
     GenerationDefaults,
     ModelConfigs,
@@ -22,7 +23,7 @@ from arlon.film.geometry import (
     read_size,
 )
 from arlon.film.prepare import make_settings, plan_storyboard
-from arlon.film.storyboard import UsageError, storyboard_from_prompts, with_overrides
+from arlon.film.storyboard import storyboard_from_prompts, with_overrides
 from arlon.film.storyboard_values import parse_duration
 from arlon.film.workers import process_memory_bytes
 from arlon.text.sources import can_be_had, describe_whence, is_at_hand

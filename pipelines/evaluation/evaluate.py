@@ -29,13 +29,13 @@ import numpy as np
 from PIL import Image
 
 from arlon.data.video_io import probe, read_video
+from arlon.errors import UsageError
 from arlon.evaluation import cases as suite
 from arlon.evaluation.film import measure_film
 from arlon.evaluation.metric_table import FIGURES, FORMAT
 from arlon.evaluation.vbench.networks import Backbone, load_backbone
 from arlon.evaluation.vbench.rules import RULES
 from arlon.files import hash_file, hash_plain, write_bytes, write_json
-from arlon.film.storyboard import UsageError
 from arlon.version import version
 from pipelines.deliver.sheet import SheetRow, evenly_spaced, frames_to_sheet
 from pipelines.evaluation.film_set import Film, Problem, add_prompts, find_films, outline_of, prompt_of_name

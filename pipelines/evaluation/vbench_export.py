@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from arlon.data.video_io import VideoWriter, probe, read_video
+from arlon.errors import UsageError
 from arlon.files import copy_file, publish, temporary_beside, write_json
-from arlon.film.storyboard import UsageError
 from pipelines.evaluation.film_set import EXPORT_MARK, PARTIAL, Film, Problem, add_prompts, find_films, outline_of
 
 VIDEOS_NAME = "videos"
