@@ -23,6 +23,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from arlon.errors import ArlonError
+
 LOCK_NAME = "run.lock"
 WRITER_LOCK_NAME = "writer.lock"
 PATIENCE_S = 0.1
@@ -33,7 +35,7 @@ LEAVING_PATIENCE_S = 2.0
 """For the writer of a command that ends; if it takes longer, its lock file stays."""
 
 
-class RunLockedError(RuntimeError):
+class RunLockedError(ArlonError, RuntimeError):
     """Another process works on the run."""
 
 

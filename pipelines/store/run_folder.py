@@ -33,6 +33,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from arlon.errors import ArlonError
 from arlon.files import (
     append_line,
     hash_bytes,
@@ -60,8 +61,8 @@ FRAGMENT_NAME = "fragment.mp4"
 SEGMENT_NAME = "segment.json"
 
 
-class RunFolderError(ValueError):
-    """A run folder that is damaged or does not hold what was asked for."""
+class RunFolderError(ArlonError, ValueError):
+    """A run folder that is damaged, was changed by hand, or does not hold what was asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
