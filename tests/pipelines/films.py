@@ -26,6 +26,13 @@ def prepared_film(
     return prepare(storyboard, model=str(model), output=output, settings={"num_threads": 1} | (settings or {}))
 
 
+def make_film(model: Path, output: Path, *shots: Any, **options: Any) -> Path:
+    """Make a film of the tiny model, as `prepared_film` has it, and return its file."""
+    from pipelines.runs.generate import generate
+
+    return generate(prepared_film(model, output, *shots, **options)).film
+
+
 def assert_same_film(film: Path, expected: Path) -> None:
     """Two films of the same bytes; if not, the error names the first step that came out otherwise, and by how much.
 

@@ -8,8 +8,6 @@ import os
 import pty
 import select
 import signal
-import subprocess
-import sys
 import termios
 import time
 from pathlib import Path
@@ -21,9 +19,9 @@ from rich.console import Console
 from pipelines.runs.generate import generate
 from pipelines.runs.progress_view import RunView, Tail, live_view, watch
 from pipelines.store.run_folder import RunFolder
+from tests.pipelines import processes
 from tests.pipelines.films import prepared_film
 
-ROOT = Path(__file__).parents[2]
 SEGMENTS = [{"index": i, "take": 0, "shot": i // 2, "num_code_frames": 4 * (i + 1)} for i in range(5)]
 HIDE, SHOW = b"\x1b[?25l", b"\x1b[?25h"
 
@@ -129,19 +127,16 @@ def test_numbers_of_a_real_run(tiny_model: Path, tmp_path: Path) -> None:
 
 
 class Terminal:
-    """A command whose stderr is a terminal and whose stdout is a pipe."""
+    """A command whose stderr is a terminal and whose stdout is a file."""
 
-    def __init__(self, *arguments: object) -> None:
-        self.ours, theirs = pty.openpty()
-        self.before = termios.tcgetattr(theirs)
-        self.theirs = theirs
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "pipelines.cli", *map(str, arguments)],
-            stdout=subprocess.PIPE,
-            stderr=theirs,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm", "COLUMNS": "90"},
-            # Tests that a shell started in the background ignore Ctrl-C, and their children would too.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    def __init__(self, folder: Path, *arguments: object) -> None:
+        self.ours, self.theirs = pty.openpty()
+        self.before = termios.tcgetattr(self.theirs)
+        self.stdout = folder / "stdout"
+        self.process = processes.start(
+            processes.command,
+            *([str(argument) for argument in arguments], os.ttyname(self.theirs), str(self.stdout)),
+            environment={"TERM": "xterm", "COLUMNS": "90"},
         )
         self.shown = b""
 
@@ -151,7 +146,7 @@ class Terminal:
         while time.monotonic() < end_s:
             if select.select([self.ours], [], [], 0.1)[0]:
                 self.shown += os.read(self.ours, 65536)
-            elif self.process.poll() is not None:
+            elif self.process.exitcode is not None:
                 return
             if until and until in self.shown:
                 return
@@ -161,9 +156,9 @@ class Terminal:
 @pytest.mark.slow
 def test_on_a_terminal_there_is_a_view_and_stdout_is_clean(tiny_model: Path, tmp_path: Path) -> None:
     arguments = ("generate", "--prompt", "a red circle", "--duration", "85f", "--model", tiny_model, "--threads", "1")
-    terminal = Terminal(*arguments, "--seed", "7", "--output", tmp_path / "film.mp4", "--json")
+    terminal = Terminal(tmp_path, *arguments, "--seed", "7", "--output", tmp_path / "film.mp4", "--json")
     terminal.read()
-    assert json.loads(terminal.process.stdout.read())["num_frames"] == 85
+    assert json.loads(terminal.stdout.read_text())["num_frames"] == 85
     assert HIDE in terminal.shown
     assert terminal.shown.rindex(SHOW) > terminal.shown.rindex(HIDE)
     text = terminal.shown.decode(errors="replace")
@@ -177,11 +172,12 @@ def test_on_a_terminal_there_is_a_view_and_stdout_is_clean(tiny_model: Path, tmp
 def test_ctrl_c_gives_the_terminal_back(tiny_model: Path, tmp_path: Path) -> None:
     prompts = [part for _ in range(40) for part in ("--prompt", "a red circle")]
     arguments = ("generate", *prompts, "--duration", "51f", "--model", tiny_model, "--threads", "1", "--seed", "7")
-    terminal = Terminal(*arguments, "--output", tmp_path / "film.mp4")
+    terminal = Terminal(tmp_path, *arguments, "--output", tmp_path / "film.mp4")
     terminal.read(until=b"colour")  # a segment is committed
-    terminal.process.send_signal(signal.SIGINT)
+    assert terminal.process.pid is not None
+    os.kill(terminal.process.pid, signal.SIGINT)
     terminal.read()
-    assert terminal.process.wait() == 130
+    assert terminal.process.exitcode == 130
     assert terminal.shown.rindex(SHOW) > terminal.shown.rindex(HIDE)
     assert b"go on with: arlon resume" in terminal.shown
     assert termios.tcgetattr(terminal.theirs) == terminal.before
@@ -190,7 +186,7 @@ def test_ctrl_c_gives_the_terminal_back(tiny_model: Path, tmp_path: Path) -> Non
 @pytest.mark.slow
 def test_quiet_says_nothing_and_prints_the_film(tiny_model: Path, tmp_path: Path) -> None:
     arguments = ("generate", "--prompt", "a red circle", "--duration", "51f", "--model", tiny_model, "--threads", "1")
-    terminal = Terminal(*arguments, "--output", tmp_path / "film.mp4", "--quiet")
+    terminal = Terminal(tmp_path, *arguments, "--output", tmp_path / "film.mp4", "--quiet")
     terminal.read()
-    assert terminal.process.stdout.read().decode().strip() == str(tmp_path / "film.mp4")
+    assert terminal.stdout.read_text().strip() == str(tmp_path / "film.mp4")
     assert terminal.shown == b""

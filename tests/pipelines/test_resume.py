@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,10 +21,9 @@ from pipelines.runs.resume import continue_run, open_run
 from pipelines.runs.verify import replay_segment, verify_run
 from pipelines.store.lock import RunLock, RunLockedError
 from pipelines.store.run_folder import CODES_NAME, RunFolder, RunFolderError
-from tests.pipelines.films import assert_same_film, prepared_film
+from tests.pipelines import processes
+from tests.pipelines.films import assert_same_film, make_film, prepared_film
 from tests.pipelines.tiny_model import make_tiny_model
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -166,15 +163,9 @@ WRITE_POINTS = (
 def test_a_kill_at_a_write_point_loses_nothing_that_was_committed(
     film: FilmResult, tiny_model: Path, tmp_path: Path, point: str
 ) -> None:
-    code = (
-        "import sys; from pathlib import Path; from pipelines.runs.generate import generate;"
-        "from tests.pipelines.films import assert_same_film, prepared_film;"
-        "generate(prepared_film(Path(sys.argv[1]), Path(sys.argv[2])))"
-    )
     output = tmp_path / "film.mp4"
-    environment = {**os.environ, CRASH_VARIABLE: point, "PYTHONPATH": str(ROOT)}
-    killed = subprocess.run([sys.executable, "-c", code, tiny_model, output], cwd=ROOT, env=environment, check=False)
-    assert killed.returncode == -signal.SIGKILL
+    ended = processes.run(make_film, tiny_model, output, environment={CRASH_VARIABLE: point})
+    assert ended == -signal.SIGKILL
     folder = RunFolder(tmp_path / "film.run")
     if not folder.has_run():
         assert point == "run.json:written:1"
