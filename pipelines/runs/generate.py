@@ -34,6 +34,13 @@ if TYPE_CHECKING:
     from pipelines.executors.ray_graph import GraphConfig
 
 Executor = Literal["local", "ray"]
+FILM_LIBRARIES = (
+    *("av", "numpy", "safetensors", "torch"),
+    "diffusers",  # per-frame VAE
+    "vector-quantize-pytorch",  # codes
+    *("beautifulsoup4", "ftfy", "tokenizers", "transformers"),  # text and its features
+)
+"""Distributions whose code the bits of a film depend on; resuming a run tells if one has changed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -289,7 +296,7 @@ def run_record(prepared: Prepared, executor: str) -> dict[str, Any]:
 
 def library_versions() -> dict[str, str]:
     """Versions of the libraries that decide the bits of a film."""
-    return {name: importlib.metadata.version(name) for name in ("av", "numpy", "safetensors", "torch")}
+    return {name: importlib.metadata.version(name) for name in FILM_LIBRARIES}
 
 
 class _Tally:

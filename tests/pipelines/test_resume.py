@@ -301,9 +301,16 @@ def test_a_run_that_was_changed_after_it_was_opened_is_refused(film: FilmResult,
         generate(run.prepared, begin=lambda *_: continue_run(run))
 
 
-def test_other_libraries_are_told(film: FilmResult) -> None:
+@pytest.mark.parametrize("name", ["torch", "av", "diffusers", "vector-quantize-pytorch", "transformers", "ftfy"])
+def test_other_libraries_are_told(film: FilmResult, name: str) -> None:
     run = open_run(film.run_dir)
     assert run.changed_libraries == []
-    older = replace(run, record={**run.record, "versions": {**run.record["versions"], "torch": "1.0"}})
+    older = replace(run, record={**run.record, "versions": {**run.record["versions"], name: "0.1"}})
     assert len(older.changed_libraries) == 1
-    assert older.changed_libraries[0].startswith("torch 1.0 -> ")
+    assert older.changed_libraries[0].startswith(f"{name} 0.1 -> ")
+
+
+def test_libraries_that_an_earlier_version_did_not_record_are_not_told(film: FilmResult) -> None:
+    run = open_run(film.run_dir)
+    versions = {name: run.record["versions"][name] for name in ("av", "numpy", "safetensors", "torch")}
+    assert replace(run, record={**run.record, "versions": versions}).changed_libraries == []
