@@ -12,6 +12,7 @@ film the head comes once, with the film's tags; each moof gets its running numbe
 
 from __future__ import annotations
 
+import hashlib
 import io
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -292,6 +293,13 @@ def encode_fragment(
     made = dict(mp4.boxes(buffer.getvalue()))
     head = mp4.with_tags(b"".join(mp4.box(kind, made[kind]) for kind in (b"ftyp", b"moov")), {})
     return Fragment(data=head + mp4.box(b"moof", made[b"moof"]) + mp4.box(b"mdat", made[b"mdat"]))
+
+
+def hash_frames(frames: np.ndarray) -> str:
+    """SHA-256 in hexadecimal over the type, shape and content of frames (pT, pH, pW, 3)."""
+    digest = hashlib.sha256(f"{frames.dtype} {frames.shape}".encode())
+    digest.update(np.ascontiguousarray(frames).data)
+    return digest.hexdigest()
 
 
 def _to_yuv(rgb: np.ndarray, index: int, rate: Fraction) -> av.VideoFrame:

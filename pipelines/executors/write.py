@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
-from arlon.data.video_io import Fragment, VideoWriter, encode_fragment
+from arlon.data.video_io import Fragment, VideoWriter, encode_fragment, hash_frames
 from arlon.film.appearance import Look, measure_drift, measure_look
 from arlon.film.messages import CodeResult, Committed, Job, WriteRequest, WriteResult
 from arlon.film.workers import process_memory_bytes
@@ -61,6 +61,7 @@ class WriteWorker:
                 segment.index,
                 latent=refined.latent,
                 fragment=encode_fragment(decoded.frames, **self._settings).data,
+                frames_hash=hash_frames(decoded.frames),
                 inputs=request.inputs | {"codes": refined.codes_hash, "overlap": refined.overlap_hash},
                 look=asdict(look),
             )

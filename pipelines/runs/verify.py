@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from arlon.data.video_io import Fragment, VideoWriter, encode_fragment
+from arlon.data.video_io import Fragment, VideoWriter, encode_fragment, hash_frames
 from arlon.files import hash_file
 from arlon.film.container import finalise
 from arlon.film.messages import CodeResult, SegmentRequests, TextRequest, carried_on, fill, film_requests
@@ -17,7 +17,7 @@ from arlon.film.storyboard import UsageError
 from arlon.film.workers import CodeWorker, DecodeWorker, RefineWorker, TextWorker, torch_threads
 from pipelines.executors.write import film_settings
 from pipelines.runs.resume import Run, misfit, read_fitting_codes
-from pipelines.store.run_folder import RunFolderError
+from pipelines.store.run_folder import FRAMES, RunFolderError
 
 
 def verify_run(run: Run) -> Iterator[str]:
@@ -82,7 +82,7 @@ def replay_segment(run: Run, index: int) -> Iterator[str]:
     if not 0 <= index < len(run.plan.segments) or not folder.has_segment(index):
         raise UsageError(f"segment {index} is not among those of '{folder.path}'")
     request = next(request for request in film_requests(job) if request.segment.index == index)
-    folder.read_segment(index)
+    outputs = folder.read_segment(index).outputs
     stored = CodeResult(codes=read_fitting_codes(run)[request.code.take], elapsed_s=0.0)
     with torch_threads(job.settings.num_threads):
         text_worker = TextWorker(job)
@@ -96,8 +96,18 @@ def replay_segment(run: Run, index: int) -> Iterator[str]:
         if not refined.latent.equal(folder.read_latent(index)):
             yield f"segment {index}: its latents come out otherwise"
         decoded = DecodeWorker(job).run(fill(request.decode, refined=refined, before=before))
-    if encode_fragment(decoded.frames, **film_settings(job)).data != folder.read_fragment(index):
-        yield f"segment {index}: its encoded frames come out otherwise"
+    known = outputs.get(FRAMES)  # the first version did not store it
+    has_same_frames = known == hash_frames(decoded.frames)
+    if known is not None and not has_same_frames:
+        yield f"segment {index}: its frames come out otherwise"
+    elif encode_fragment(decoded.frames, **film_settings(job)).data != folder.read_fragment(index):
+        if has_same_frames:
+            yield (
+                f"segment {index}: its frames come out the same, but the encoder wrote other bytes for them; "
+                f"delete '{folder.segment_dir(index)}' to have it made again"
+            )
+        else:
+            yield f"segment {index}: its encoded frames come out otherwise"
 
 
 def _replay_codes(run: Run, request: SegmentRequests, text_worker: TextWorker) -> CodeResult:

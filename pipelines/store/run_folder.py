@@ -59,6 +59,8 @@ VERSIONS_NAME = "versions"
 LATENTS_NAME = "latents.safetensors"
 FRAGMENT_NAME = "fragment.mp4"
 SEGMENT_NAME = "segment.json"
+FRAMES = "frames"
+"""Name of the hash of the frames among the outputs in `segment.json`; no file holds the frames themselves."""
 
 
 class RunFolderError(ArlonError, ValueError):
@@ -73,7 +75,10 @@ class SegmentRecord:
     inputs: dict[str, Any]
     """Everything the segment was made from, large things by their hash."""
     outputs: dict[str, str]
-    """SHA-256 of each file beside it."""
+    """SHA-256 of each file beside it and, as `FRAMES`, of the frames before they were encoded.
+
+    Records of the first version lack the latter.
+    """
     look: dict[str, Any] = field(default_factory=dict)
     """Colour and contrast of its frames; see `arlon.film.appearance`."""
 
@@ -247,6 +252,7 @@ class RunFolder:
         latent: Tensor,
         fragment: bytes,
         inputs: Mapping[str, Any],
+        frames_hash: str | None = None,
         look: Mapping[str, Any] | None = None,
     ) -> SegmentRecord:
         """Store a segment; it counts once this returns.
@@ -256,6 +262,7 @@ class RunFolder:
             latent: New latent frames, (1, C, T, H, W).
             fragment: The encoded new video frames.
             inputs: Everything the segment was made from, as plain values.
+            frames_hash: Hash of the new video frames before they were encoded; None: not known.
             look: Colour and contrast of the frames.
         """
         folder = self.segment_dir(index)
@@ -267,6 +274,8 @@ class RunFolder:
         for name, data in files.items():
             write_bytes(folder / name, data)
         outputs = {name: hash_bytes(data) for name, data in files.items()}
+        if frames_hash is not None:
+            outputs[FRAMES] = frames_hash
         record = SegmentRecord(index=index, inputs=dict(inputs), outputs=outputs, look=dict(look or {}))
         write_json(folder / SEGMENT_NAME, _sealed({"format": FORMAT, **vars(record)}))
         return record

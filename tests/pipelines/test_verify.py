@@ -8,10 +8,12 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner, Result
 
+from arlon.data.video_io import encode_fragment, hash_frames, read_video
 from arlon.film.storyboard import UsageError, load_storyboard
 from pipelines.cli import app
 from pipelines.runs.generate import FilmResult, generate
@@ -20,7 +22,7 @@ from pipelines.runs.resume import open_run
 from pipelines.runs.status import read_status
 from pipelines.runs.verify import replay_segment, verify_run
 from pipelines.store.lock import RunLock
-from pipelines.store.run_folder import RunFolder
+from pipelines.store.run_folder import FRAGMENT_NAME, FRAMES, RunFolder
 from tests.pipelines.films import SHOTS, assert_same_film, prepared_film
 
 
@@ -50,7 +52,10 @@ def test_a_film_is_what_it_says(film: FilmResult) -> None:
 
 
 def test_replay_finds_bits_that_are_not_what_the_record_gives(copied: Path) -> None:
-    """Latents and fragment changed together with their hashes: only making the segment again tells."""
+    """Latents and fragment changed together with their hashes: only making the segment again tells.
+
+    The new record has no hash of the frames, like those of the first version.
+    """
     folder = RunFolder(copied)
     record = folder.read_segment(1)
     folder.commit_segment(
@@ -68,6 +73,32 @@ def test_replay_finds_bits_that_are_not_what_the_record_gives(copied: Path) -> N
     folder.write_codes(codes | {0: torch.roll(codes[0], 1, dims=1)})
     problems = list(replay_segment(open_run(copied), 0))
     assert problems[0] == "segment 0: its codes come out otherwise"
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+def test_replay_tells_a_slip_of_the_encoder_from_another_picture(copied: Path, shift: int) -> None:
+    """Shift 0: other bytes are stored for the same frames. Shift 1: the frames were others before they were encoded."""
+    folder = RunFolder(copied)
+    record = folder.read_segment(1)
+    frames = np.roll(read_video(folder.segment_dir(1) / FRAGMENT_NAME), shift, axis=2)
+    hash_before = record.outputs[FRAMES]
+    folder.commit_segment(
+        1,
+        latent=folder.read_latent(1),
+        fragment=encode_fragment(frames, fps=8, crf=16).data,  # not the bytes of the frames that were decoded
+        frames_hash=hash_frames(frames) if shift else hash_before,
+        inputs=record.inputs,
+        look=record.look,
+    )
+    copied.with_suffix(".mp4").unlink()  # it would tell that a segment is another
+    assert list(verify_run(open_run(copied))) == []  # the record agrees with itself; only making it again tells
+    problems = list(replay_segment(open_run(copied), 1))
+    assert len(problems) == 1
+    if shift:
+        assert problems[0] == "segment 1: its frames come out otherwise"
+    else:
+        assert "frames come out the same" in problems[0]
+        assert str(folder.segment_dir(1)) in problems[0]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,16 @@ import av
 import numpy as np
 import pytest
 
-from arlon.data.video_io import Fragment, VideoError, VideoWriter, encode_fragment, probe, read_tags, read_video
+from arlon.data.video_io import (
+    Fragment,
+    VideoError,
+    VideoWriter,
+    encode_fragment,
+    hash_frames,
+    probe,
+    read_tags,
+    read_video,
+)
 from tests.arlon.data.clips import CRF, HEIGHT, WIDTH, frame_numbers, make_clip, write_clip
 
 
@@ -77,6 +86,15 @@ def test_fragment_does_not_depend_on_its_place_and_plays_alone(tmp_path: Path) -
         assert writer.append(make_clip(17)).data == alone.data
     (tmp_path / "alone.mp4").write_bytes(alone.data)
     assert frame_numbers(read_video(tmp_path / "alone.mp4")) == list(range(17))
+
+
+def test_the_hash_of_frames_tells_content_and_shape() -> None:
+    frames = make_clip(3)
+    assert hash_frames(frames) == hash_frames(np.asfortranarray(frames.copy()))
+    assert hash_frames(frames) != hash_frames(frames.reshape(3, WIDTH, HEIGHT, 3))
+    changed = frames.copy()
+    changed[1, 2, 3, 0] += 1
+    assert hash_frames(changed) != hash_frames(frames)
 
 
 def test_interrupted_film_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
