@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -33,6 +33,13 @@ MAX_FPS = 1000
 _FRAGMENT_FLAGS = "frag_custom+empty_moov+default_base_moof"
 _BT709 = 1  # the number ITU-T H.273 gives to BT.709 primaries, transfer and matrix alike
 _LIMITED_RANGE = 1
+REPEATABLE = "cpu-independent=1"
+"""Options of x264 with which the same frames give the same bytes, on every processor and in every process.
+
+The rate control of x264 looks ahead at how much later frames need each block (macroblock tree). Its AVX-512 code for
+that works on eight blocks at a time and, where a row of blocks is no multiple of eight, on memory behind the row that
+nobody has written. With `cpu-independent` x264 takes the portable code instead, for this part only.
+"""
 _ONE_GOP = 1_000_000  # frames between keyframes: never inside a chunk, every chunk starts with one
 
 
@@ -263,6 +270,7 @@ def encode_fragment(
     crf: int = 18,
     preset: str = "medium",
     num_threads: int = 1,
+    x264_params: str = REPEATABLE,
 ) -> Fragment:
     """Encode a chunk of frames as one fragment: H.264, yuv420p, BT.709, no B-frames, a keyframe first.
 
@@ -272,6 +280,7 @@ def encode_fragment(
         crf: Constant rate factor of x264, 0 (lossless in yuv420p) to 51.
         preset: x264 preset, `ultrafast` to `veryslow`.
         num_threads: Threads of the encoder; the bytes depend on it.
+        x264_params: Further options of x264, `NAME=VALUE` joined by colons.
 
     Raises:
         VideoError: If the frames have the wrong shape or type, or an odd size.
@@ -281,6 +290,8 @@ def encode_fragment(
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4", options={"movflags": _FRAGMENT_FLAGS}) as container:
         options = {"crf": str(crf), "preset": preset, "bf": "0", "g": str(_ONE_GOP)}
+        if x264_params:
+            options["x264-params"] = x264_params
         stream = container.add_stream("libx264", rate=rate, options=options)
         stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
         codec = stream.codec_context
@@ -331,6 +342,7 @@ class VideoWriter:
         crf: Constant rate factor of x264.
         preset: x264 preset.
         num_threads: Threads of the encoder; the bytes depend on it.
+        x264_params: Further options of x264, `NAME=VALUE` joined by colons.
         tags: Text tags of the container.
     """
 
@@ -342,6 +354,7 @@ class VideoWriter:
         crf: int = 18,
         preset: str = "medium",
         num_threads: int = 1,
+        x264_params: str = REPEATABLE,
         tags: Mapping[str, str] | None = None,
     ) -> None:
         if not 0 < fps <= MAX_FPS:
@@ -350,13 +363,15 @@ class VideoWriter:
         self._num_fragments = 0
         self._num_ticks = 0
         self._head = b""
-        self._settings = {"fps": fps, "crf": crf, "preset": preset, "num_threads": num_threads}
+        self._encode = partial(
+            encode_fragment, fps=fps, crf=crf, preset=preset, num_threads=num_threads, x264_params=x264_params
+        )
         self._tags = dict(tags or {})
         self._file = open(path, "wb")  # noqa: SIM115  (closed by close())
 
     def append(self, frames: np.ndarray) -> Fragment:
         """Encode frames (pT, pH, pW, 3), uint8, add them to the file and return the fragment."""
-        fragment = encode_fragment(frames, **self._settings)
+        fragment = self._encode(frames)
         self.append_fragment(fragment)
         return fragment
 

@@ -1,55 +1,71 @@
-"""How a film is computed and stored, beyond what its storyboard says."""
+"""Settings of a film: everything beyond its storyboard that decides how it is computed and stored."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from arlon.models.code_sampling import SamplingConfig
 
 MAX_THREADS = 512
-"""More threads than any machine has cores for; far more bring PyTorch down."""
+"""Highest number of threads allowed: more than any machine has cores for; far more bring PyTorch down."""
 X264_PRESETS = (
     *("ultrafast", "superfast", "veryfast", "faster", "fast"),
     *("medium", "slow", "slower", "veryslow", "placebo"),
 )
-NEWER_SETTINGS = ("vae_blend_frames", "vae_tile", "vae_micro_batch", "text_dtype")
-"""Settings that the first films did not have."""
+NEWER_SETTINGS: Mapping[str, Any] = {
+    "vae_blend_frames": 0,
+    "vae_tile": None,
+    "vae_micro_batch": None,
+    "text_dtype": "float32",
+    "x264_cpu_independent": False,
+}
+"""Settings added after the first version, and the value that a record stands for if it does not name them.
+
+That value never changes, though the default of a setting may: a record says what its film was made with.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How a film is computed and stored, beyond what the storyboard says."""
+    """Everything that decides how a film is computed and stored, beyond its storyboard."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the networks; bfloat16 runs them under autocast."""
     num_threads: int = 1
-    """Threads of PyTorch; the last bits of a film depend on it."""
+    """Number of threads of PyTorch; the last bits of a film depend on it."""
     device: str = "cpu"
-    """Where the networks run."""
+    """PyTorch device that the networks run on."""
     ar_temperature: float = 1.0
-    """Of the code model; 0 takes the most likely code."""
+    """Sampling temperature of the code transformer; 0 takes the most likely code."""
     ar_top_p: float = 0.95
-    """Share of probability that codes are drawn from."""
+    """Share of the probability, from the most likely code down, among which the code transformer draws."""
     ar_guidance_scale: float = 3.0
-    """Text guidance of the code model; 1 turns it off."""
+    """Scale of the text guidance of the code transformer; 1 turns it off."""
     crf: int = 16
-    """Constant rate factor of the film, 0 (best) to 51."""
+    """Constant rate factor of x264: 0 is the best picture, 51 the smallest file."""
     preset: str = "medium"
-    """x264 preset of the film."""
+    """Preset of x264, one of `X264_PRESETS`."""
     vae_blend_frames: int = 0
-    """Frames on each side of a border between two chunks of the VAE, or two segments, that are blended; 0: none, as in
-    Open-Sora."""
+    """Number of frames that are blended on each side of a border between two chunks of the VAE or two segments; 0, as
+    in Open-Sora, blends none."""
     vae_tile: int | None = None
-    """Side in pixels of the tiles that the VAE works on, where frames do not fit into memory; None: whole frames.
+    """Side in pixels of the tiles that the VAE decodes one by one if frames do not fit into memory; None: whole frames.
 
     Smaller than the frames that the VAE was trained on, they spoil the picture: group norms see one tile at a time.
     """
     vae_micro_batch: int | None = None
-    """Frames that go through the per-frame VAE together; 1 takes the least memory. None: the model's own."""
+    """Number of frames that the per-frame VAE decodes together; 1 takes the least memory. None: as the model says."""
     text_dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the text encoder's weights; bfloat16 halves its memory, and changes features a little."""
+    x264_cpu_independent: bool = True
+    """Let x264 plan its bit rate with code that gives the same bytes on every processor.
+
+    False is what the first version did: code for the processor at hand, which on one with AVX-512 reads memory that was
+    never written, so that the same frames may give other bytes; see `arlon.data.video_io.REPEATABLE`.
+    """
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_threads <= MAX_THREADS:
@@ -67,12 +83,24 @@ class Settings:
                 raise ValueError(f"{name} must be a finite number, got {getattr(self, name)}")
         SamplingConfig(temperature=self.ar_temperature, top_p=self.ar_top_p, guidance_scale=self.ar_guidance_scale)
 
+    @classmethod
+    def from_plain(cls, values: Mapping[str, Any]) -> Self:
+        """Settings from what `to_plain` returned, in this version or an earlier one.
+
+        Raises:
+            ConfigError: If a name is unknown or a value has the wrong type.
+            ValueError: If a value is out of range.
+        """
+        from arlon.config import config_from_dict
+
+        return config_from_dict(cls, {**NEWER_SETTINGS, **values})
+
     def to_plain(self) -> dict[str, Any]:
-        """Plain values for JSON; what is newer than the first films is told where it is not at its default."""
+        """Plain values for JSON; settings added after the first version only if they differ from what that did."""
         newer = self.newer()
         return {name: value for name, value in asdict(self).items() if name in newer or name not in NEWER_SETTINGS}
 
     def newer(self) -> dict[str, Any]:
-        """Settings that the first films did not have, where they are not at their default."""
+        """Settings added after the first version that differ from what that version did."""
         chosen = {name: getattr(self, name) for name in NEWER_SETTINGS}
-        return {name: value for name, value in chosen.items() if value != getattr(Settings, name)}
+        return {name: value for name, value in chosen.items() if value != NEWER_SETTINGS[name]}

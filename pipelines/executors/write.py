@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
-from arlon.data.video_io import Fragment, VideoWriter, encode_fragment, hash_frames
+from arlon.data.video_io import REPEATABLE, Fragment, VideoWriter, encode_fragment, hash_frames
 from arlon.film.appearance import Look, measure_drift, measure_look
 from arlon.film.messages import CodeResult, Committed, Job, WriteRequest, WriteResult
 from arlon.film.workers import process_memory_bytes
@@ -17,8 +17,13 @@ from pipelines.store.run_folder import FRAGMENT_NAME, LATENTS_NAME, RunFolder, S
 
 
 def film_settings(job: Job) -> dict[str, Any]:
-    """How the frames of a film are encoded, as `arlon.data.video_io` takes it."""
-    return {"fps": job.plan.fps, "crf": job.settings.crf, "preset": job.settings.preset}
+    """Arguments of `arlon.data.video_io.encode_fragment` and `VideoWriter` with which a film is encoded."""
+    return {
+        "fps": job.plan.fps,
+        "crf": job.settings.crf,
+        "preset": job.settings.preset,
+        "x264_params": REPEATABLE if job.settings.x264_cpu_independent else "",
+    }
 
 
 class WriteWorker:

@@ -117,9 +117,7 @@ def read_storyboard(record: Mapping[str, Any], folder: RunFolder) -> Storyboard:
 
 def read_settings(record: Mapping[str, Any]) -> Settings:
     """The settings of a run."""
-    from arlon.config import config_from_dict
-
-    return config_from_dict(Settings, record["settings"])
+    return Settings.from_plain(record["settings"])
 
 
 def continue_run(run: Run) -> Committed:

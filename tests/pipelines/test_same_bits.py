@@ -11,9 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from arlon.film.messages import Job, TextRequest, fill, film_requests
-from arlon.film.workers import CodeWorker, DecodeWorker, RefineWorker, TextWorker
+from arlon.data.video_io import REPEATABLE, encode_fragment, hash_frames
+from arlon.film.container import read_film_record
+from arlon.film.messages import Job, RefineResult, TextRequest, fill, film_requests
+from arlon.film.workers import CodeWorker, DecodeWorker, RefineWorker, TextWorker, torch_threads
 from pipelines.runs.generate import generate
+from pipelines.runs.resume import open_run
+from pipelines.store.run_folder import FRAMES
 from tests.pipelines.films import assert_same_film, prepared_film
 
 pytestmark = pytest.mark.slow
@@ -105,3 +109,27 @@ def test_a_film_that_differs_tells_at_which_step(tiny_model: Path, tmp_path: Pat
     coarser = generate(prepared_film(tiny_model, tmp_path / "crf.mp4", shot, settings={"crf": 30})).film
     with pytest.raises(AssertionError, match="encoding of segment 0"):
         assert_same_film(coarser, whole)
+
+
+@pytest.mark.parametrize("is_independent", [False, True])
+def test_a_film_tells_how_it_was_encoded(tiny_model: Path, tmp_path: Path, is_independent: bool) -> None:
+    """A record that does not name the setting means what the first version did, so that its runs go on as they were."""
+    shot = {"prompt": "a", "duration": "51f"}
+    settings = {} if is_independent else {"x264_cpu_independent": False}
+    made = generate(prepared_film(tiny_model, tmp_path / "a.mp4", shot, settings=settings))
+    run = open_run(made.run_dir)
+    told = [
+        run.record["settings"],
+        read_film_record(made.film)["settings"],
+        run.folder.read_segment(0).inputs,
+    ]
+    assert [values.get("x264_cpu_independent") for values in told] == [True if is_independent else None] * 3
+    assert run.prepared.job.settings.x264_cpu_independent is is_independent
+    options = REPEATABLE if is_independent else ""
+    request = next(film_requests(run.prepared.job))
+    refined = RefineResult(latent=run.folder.read_latent(0), overlap_hash=None, codes_hash="", elapsed_s=0.0)
+    with torch_threads(1):
+        frames = DecodeWorker(run.prepared.job).run(fill(request.decode, refined=refined)).frames
+    assert run.folder.read_segment(0).outputs[FRAMES] == hash_frames(frames)
+    encoded = encode_fragment(frames, fps=8, crf=16, preset="medium", x264_params=options).data
+    assert run.folder.read_fragment(0) == encoded

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import av
@@ -18,6 +21,7 @@ from arlon.data.video_io import (
     read_tags,
     read_video,
 )
+from arlon.files import hash_bytes
 from tests.arlon.data.clips import CRF, HEIGHT, WIDTH, frame_numbers, make_clip, write_clip
 
 
@@ -86,6 +90,50 @@ def test_fragment_does_not_depend_on_its_place_and_plays_alone(tmp_path: Path) -
         assert writer.append(make_clip(17)).data == alone.data
     (tmp_path / "alone.mp4").write_bytes(alone.data)
     assert frame_numbers(read_video(tmp_path / "alone.mp4")) == list(range(17))
+
+
+def make_noise(height: int, width: int, num_frames: int = 34) -> np.ndarray:
+    """Coarse blocks that move sideways under noise: frames whose blocks are worth different numbers of bits."""
+    rng = np.random.default_rng(1)
+    blocks = rng.integers(0, 180, (height // 8, width // 8, 3)).repeat(8, axis=0).repeat(8, axis=1)
+    frames = np.stack([np.roll(blocks, 3 * number, axis=1) for number in range(num_frames)])
+    return (frames + rng.normal(20, 8, frames.shape)).clip(0, 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (64, 64), (128, 128), (64, 208)])
+def test_bytes_do_not_depend_on_the_processor(height: int, width: int) -> None:
+    """x264 writes the same without any code for special processors; rows are of 2, 4, 8 and 13 blocks."""
+    frames = make_noise(height, width)
+    expected = encode_fragment(frames, fps=8, crf=16, x264_params="asm=0")
+    assert encode_fragment(frames, fps=8, crf=16).data == expected.data
+
+
+PRINT_HASH = """
+from arlon.data.video_io import encode_fragment
+from arlon.files import hash_bytes
+from tests.arlon.data.test_video_io import make_noise
+print(hash_bytes(encode_fragment(make_noise(240, 208, 9), fps=8, crf=16).data))
+"""
+
+
+def test_bytes_do_not_depend_on_what_memory_held_before() -> None:
+    """A process in which glibc fills new memory: an encoder that reads it before writing it gives other bytes there."""
+    expected = hash_bytes(encode_fragment(make_noise(240, 208, 9), fps=8, crf=16).data)
+    done = subprocess.run(
+        [sys.executable, "-c", PRINT_HASH],
+        env={**os.environ, "MALLOC_PERTURB_": "1"},
+        cwd=Path(__file__).parents[3],
+        capture_output=True,
+        check=True,
+        text=True,
+    )
+    assert done.stdout.strip() == expected
+
+
+def test_still_pictures_have_the_bytes_of_films_before_the_encoder_was_made_repeatable() -> None:
+    frames = np.zeros((17, 64, 128, 3), np.uint8)
+    frames[:, 16:48, 32:80] = (200, 60, 30)
+    assert encode_fragment(frames, fps=8, crf=16).data == encode_fragment(frames, fps=8, crf=16, x264_params="").data
 
 
 def test_the_hash_of_frames_tells_content_and_shape() -> None:
