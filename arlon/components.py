@@ -1,22 +1,23 @@
 """Component folders: one model as `config.json` + `model.safetensors`.
 
-`config.json` holds the fields of the model's config dataclass, `_class_name` and `_format`; weights may be
-sharded (`model.safetensors.index.json`), and the `diffusion_pytorch_model` spelling is read too. Released
-Hugging Face folders are component folders: keys that any of their configs has are passed over.
+`config.json` holds the fields of the model's config dataclass, `_class_name` and `_format`; weights may be sharded
+(`model.safetensors.index.json`), and the `diffusion_pytorch_model` spelling is read too. Released Hugging Face folders
+are component folders as well. An unknown key is refused in our own files. In a released `config.json`, where libraries
+leave keys of their own, it is ignored with a warning that names it; a model of another structure is still refused, as
+its weights do not fit.
 
-A loaded model keeps the form of the folder it comes from (`StoredForm`), so that it is saved as the same files: names,
-shards, headers, precisions and config text. Only what was changed since has other bytes.
-
-Everything is written to a temporary name and renamed, so that a reader never finds half a file.
+A loaded model remembers how its folder was written (`arlon.stored_form`), so that saving it gives the same files.
 """
 
 from __future__ import annotations
 
+import functools
 import json
+import logging
 from collections.abc import Callable, Container, Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -35,13 +36,16 @@ from arlon.files import (
     temporary_beside,
     write_text,
 )
+from arlon.stored_form import READ_PRECISIONS, StoredForm
 
-M = TypeVar("M", bound=nn.Module)
+log = logging.getLogger(__name__)
+M = TypeVar("M", bound="Component")
 
 FORMAT = 1
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 WEIGHTS_STEMS = ("model.safetensors", "diffusion_pytorch_model.safetensors")
+COMPONENT_EXPECTED = "a component folder with config.json and *.safetensors"
 HASHED_SUFFIXES = (".json", ".safetensors", ".model", ".txt")
 
 HUGGING_FACE_KEYS = frozenset(
@@ -56,81 +60,52 @@ HUGGING_FACE_KEYS = frozenset(
         "use_cache",
     }
 )
-"""Keys of released config.json files that are not fields of the model; keys with a leading `_` neither."""
-_OF_ANY_PRETRAINED_CONFIG = """
-    add_cross_attention attn_implementation chunk_size_feed_forward cross_attention_hidden_size finetuning_task
-    gradient_checkpointing id2label is_decoder is_encoder_decoder label2id num_labels output_attentions
-    output_hidden_states prefix problem_type pruned_heads return_dict task_specific_params tf_legacy_loss
-    tie_encoder_decoder tie_last_hidden_states tie_word_embeddings tokenizer_class torchscript use_bfloat16
-    assistant_confidence_threshold assistant_lookbehind bad_words_ids begin_suppress_tokens bos_token_id
-    decoder_start_token_id diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size
-    encoder_repetition_penalty eos_token_id epsilon_cutoff eta_cutoff exponential_decay_length_penalty
-    forced_bos_token_id forced_decoder_ids forced_eos_token_id length_penalty max_length min_length
-    no_repeat_ngram_size num_assistant_tokens num_assistant_tokens_schedule num_beam_groups num_beams
-    num_return_sequences output_scores pad_token_id remove_invalid_values repetition_penalty return_dict_in_generate
-    sep_token_id suppress_tokens target_lookbehind temperature top_k top_p typical_p
-"""
-PRETRAINED_CONFIG_KEYS = HUGGING_FACE_KEYS | frozenset(_OF_ANY_PRETRAINED_CONFIG.split())
-"""What transformers 4 and 5 write into the `config.json` of any model; the second half is about writing text. Not among
-them is `quantization_config`: it says that weights are stored in a way that is not read."""
-
-
-READ_PRECISIONS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
-"""Types that floating-point tensors may be stored in: as safetensors names them, and as PyTorch does. Others, such as
-float8, need scales that no component here has."""
-
-
-STORED_TYPES = {
-    **{name: getattr(torch, dtype) for name, dtype in READ_PRECISIONS.items()},
-    **{f"I{bits}": getattr(torch, f"int{bits}") for bits in (8, 16, 32, 64)},
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-"""Types of all tensors that are written again as they were read."""
-
-
+"""Keys of released `config.json` files that describe the file, not the model. So do keys with a leading `_`."""
 FULL_PRECISION = frozenset({"rope.freqs"})
-"""Parameters that are constants: rounding rotary frequencies turns late frames by a visible angle."""
-
-
+"""Parameters that are constants: rounded rotary frequencies would turn late frames by a visible angle."""
 READABLE = 0o644
-HEADER_LENGTH = 8
-"""Bytes at the start of a safetensors file that say how long its header is."""
 
 
-@dataclass(frozen=True)
-class StoredForm:
-    """How a component folder is written, beside the values of its tensors; plain data, in `stored_form` of a model."""
+class Component(nn.Module):
+    """Base class of the models that are saved as component folders.
 
-    config: Any
-    """What `config_text` says, as the config dataclass of the model."""
-    config_text: str
-    """`config.json` as it is."""
-    headers: dict[str, bytes]
-    """File name -> header of that safetensors file with its length in front: names, places, metadata."""
-    index: dict[str, str]
-    """File name -> text of the shard index; empty if the weights are one file."""
+    A subclass has a config dataclass `config_class`, is built from an instance of it, and keeps that as `self.config`.
+    """
 
-    def tensors_in(self, file: str) -> dict[str, tuple[torch.dtype | None, tuple[int, ...]]]:
-        """Precision and shape of the tensors of a file, in the order of their bytes; None: not of `STORED_TYPES`."""
-        entries = json.loads(self.headers[file][HEADER_LENGTH:])
-        entries.pop("__metadata__", None)
-        ordered = sorted(entries.items(), key=lambda item: item[1]["data_offsets"])
-        return {name: (STORED_TYPES.get(entry["dtype"]), tuple(entry["shape"])) for name, entry in ordered}
+    config_class: ClassVar[type]
+    """Dataclass whose fields are the contents of `config.json`."""
+    ignored_keys: ClassVar[frozenset[str]] = HUGGING_FACE_KEYS
+    """Keys of a released `config.json` that are passed over in silence; other unknown ones are named in a warning."""
+    stored_form: StoredForm | None = None
+    """How the folder that the model was loaded from is written; None for a new model."""
 
-    def dtypes(self) -> dict[str, torch.dtype]:
-        """Precision of the tensors."""
-        kinds = [item for file in self.headers for item in self.tensors_in(file).items()]
-        return {name: dtype for name, (dtype, _) in kinds if dtype is not None}
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, **config_overrides: Any) -> Self:
+        """Load a component folder, our own or a released one, in eval mode; see `load_component`.
 
-    def fits(self, tensors: Mapping[str, Tensor]) -> bool:
-        """Whether the headers are those of these tensors."""
-        stored = {name: kind for file in self.headers for name, kind in self.tensors_in(file).items()}
-        return stored == {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+        Args:
+            folder: The component folder.
+            **config_overrides: Fields of the config that win over `config.json`.
+
+        Raises:
+            FileNotFoundError: If the folder, its config or its weights are missing.
+            CheckpointError: If the folder holds another class, or the weights are damaged or do not fit.
+            ConfigError: If `config.json` or an override does not fit the config class.
+        """
+        return load_component(cls, folder, **config_overrides)
+
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Write `config.json` and the weights to a folder; see `save_component`."""
+        save_component(self, folder, dtype=dtype)
+
+    @staticmethod
+    def translate_config(values: Mapping[str, Any]) -> dict[str, Any]:
+        """Fields of the config from the contents of a `config.json`, for classes whose released layout differs."""
+        return dict(values)
 
 
 def save_component(
-    module: nn.Module, folder: str | Path, dtype: torch.dtype | Mapping[str, torch.dtype] | None = None
+    module: Component, folder: str | Path, dtype: torch.dtype | Mapping[str, torch.dtype] | None = None
 ) -> Path:
     """Write `config.json` and the weights of a model; an existing component is replaced.
 
@@ -153,7 +128,7 @@ def save_component(
     """
     folder = Path(folder)
     make_folder(folder)
-    form: StoredForm | None = getattr(module, "stored_form", None)
+    form = module.stored_form
     texts = {CONFIG_NAME: _config_text(module, form)}
     tensors = _storable(module, dtype, form)
     if form is not None and form.fits(tensors):
@@ -167,7 +142,7 @@ def save_component(
             if form is None:
                 save_file(tensors, path, metadata={"format": "pt"})
             else:
-                _write_weights(path, form.headers[name], (tensors[key] for key in form.tensors_in(name)))
+                form.write_weights(name, path, tensors)
             path.chmod(READABLE)  # safetensors makes files that only their owner can read
             sync_file(path)
         for name, path in temporary.items():
@@ -184,7 +159,7 @@ def save_component(
     return folder
 
 
-def _config_text(module: nn.Module, form: StoredForm | None) -> str:
+def _config_text(module: Component, form: StoredForm | None) -> str:
     """The text a model was loaded with, while that is its config; otherwise our own."""
     if form is not None and form.config == module.config:
         return form.config_text
@@ -224,57 +199,70 @@ def load_component(
     config = read_config(model_class, folder, **config_overrides)
     with torch.random.fork_rng(devices=[]):
         model = model_class(config)
-    _load_weights(model, find_weights(folder), strict=strict)
-    model.stored_form = _stored_form(folder, read_config(model_class, folder) if config_overrides else config)
+    files, index = _find_weights(folder)
+    _load_weights(model, files, strict=strict)
+    stored_config = read_config(model_class, folder) if config_overrides else config
+    model.stored_form = StoredForm.read(stored_config, folder / CONFIG_NAME, files, index)
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and name not in FULL_PRECISION:
             parameter.data = parameter.data.to(dtype)
     return model.to(device).eval()
 
 
-def read_config(model_class: type[nn.Module], folder: str | Path, **overrides: Any) -> Any:
+def read_config(model_class: type[Component], folder: str | Path, **overrides: Any) -> Any:
     """Config of a component as its class wants it, from our own `config.json` or a released one.
 
-    A class whose released configs have another layout translates them (`translate_config`).
-
     Args:
-        model_class: The class, with its config dataclass in the class attribute `config_class`.
+        model_class: The class; one whose released configs have another layout translates them (`translate_config`).
         folder: The component folder.
         **overrides: Fields that win over `config.json`.
 
     Raises:
         FileNotFoundError: If the folder or its `config.json` is missing.
-        CheckpointError: If the file is not JSON or names another class.
+        CheckpointError: If the file is not JSON, names another class or says that its weights are quantised.
         ConfigError: If a value does not fit the config class.
     """
-    values = component_config(folder, model_class)
-    translate = getattr(model_class, "translate_config", dict)
+    folder = Path(folder)
+    stored = read_json(folder / CONFIG_NAME, COMPONENT_EXPECTED)
+    is_released = "_format" not in stored
+    # A released file may name the class of another code base, so only our own are held to their name.
+    if not is_released and stored.get("_class_name") != model_class.__name__:
+        raise CheckpointError(f"{str(folder)!r} holds a {stored.get('_class_name')}, expected a {model_class.__name__}")
+    known = {field.name for field in fields(model_class.config_class)}
+    ignored = (model_class.ignored_keys if is_released else HUGGING_FACE_KEYS) - known
+    values = model_class.translate_config(
+        {key: value for key, value in stored.items() if not key.startswith("_") and key not in ignored}
+    )
+    if "quantization_config" in stored:
+        raise CheckpointError(
+            f"{str(folder / CONFIG_NAME)!r} has a quantization_config, but quantised weights are not supported: get "
+            f"those in {', '.join(READ_PRECISIONS.values())}"
+        )
+    if is_released and known & values.keys():  # a file without any known key is that of another model: refused below
+        _warn_once(str(folder / CONFIG_NAME), model_class.__name__, tuple(sorted(values.keys() - known)))
+        values = {key: value for key, value in values.items() if key in known}
     try:
-        return config_from_dict(model_class.config_class, translate(values) | overrides)
+        return config_from_dict(model_class.config_class, values | overrides)
     except ConfigError as error:
-        raise ConfigError(f"{str(Path(folder) / CONFIG_NAME)!r} as {model_class.__name__}: {error}") from error
+        raise ConfigError(f"{str(folder / CONFIG_NAME)!r} as {model_class.__name__}: {error}") from error
 
 
-def component_config(folder: str | Path, model_class: type[nn.Module] | None = None) -> dict[str, Any]:
-    """Values of `config.json` without the keys that only Hugging Face libraries or this module read.
+@functools.lru_cache
+def _warn_once(file: str, class_name: str, keys: tuple[str, ...]) -> None:
+    """Name the ignored keys of a file, once: a model's config is read several times while a film is made."""
+    if keys:
+        log.warning("%r: %s has no keys %s; they are ignored", file, class_name, shorten_list(keys))
 
-    Args:
-        folder: A component folder.
-        model_class: If given, a folder that says it holds another class is refused.
+
+def component_config(folder: str | Path) -> dict[str, Any]:
+    """Values of `config.json` without the keys that describe the file.
 
     Raises:
         FileNotFoundError: If the folder or its `config.json` is missing.
-        CheckpointError: If the file is not JSON or names another class.
+        CheckpointError: If the file is not JSON.
     """
-    folder = Path(folder)
-    values = read_json(folder / CONFIG_NAME, "a component folder with config.json and *.safetensors")
-    # Only our own files have a format number; released ones may name the class of another code base.
-    if model_class is not None and "_format" in values and values.get("_class_name") != model_class.__name__:
-        raise CheckpointError(f"{str(folder)!r} holds a {values.get('_class_name')}, expected a {model_class.__name__}")
-    own = {field.name for field in fields(model_class.config_class)} if model_class is not None else set()
-    released = model_class is not None and "_format" not in values
-    ignored = (PRETRAINED_CONFIG_KEYS if released else HUGGING_FACE_KEYS) - own
-    return {k: v for k, v in values.items() if not k.startswith("_") and k not in ignored}
+    values = read_json(Path(folder) / CONFIG_NAME, COMPONENT_EXPECTED)
+    return {k: v for k, v in values.items() if not k.startswith("_") and k not in HUGGING_FACE_KEYS}
 
 
 def find_weights(folder: str | Path) -> list[Path]:
@@ -311,22 +299,6 @@ def stored_dtypes(folder: str | Path) -> dict[str, torch.dtype]:
     return found
 
 
-def _stored_form(folder: Path, config: Any) -> StoredForm:
-    """The form of a component that has been loaded, whose `config.json` says `config`."""
-    files, index = _find_weights(folder)
-    headers = {}
-    for path in files:
-        with path.open("rb") as file:
-            length = file.read(HEADER_LENGTH)
-            headers[path.name] = length + file.read(int.from_bytes(length, "little"))
-    return StoredForm(
-        config=config,
-        config_text=(folder / CONFIG_NAME).read_bytes().decode(),
-        headers=headers,
-        index={} if index is None else {index.name: index.read_bytes().decode()},
-    )
-
-
 def check_precisions(files: Iterable[Path], what: str, names: Container[str] | None = None) -> None:
     """Refuse weights that are stored as numbers that are not read; only headers are looked at.
 
@@ -338,7 +310,8 @@ def check_precisions(files: Iterable[Path], what: str, names: Container[str] | N
     Raises:
         CheckpointError: If one is not, or is damaged.
     """
-    files, stored = list(files), {}
+    files = list(files)
+    stored: dict[str, str] = {}
     for file in files:
         stored |= _open(file, lambda f: {name: f.get_slice(name).get_dtype() for name in f.keys()})  # noqa: SIM118
     wanted = {name: kind for name, kind in stored.items() if names is None or name in names}
@@ -445,14 +418,6 @@ def _storable(
         tensors[name] = tensor.clone() if pointer in seen else tensor
         seen.add(pointer)
     return tensors
-
-
-def _write_weights(path: Path, header: bytes, tensors: Iterable[Tensor]) -> None:
-    """A safetensors file with a given header: the tensors it names, in the order of their bytes."""
-    with path.open("wb") as file:
-        file.write(header)
-        for tensor in tensors:
-            file.write(tensor.reshape(-1).view(torch.uint8).numpy())
 
 
 def _refuse(where: str, what: str, names: list[str], total: int) -> None:

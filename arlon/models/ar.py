@@ -23,13 +23,12 @@ Dimension key
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from arlon.components import Component
 from arlon.models.layers import attention
 
 NORM_EPS = 1e-6
@@ -217,10 +216,10 @@ class Block(nn.Module):
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
 
-class CodeTransformer(nn.Module):
+class CodeTransformer(Component):
     """Decoder-only transformer over text and codes; id K is EOS."""
 
-    config_class: ClassVar[type[CodeTransformerConfig]] = CodeTransformerConfig
+    config_class = CodeTransformerConfig
 
     def __init__(self, config: CodeTransformerConfig) -> None:
         super().__init__()
@@ -333,19 +332,6 @@ class CodeTransformer(nn.Module):
         x = (F.embedding(codes, self.code_embed.weight) + cache.cells[cell])[:, None]
         bias = None if cache.bias is None else cache.bias[..., : cache.length + 1]
         return self._run_cached(x, bias, cache)
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path, **config_overrides: Any) -> CodeTransformer:
-        """Load from a component folder; see `arlon.checkpoint.load_component`."""
-        from arlon.checkpoint import load_component
-
-        return load_component(cls, folder, **config_overrides)
-
-    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Write a component folder; see `arlon.checkpoint.save_component`."""
-        from arlon.checkpoint import save_component
-
-        save_component(self, folder, dtype=dtype)
 
     def lay_out_for_steps(self) -> CodeTransformer:
         """Keep the matrices column by column, for `step` on a CPU: its products of one or two rows read them in order.

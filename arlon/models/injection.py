@@ -20,13 +20,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from arlon.components import Component
 from arlon.models.embeddings import PatchEmbed
 from arlon.models.injection_designs import ControlBranch, MlpAdapters
 from arlon.models.layers import Mlp, layer_norm
@@ -133,7 +133,7 @@ class Modulations:
         return torch.addcmul(batches, gate, view).flatten(0, 1).to(y.dtype)
 
 
-class SemanticInjection(nn.Module):
+class SemanticInjection(Component):
     """Coarse latent to what it does in some temporal blocks of an STDiT3."""
 
     config_class = InjectionConfig
@@ -159,19 +159,6 @@ class SemanticInjection(nn.Module):
                 qk_norm=config.qk_norm,
             )
         self._init_weights()
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path, **config_overrides: Any) -> SemanticInjection:
-        """Load a component folder strictly; see `arlon.checkpoint.load_component`."""
-        from arlon.checkpoint import load_component
-
-        return load_component(cls, folder, **config_overrides)
-
-    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Write a component folder; see `arlon.checkpoint.save_component`."""
-        from arlon.checkpoint import save_component
-
-        save_component(self, folder, dtype=dtype)
 
     @torch.no_grad()
     def init_from(self, dit: nn.Module) -> None:

@@ -21,9 +21,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from arlon.components import READ_PRECISIONS
 from arlon.errors import CheckpointError, one_line, shorten_list
 from arlon.models.stdit import STDiT3
+from arlon.stored_form import READ_PRECISIONS
 
 SUFFIXES = (".safetensors", ".pth", ".pt")
 WRAPPERS = ("state_dict", "state_dict_ema")

@@ -21,14 +21,14 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from arlon.components import Component
 from arlon.models.embeddings import PatchEmbed, ScalarEmbedder, patch_grid, spatial_position
 from arlon.models.layers import CaptionEmbedder, FinalLayer, RotaryTime, STDiT3Block, TextKeys
 
@@ -172,7 +172,7 @@ class STDiT3Config:
         return self.in_channels * (2 if self.pred_sigma else 1)
 
 
-class STDiT3(nn.Module):
+class STDiT3(Component):
     """Velocity of a noisy latent, given flow time, text, frame rate and size.
 
     Attributes:
@@ -198,19 +198,6 @@ class STDiT3(nn.Module):
         self.final_layer = FinalLayer(dim, math.prod(config.patch_size) * config.out_channels)
         self._init_weights()
         self._freeze()
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path, **config_overrides: Any) -> STDiT3:
-        """Load a component folder, ours or released, strictly; see `arlon.checkpoint.load_component`."""
-        from arlon.checkpoint import load_component
-
-        return load_component(cls, folder, **config_overrides)
-
-    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Write a component folder; see `arlon.checkpoint.save_component`."""
-        from arlon.checkpoint import save_component
-
-        save_component(self, folder, dtype=dtype)
 
     def null_text(self, length: int) -> Tensor:
         """Null caption for the unconditional half of guidance: the first `length` rows, (length, E).

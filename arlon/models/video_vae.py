@@ -29,12 +29,12 @@ import functools
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from arlon.components import Component
 from arlon.grids import ceil_div, num_latent_frames
 from arlon.models.spatial_vae import SpatialVAE, SpatialVAEConfig, channels_last
 from arlon.models.temporal_vae import (
@@ -112,7 +112,7 @@ class VideoVAEConfig:
         return 0 if chunk is None or chunk <= stride else min(border_window(chunk, stride, chunk, chunk)[0], chunk // 2)
 
 
-class VideoVAE(nn.Module):
+class VideoVAE(Component):
     """Pixels <-> normalised latents.
 
     Both parts run in the precision of their weights; what goes in may have another one. Between them, and in what comes
@@ -148,19 +148,6 @@ class VideoVAE(nn.Module):
                 nn.init.zeros_(module.conv2.conv.weight)
             elif name.rpartition(".")[0].endswith("resnets"):
                 nn.init.zeros_(module.conv2.weight)
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path, **overrides: Any) -> VideoVAE:
-        """Load a component folder: our own export or the released Open-Sora VAE v1.2 layout; strict."""
-        from arlon.checkpoint import load_component
-
-        return load_component(cls, folder, **overrides)
-
-    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Write config.json and model.safetensors to `folder`."""
-        from arlon.checkpoint import save_component
-
-        save_component(self, folder, dtype=dtype)
 
     @staticmethod
     def translate_config(values: Mapping[str, Any]) -> dict[str, Any]:

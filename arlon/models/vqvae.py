@@ -23,14 +23,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
+from arlon.components import Component
 from arlon.grids import ceil_div, code_grid
 from arlon.models.vqvae_layers import Levels, build_decoder, build_encoder
 
@@ -149,7 +149,7 @@ def codebook_usage(codes: Tensor, codebook_size: int) -> CodebookUsage:
     return CodebookUsage((frequency > 0).double().mean().item(), entropy.exp().item())
 
 
-class LatentVQVAE(nn.Module):
+class LatentVQVAE(Component):
     """Encode a latent into codes and decode codes into a coarse latent of the same shape.
 
     Sizes that the ratio does not divide are padded at the end by repeating the last frame, row or column, and
@@ -157,7 +157,7 @@ class LatentVQVAE(nn.Module):
     only in `forward` in training mode.
     """
 
-    config_class: ClassVar[type[LatentVQVAEConfig]] = LatentVQVAEConfig
+    config_class = LatentVQVAEConfig
 
     def __init__(self, config: LatentVQVAEConfig) -> None:
         super().__init__()
@@ -285,19 +285,6 @@ class LatentVQVAE(nn.Module):
             for start in range(0, num_frames, step)
         ]
         return torch.cat(pieces, dim=2)
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path, **config_overrides: Any) -> LatentVQVAE:
-        """Load from a component folder; see `arlon.checkpoint.load_component`."""
-        from arlon.checkpoint import load_component
-
-        return load_component(cls, folder, **config_overrides)
-
-    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Write a component folder; see `arlon.checkpoint.save_component`."""
-        from arlon.checkpoint import save_component
-
-        save_component(self, folder, dtype=dtype)
 
     def _encode(self, latent: Tensor) -> Tensor:
         """Encoder output (B, cT, cH, cW, d) of a latent (B, C, T, H, W)."""

@@ -21,6 +21,7 @@ from arlon.checkpoint import (
     save_component,
     write_model_index,
 )
+from arlon.components import Component
 from arlon.text.encoders import TextEncoderConfig
 
 
@@ -31,7 +32,7 @@ class TinyConfig:
     dropout: float = 0.0
 
 
-class Tiny(nn.Module):
+class Tiny(Component):
     config_class = TinyConfig
 
     def __init__(self, config: TinyConfig) -> None:

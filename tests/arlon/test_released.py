@@ -209,11 +209,31 @@ def test_what_transformers_writes_into_any_config_is_passed_over(tmp_path: Path,
     assert contents(tmp_path / "export") == contents(tmp_path / "dit")
 
 
-@pytest.mark.parametrize("key", ["return_dit", "quantization_config", "depht"])
-def test_other_keys_of_a_released_config_are_named(tmp_path: Path, key: str) -> None:
+def test_other_keys_of_a_released_config_are_named_in_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = read_config(STDiT3, released_dit(tmp_path / "dit"))
+    config = json.loads((tmp_path / "dit" / "config.json").read_text())
+    assert caplog.text == ""
+    (tmp_path / "dit" / "config.json").write_text(json.dumps(config | {"return_dit": 1, "depht": 1}))
+    assert read_config(STDiT3, tmp_path / "dit") == read_config(STDiT3, tmp_path / "dit") == expected
+    assert len(caplog.records) == 1
+    assert "depht, return_dit" in caplog.text
+    assert str(tmp_path / "dit" / "config.json") in caplog.text
+
+
+def test_a_mistyped_size_of_a_released_config_does_not_fit_its_weights(tmp_path: Path) -> None:
     config = json.loads((released_dit(tmp_path / "dit") / "config.json").read_text())
-    (tmp_path / "dit" / "config.json").write_text(json.dumps(config | {key: 1}))
-    with pytest.raises(ConfigError, match=rf"config\.json' as STDiT3: unknown key '{key}'"):
+    config["depht"] = config.pop("depth")
+    (tmp_path / "dit" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="lacks tensors"):
+        STDiT3.from_pretrained(tmp_path / "dit")
+
+
+def test_quantised_weights_are_refused(tmp_path: Path) -> None:
+    config = json.loads((released_dit(tmp_path / "dit") / "config.json").read_text())
+    (tmp_path / "dit" / "config.json").write_text(json.dumps(config | {"quantization_config": {"bits": 4}}))
+    with pytest.raises(CheckpointError, match="quantization_config"):
         STDiT3.from_pretrained(tmp_path / "dit")
 
 
