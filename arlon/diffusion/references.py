@@ -128,19 +128,36 @@ def place_references(
 
 def _place(target: Tensor, ratio: Tensor, references: Sequence[Tensor], group: Placement, align: int | None) -> None:
     """Write one group into a sample, target (C, T, H, W) and ratio (T,)."""
-    if group.reference >= len(references):
-        raise ValueError(
-            f"the mask strategy names reference {group.reference}, but there are {len(references)} (counted from 0)"
-        )
+    to, taken = _frames_of(group, target.shape[1], [reference.shape[1] for reference in references], align)
     source = references[group.reference]
     sizes = tuple((*tensor.shape[:1], *tensor.shape[2:]) for tensor in (target, source))
     if sizes[0] != sizes[1]:
         raise ValueError(f"reference {group.reference} must have (C, H, W) = {sizes[0]} as the segment, got {sizes[1]}")
-    start = _resolve(group.target_start, target.shape[1], align, "target start")
-    source_start = _resolve(group.reference_start, source.shape[1], align, "reference start")
-    length = min(group.length, target.shape[1] - start, source.shape[1] - source_start)
-    target[:, start : start + length] = source[:, source_start : source_start + length].to(target)
-    ratio[start : start + length] = group.edit_ratio
+    target[:, to] = source[:, taken].to(target)
+    ratio[to] = group.edit_ratio
+
+
+def _frames_of(group: Placement, num_latents: int, references: Sequence[int], align: int | None) -> tuple[slice, slice]:
+    """Latent frames of a segment that a group fills, and those of its reference that it takes.
+
+    Args:
+        group: The group.
+        num_latents: Latent frames of the segment.
+        references: Latent frames of each reference.
+        align: See `place_references`.
+
+    Raises:
+        ValueError: If the group names a reference or a frame that does not exist.
+    """
+    if group.reference >= len(references):
+        raise ValueError(
+            f"the mask strategy names reference {group.reference}, but there are {len(references)} (counted from 0)"
+        )
+    available = references[group.reference]
+    start = _resolve(group.target_start, num_latents, align, "target start")
+    source_start = _resolve(group.reference_start, available, align, "reference start")
+    length = min(group.length, num_latents - start, available - source_start)
+    return slice(start, start + length), slice(source_start, source_start + length)
 
 
 def _resolve(start: int, num_frames: int, align: int | None, name: str) -> int:
@@ -342,7 +359,49 @@ def condition_segment(
     if tail is not None and num_given < shape[2]:
         latent[:, :, -tail.shape[2] :] = tail
         edit_ratio[:, -tail.shape[2] :] = 0
-    if num_given >= shape[2] or not bool(edit_ratio.any(dim=1).all()):
-        kept = max(num_given, int((edit_ratio == 0).sum(dim=1).max()))
-        raise ValueError(f"{kept} of {shape[2]} latent frames of a segment are given: nothing is left to make")
+    _check_something_is_made(max(num_given, int((edit_ratio == 0).sum(dim=1).max())), shape[2])
     return SegmentCondition(latent, edit_ratio)
+
+
+def plan_edit_ratios(
+    num_latents: int,
+    *,
+    head: int = 0,
+    tail: int = 0,
+    references: Sequence[int] = (),
+    placements: Sequence[Placement] = (),
+    align: int | None = None,
+) -> tuple[float, ...]:
+    """Edit ratio of every latent frame of a segment, from lengths alone.
+
+    The same as `place_references` followed by `condition_segment` gives, before any tensor exists.
+
+    Args:
+        num_latents: Latent frames of the segment.
+        head: How many of the first ones are given: by an image, the end of a video, or the segment before.
+        tail: How many of the last ones are given: 1 by an end image.
+        references: Latent frames of each reference.
+        placements: The groups of the segment.
+        align: See `place_references`.
+
+    Returns:
+        One ratio in [0, 1] for each latent frame: 0 if it is kept, 1 if it is made from noise.
+
+    Raises:
+        ValueError: If a group names a reference or a frame that does not exist, or nothing is left to make.
+    """
+    ratios = [1.0] * num_latents
+    for group in placements:
+        to, _ = _frames_of(group, num_latents, references, align)
+        ratios[to] = [group.edit_ratio] * (to.stop - to.start)
+    if head + tail < num_latents:
+        ratios[:head] = [0.0] * head
+        ratios[num_latents - tail :] = [0.0] * tail
+    _check_something_is_made(max(head + tail, ratios.count(0.0)), num_latents)
+    return tuple(ratios)
+
+
+def _check_something_is_made(num_kept: int, num_latents: int) -> None:
+    """Raise a ValueError if a segment has all of its latent frames given."""
+    if num_kept >= num_latents:
+        raise ValueError(f"{num_kept} of {num_latents} latent frames of a segment are given: nothing is left to make")

@@ -1,6 +1,7 @@
 """The mask-strategy grammar against figures of the released code, and what a film's own references give."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -276,3 +277,26 @@ def test_given_frames_that_do_not_fit_are_refused():
         references.condition_segment((1, 4, 6, 2, 3), head=head, tail=head[:, :, :1])
     with pytest.raises(ValueError, match="needs at least 1 frame, got 0"):
         references.given_span(0, GRID)
+
+
+@pytest.mark.parametrize("align", [None, 5])
+@pytest.mark.parametrize(
+    "strategy", ["", "0", "0,1,-3,-2,9,0.25", "0;0,1,1,4,5,0.5;1,1", "0,0,0,7;0,1,0,2,6", "0,1,0,0,15", "0,2", "0,1,9"]
+)
+def test_edit_ratios_from_lengths_are_those_of_tensors(strategy: str, align: int | None):
+    num_latents, lengths, groups = 15, (1, 7), parse_mask_strategy(strategy)
+    sources = [[torch.zeros(1, length, 1, 1) for length in lengths]]
+    for head in (0, 1, 5, 14, 15):
+        for tail in (0, 1, 6):
+            options = {"head": head, "tail": tail, "references": lengths, "placements": groups[:2], "align": align}
+            ends = {name: torch.zeros(1, 1, n, 1, 1) if n else None for name, n in (("head", head), ("tail", tail))}
+            try:
+                placed = place_references(
+                    torch.zeros(1, 1, num_latents, 1, 1), sources, [groups[:2]], segment=0, align=align
+                )
+                expected = references.condition_segment((1, 1, num_latents, 1, 1), **ends, placed=placed).edit_ratio
+            except ValueError as error:
+                with pytest.raises(ValueError, match=re.escape(str(error))):
+                    references.plan_edit_ratios(num_latents, **options)
+            else:
+                assert references.plan_edit_ratios(num_latents, **options) == tuple(expected[0].tolist())
