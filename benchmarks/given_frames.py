@@ -29,13 +29,15 @@ from arlon.data.video_io import VideoWriter
 from arlon.evaluation import cases as suite
 from arlon.evaluation import metrics
 from arlon.evaluation.cases import Case, Outcome
-from arlon.film.media import check_references, encode_references
+from arlon.film.encode_media import encode_references
+from arlon.film.media import check_references
 from arlon.film.messages import Job
+from arlon.film.take_media import TakeMedia, take_media
 from arlon.film.workers import torch_threads
 from arlon.shapes import world
 from benchmarks.prompt_accuracy import SHEET_COLUMNS, FilmMaker, Model, ProgressLine, load_model
 from pipelines.deliver.sheet import SheetRow, evenly_spaced, frames_to_sheet, write_sheet
-from pipelines.store.run_folder import RunFolder, write_json
+from pipelines.store.run_folder import write_json
 
 Mode = Literal["image", "video"]
 ATTRIBUTES = ("colour", "shape", "motion", "direction", "background", "count")
@@ -66,8 +68,8 @@ def make_case(case: Case, mode: Mode, model: Model, folder: Path) -> Result:
     grid, fps = model.geometry.grid, model.geometry.defaults.fps
     truth = scene_frames(case, model, 2 * grid.segment_frames)
     start = truth[:1] if mode == "image" else truth[: grid.segment_frames]
-    job = _job(case, mode, model, start, folder)
-    frames = FilmMaker(job).shots(job)[0]
+    job, media = _job(case, mode, model, start, folder)
+    frames = FilmMaker(job).shots(job, media=media)[0]
     used = 1 if mode == "image" else grid.chunk_frames * (grid.overlap // grid.chunk_latents)
     expected = start[-used:]
     first = len(start) - used
@@ -80,20 +82,19 @@ def make_case(case: Case, mode: Mode, model: Model, folder: Path) -> Result:
     )
 
 
-def _job(case: Case, mode: Mode, model: Model, start: np.ndarray, folder: Path) -> Job:
-    """The film of a case with what it is given in its run folder."""
+def _job(case: Case, mode: Mode, model: Model, start: np.ndarray, folder: Path) -> tuple[Job, dict[int, TakeMedia]]:
+    """The film of a case, and the encoded frames that it is given, by shot; their file is written to `folder`."""
     path = folder / ("start.png" if mode == "image" else "start.mp4")
     if mode == "image":
         Image.fromarray(start[0]).save(path)
     else:
         with VideoWriter(path, fps=model.geometry.defaults.fps, crf=CRF) as writer:
             writer.append(start)
-    job = replace(model.job(case), run_dir=str(folder))
+    job = model.job(case)
     film = job.plan.storyboard
     shot = replace(film.shots[0], **{mode: str(path)})
     job = replace(job, plan=replace(job.plan, storyboard=replace(film, shots=(shot,))))
-    RunFolder(folder).write_references(encode_references(job, check_references(job.plan)))
-    return job
+    return job, take_media(job.plan, encode_references(job, check_references(job.plan)))
 
 
 @torch.inference_mode()

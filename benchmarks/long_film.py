@@ -122,9 +122,10 @@ def window_difference(run_dir: Path, max_latents: int) -> float | None:
     """Largest difference of coarse latents decoded in windows and at once; None: a take is longer than that."""
     import torch
 
-    from arlon.film.messages import film_requests
+    from arlon.film.schedule import film_requests
     from arlon.film.workers import RefineWorker
     from pipelines.runs.resume import open_run, read_fitting_codes
+    from pipelines.store.media import read_media
 
     run = open_run(run_dir)
     if max(take.num_latents for take in run.plan.takes) > max_latents:
@@ -132,7 +133,7 @@ def window_difference(run_dir: Path, max_latents: int) -> float | None:
     worker, codes, largest = RefineWorker(run.prepared.job), read_fitting_codes(run), 0.0
     whole: dict[int, Any] = {}
     with torch.inference_mode():
-        for request in film_requests(run.prepared.job):
+        for request in film_requests(run.prepared.job, read_media(run.folder, run.plan)):
             segment, take = request.segment, request.refine.take
             if take.index not in whole:
                 grid = run.plan.geometry.latent_size(request.refine.height, request.refine.width)

@@ -23,7 +23,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
@@ -41,14 +41,13 @@ from arlon.film.messages import (
     Job,
     RefineRequest,
     RefineResult,
-    fill,
-    film_requests,
-    text_request,
 )
 from arlon.film.plan import make_plan, resolve_storyboard
 from arlon.film.prepare import make_settings
+from arlon.film.schedule import film_requests, text_request
 from arlon.film.settings import Settings
 from arlon.film.storyboard import Duration, Shot, Storyboard
+from arlon.film.take_media import TakeMedia
 from arlon.film.workers import CodeWorker, DecodeWorker, RefineWorker, TextWorker, torch_threads
 from pipelines.deliver.sheet import SheetRow, evenly_spaced, frames_to_sheet, write_sheet
 from pipelines.store.run_folder import write_json
@@ -92,8 +91,6 @@ class Model:
             settings=self.settings,
             model_path=self.path,
             model_hash=self.model_hash,
-            run_dir="",
-            partial_path="",
         )
 
 
@@ -238,25 +235,35 @@ class FilmMaker:
         self._refine, self._decode = refine(job), DecodeWorker(job)
         self._shown = shown or (lambda codes, job: codes)
 
-    def shots(self, job: Job, given: torch.Tensor | None = None) -> list[np.ndarray]:
+    def shots(
+        self, job: Job, given: torch.Tensor | None = None, media: Mapping[int, TakeMedia] | None = None
+    ) -> list[np.ndarray]:
         """Frames (F, pH, pW, 3) uint8 of every shot of a film, as they are before the film is encoded."""
-        return shots_of(job, [parts.frames for parts in self.segments(job, given)])
+        return shots_of(job, [parts.frames for parts in self.segments(job, given, media)])
 
-    def segments(self, job: Job, given: torch.Tensor | None = None) -> Iterator[SegmentParts]:
-        """The segments of a film in order; `given` are codes (1, n, cH, cW) in place of those of the code model."""
+    def segments(
+        self, job: Job, given: torch.Tensor | None = None, media: Mapping[int, TakeMedia] | None = None
+    ) -> Iterator[SegmentParts]:
+        """The segments of a film in order.
+
+        Args:
+            job: The film.
+            given: Codes (1, n, cH, cW) in place of those of the code model.
+            media: What its shots are given, by shot.
+        """
         code_step = self._codes if given is None else GivenCodes(given)
         if code_step is None:
             raise ValueError("the codes of this mode must be given")
         text = self._text.run(text_request(job.plan))
         codes: CodeResult | None = None
         refined: RefineResult | None = None
-        for request in film_requests(job):
-            if request.is_take_start:
+        for request in film_requests(job, media):
+            if request.segment.starts_take:
                 codes = refined = None
-            codes = code_step.run(fill(request.code, text=text, before=codes))
+            codes = code_step.run(replace(request.code, text=text, before=codes))
             shown = self._shown(codes, job)
-            before, refined = refined, self._refine.run(fill(request.refine, text=text, codes=shown, before=refined))
-            frames = self._decode.run(fill(request.decode, refined=refined, before=before)).frames
+            before, refined = refined, self._refine.run(replace(request.refine, text=text, codes=shown, before=refined))
+            frames = self._decode.run(replace(request.decode, refined=refined, before=before)).frames
             yield SegmentParts(frames, codes, refined)
 
 

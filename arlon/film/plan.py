@@ -17,7 +17,7 @@ from typing import Any
 
 from arlon.data import aspect as aspects
 from arlon.film.geometry import GenerationDefaults, ModelGeometry
-from arlon.film.storyboard import Shot, Storyboard, StoryboardError
+from arlon.film.storyboard import ResolvedStoryboard, Shot, Storyboard, StoryboardError
 from arlon.grids import SegmentGrid, ceil_div, code_grid, num_latent_frames
 
 MAX_SEGMENTS = 20_000
@@ -60,6 +60,19 @@ class Segment:
     """First code frame of the take that this segment depends on."""
     num_code_frames: int
     """Code frames of the take, from its start, that must be written before this segment can be refined."""
+    ends_take: bool
+    """Whether no segment of the same take follows."""
+    ends_shot: bool
+    """Whether no segment of the same shot follows."""
+
+    @property
+    def starts_take(self) -> bool:
+        """Whether this is the first segment of its take."""
+        return self.index_in_take == 0
+
+    def to_plain(self) -> dict[str, int]:
+        """Plain values for JSON: those that are set, without `ends_take` and `ends_shot`, which follow from a plan."""
+        return {name: value for name, value in asdict(self).items() if name not in ("ends_take", "ends_shot")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,10 +90,9 @@ class Take:
 class Plan:
     """Everything about a film that is known before anything is computed."""
 
-    storyboard: Storyboard
-    """Resolved: of the film-level values, only the model's name, `use_codes` where the model decides, and names of a
-    size may be None. `height` and `width` are those of the film; it is computed at the size of `frame_fit`, the next
-    that the model makes, and its centre is cut out."""
+    storyboard: ResolvedStoryboard
+    """Its `height` and `width` are those of the film. Frames are computed at the size of `frame_fit`, the next larger
+    one that the model makes, and cropped to their centre."""
     geometry: ModelGeometry
     shots: tuple[ShotSpan, ...]
     takes: tuple[Take, ...]
@@ -99,7 +111,6 @@ class Plan:
     @property
     def fps(self) -> float:
         """Frames a second."""
-        assert self.storyboard.fps is not None
         return self.storyboard.fps
 
     @cached_property
@@ -134,15 +145,15 @@ class Plan:
                 for span in self.shots
             ],
             "takes": [asdict(take) for take in self.takes],
-            "segments": [asdict(segment) for segment in self.segments],
+            "segments": [segment.to_plain() for segment in self.segments],
         }
 
 
-def resolve_storyboard(storyboard: Storyboard, defaults: GenerationDefaults, seed: int) -> Storyboard:
-    """Fill in what the storyboard leaves open: the model's values, and `seed` if it names none."""
+def resolve_storyboard(storyboard: Storyboard, defaults: GenerationDefaults, seed: int) -> ResolvedStoryboard:
+    """Fill in what a storyboard leaves open: with the values of the model, and `seed` if it names none."""
     names = ("fps", "height", "width", "guidance_scale", "num_inference_steps", "solver", "aesthetic_score")
     filled = {name: getattr(defaults, name) for name in names if getattr(storyboard, name) is None}
-    return replace(storyboard, seed=seed if storyboard.seed is None else storyboard.seed, **filled)
+    return ResolvedStoryboard.of(storyboard, seed=seed if storyboard.seed is None else storyboard.seed, **filled)
 
 
 def with_frame_size(storyboard: Storyboard, geometry: ModelGeometry) -> Storyboard:
@@ -172,12 +183,12 @@ def with_frame_size(storyboard: Storyboard, geometry: ModelGeometry) -> Storyboa
     return replace(storyboard, height=height, width=width, aspect=None, resolution=None)
 
 
-def make_plan(storyboard: Storyboard, geometry: ModelGeometry) -> Plan:
+def make_plan(storyboard: ResolvedStoryboard, geometry: ModelGeometry) -> Plan:
     """Lay a resolved storyboard out on the grids of a model.
 
     Args:
-        storyboard: Without open film-level values (see `resolve_storyboard`).
-        geometry: Of the model.
+        storyboard: The film, from `resolve_storyboard`.
+        geometry: Sizes of the model.
 
     Raises:
         StoryboardError: If the frame size does not fit the model or the film is too long.
@@ -224,7 +235,15 @@ def clip_plan(plan: Plan, num_frames: int) -> Plan:
         shots=(replace(span, num_frames=num_frames, num_segments=1, num_code_frames=codes),),
         takes=(replace(take, num_latents=latents, num_code_frames=codes, spans=((0, codes),)),),
         segments=(
-            replace(segment, num_latents=latents, num_frames=num_frames, start_code_frame=0, num_code_frames=codes),
+            replace(
+                segment,
+                num_latents=latents,
+                num_frames=num_frames,
+                start_code_frame=0,
+                num_code_frames=codes,
+                ends_take=True,
+                ends_shot=True,
+            ),
         ),
     )
 
@@ -325,6 +344,8 @@ class _TakeLayout:
                 num_frames=grid.stride_frames if place else grid.segment_frames,
                 start_code_frame=max(0, latents.start // ratio - halo),
                 num_code_frames=min(ceil_div(latents.stop, ratio) + halo, take.num_code_frames),
+                ends_take=place + 1 == len(owners),
+                ends_shot=owners[place + 1 : place + 2] != [shot],  # the slice is empty behind the last segment
             )
 
 
@@ -339,13 +360,13 @@ def _take_groups(shots: tuple[Shot, ...]) -> Iterator[list[tuple[int, Shot]]]:
     yield group
 
 
-def _frame_fit(storyboard: Storyboard, geometry: ModelGeometry) -> aspects.FrameFit:
-    """Sizes of a film; it is computed at the next multiple of what the model needs."""
-    return aspects.fit_frame(storyboard.height or 0, storyboard.width or 0, geometry.size_multiple)
+def _frame_fit(storyboard: ResolvedStoryboard, geometry: ModelGeometry) -> aspects.FrameFit:
+    """Frame size of a film, and the size at which it is computed: the next multiple that the model needs."""
+    return aspects.fit_frame(storyboard.height, storyboard.width, geometry.size_multiple)
 
 
-def _check_size(storyboard: Storyboard, geometry: ModelGeometry) -> None:
-    sizes = {"height": storyboard.height or 0, "width": storyboard.width or 0}
+def _check_size(storyboard: ResolvedStoryboard, geometry: ModelGeometry) -> None:
+    sizes = {"height": storyboard.height, "width": storyboard.width}
     problems = [
         f"{name} ({size}) must be even, as H.264 needs it: nearest are {max(2, size - 1)} and {size + 1}"
         for name, size in sizes.items()
@@ -367,7 +388,7 @@ def _check_size(storyboard: Storyboard, geometry: ModelGeometry) -> None:
         )
 
 
-def _check_length(storyboard: Storyboard, geometry: ModelGeometry) -> None:
+def _check_length(storyboard: ResolvedStoryboard, geometry: ModelGeometry) -> None:
     """Refuse a film that is too long, before its segments are laid out."""
     grid, fps = geometry.grid, storyboard.fps
     total = sum(

@@ -72,7 +72,7 @@ def plan_storyboard(storyboard: Storyboard, geometry: ModelGeometry) -> Plan:
 
     resolved = resolve_storyboard(with_frame_size(storyboard, geometry), geometry.defaults, random_seed())
     try:
-        samplers.get_solver(resolved.solver or "")
+        samplers.get_solver(resolved.solver)
     except ValueError as error:
         raise UsageError(str(error)) from error
     return make_plan(resolved, geometry)

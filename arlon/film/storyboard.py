@@ -26,9 +26,9 @@ from __future__ import annotations
 import re
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self, TypeVar
 
 from arlon.errors import StoryboardError
 from arlon.errors import UsageError as UsageError  # storyboards raise it, so callers find it here too
@@ -110,6 +110,50 @@ class Storyboard:
         plain = {name: value for name, value in plain.items() if value not in (None, "")}
         plain["shots"] = [_shot_to_plain(shot) for shot in self.shots]
         return plain
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedStoryboard(Storyboard):
+    """A film to make, with every value set that the model would otherwise decide.
+
+    What may still be None changes nothing (`aesthetic_score`), is only a name (`model`), or has been turned into other
+    values (`aspect`, `resolution`) or is left to the geometry of the model (`use_codes`, `segment`, `overlap`).
+
+    Raises:
+        StoryboardError: If a value is not set.
+    """
+
+    # Without `field()` a value would inherit the default None of the class above.
+    seed: int = field()
+    fps: float = field()
+    height: int = field()
+    width: int = field()
+    guidance_scale: float = field()
+    num_inference_steps: int = field()
+    solver: str = field()
+
+    def __post_init__(self) -> None:
+        names = ("seed", "fps", "height", "width", "guidance_scale", "num_inference_steps", "solver")
+        if unset := [name for name in names if getattr(self, name) is None]:
+            raise StoryboardError([f"{', '.join(unset)} must be set in the storyboard of a plan"])
+
+    @classmethod
+    def of(cls, storyboard: Storyboard, **values: Any) -> Self:
+        """The storyboard with values of the film replaced."""
+        return cls(**{f.name: getattr(storyboard, f.name) for f in fields(Storyboard)} | values)
+
+    def seed_of(self, shot: int) -> int:
+        """Seed of the noise of a shot: its own, or that of the film."""
+        own = self.shots[shot].seed
+        return self.seed if own is None else own
+
+    def guidance_scale_of(self, shot: int) -> float:
+        """Guidance of a shot: its own, or that of the film."""
+        own = self.shots[shot].guidance_scale
+        return self.guidance_scale if own is None else own
+
+
+S = TypeVar("S", bound=Storyboard)
 
 
 def _shot_to_plain(shot: Shot) -> dict[str, Any]:
@@ -277,7 +321,7 @@ def scripted_shots(prompt: str) -> list[dict[str, Any]]:
     return shots
 
 
-def with_overrides(storyboard: Storyboard, values: Mapping[str, Any], source: str = "options") -> Storyboard:
+def with_overrides(storyboard: S, values: Mapping[str, Any], source: str = "options") -> S:
     """The storyboard with film-level values replaced; None in `values` means: leave as it is.
 
     Raises:
@@ -291,7 +335,7 @@ def with_overrides(storyboard: Storyboard, values: Mapping[str, Any], source: st
     return replace(storyboard, **film)
 
 
-def with_shot(storyboard: Storyboard, index: int, values: Mapping[str, Any]) -> Storyboard:
+def with_shot(storyboard: S, index: int, values: Mapping[str, Any]) -> S:
     """The storyboard with values of one shot replaced; None in `values` means: leave as it is.
 
     Args:

@@ -195,11 +195,12 @@ class CodeWorker:
         features = {} if request.text is None else request.text.features
         return tuple(
             PromptSpan(
-                text=features[prompt].tokens, text_mask=features[prompt].mask, num_code_frames=count, blend=blend
+                text=_NOT_IN_FORCE if known is None else known.tokens,
+                text_mask=None if known is None else known.mask,
+                num_code_frames=span.num_code_frames,
+                blend=span.blend,
             )
-            if prompt in features
-            else PromptSpan(text=_NOT_IN_FORCE, num_code_frames=count, blend=blend)
-            for prompt, _, blend, count in request.schedule
+            for span, known in ((span, features.get(span.prompt)) for span in request.schedule.spans)
         )
 
 

@@ -17,7 +17,7 @@ import argparse
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,8 @@ from arlon.checkpoint import ModelFolder
 from arlon.diffusion import flow, samplers
 from arlon.evaluation.cases import Case, Share, summarise
 from arlon.files import make_folder, write_bytes, write_json
-from arlon.film.messages import CodeResult, fill, film_requests, text_request
+from arlon.film.messages import CodeResult
+from arlon.film.schedule import film_requests, text_request
 from arlon.film.workers import RefineWorker, TextWorker, torch_threads
 from arlon.models.injection import SemanticInjection
 from benchmarks.paper.conditions import flip_codes
@@ -119,7 +120,7 @@ def measure(
         codes = {str(share): flip_codes(right, share, codebook_size, case.seed) for share in SHARES}
         text = text_worker.run(text_request(job.plan))
         asked = next(iter(film_requests(job))).refine
-        request = fill(asked, text=text, codes=CodeResult(codes=right, elapsed_s=0.0))
+        request = replace(asked, text=text, codes=CodeResult(codes=right, elapsed_s=0.0))
         shown = latent[:, :, : request.segment.num_latents]
         of_base = worker.losses(request, shown, {NO_CODES: None}, case.seed)
         for name, injection in loaded.items():

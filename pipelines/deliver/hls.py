@@ -19,7 +19,8 @@ from math import ceil
 from pathlib import Path
 
 from arlon.files import make_folder, sweep, temporary_beside, write_bytes
-from arlon.film.messages import Job
+from arlon.film.plan import Plan
+from pipelines.deliver.paths import FilmOutput
 
 PLAYLIST_NAME = "film.m3u8"
 STREAM_NAME = "stream.mp4"
@@ -103,12 +104,12 @@ class HlsFolder:
                 left -= target.write(data)
 
 
-def stream_of(job: Job) -> HlsFolder | None:
-    """The stream of a film, where it was asked for."""
-    if not job.hls_path:
+def stream_of(plan: Plan, output: FilmOutput) -> HlsFolder | None:
+    """The stream of a film; None if it is to have none."""
+    if not output.has_stream:
         return None
-    longest = max(segment.num_frames for segment in job.plan.segments)
-    return HlsFolder(Path(job.hls_path), Path(job.partial_path), fps=job.plan.fps, longest_s=longest / job.plan.fps)
+    longest = max(segment.num_frames for segment in plan.segments)
+    return HlsFolder(output.paths.hls, output.paths.partial, fps=plan.fps, longest_s=longest / plan.fps)
 
 
 def _goes_on(old: str, lines: list[str]) -> bool:

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,22 @@ class OutputPaths:
     def sidecar(self) -> Path:
         """What the film was made from, as JSON."""
         return self.film.with_suffix(".json")
+
+    def resolved(self) -> OutputPaths:
+        """The same places as absolute paths, for a process with another working folder."""
+        return OutputPaths(film=self.film.parent.resolve() / self.film.name, run_dir=self.run_dir.resolve())
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilmOutput:
+    """Where a film is written while it is made, and what is written into it besides its frames."""
+
+    paths: OutputPaths
+    """Absolute."""
+    tags: Mapping[str, str] = field(default_factory=dict)
+    """Metadata of the film; empty if it shall carry none."""
+    has_stream: bool = False
+    """Whether an HLS stream is made beside the film."""
 
 
 def output_paths(output: str | Path | None, storyboard: Storyboard) -> OutputPaths:

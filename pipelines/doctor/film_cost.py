@@ -21,8 +21,9 @@ from arlon import cost
 from arlon.cost import Cost
 from arlon.diffusion import samplers
 from arlon.film.geometry import GenerationDefaults, ModelConfigs, read_configs
-from arlon.film.messages import code_schedule, segment_blend, text_request
-from arlon.film.plan import Plan, Segment
+from arlon.film.plan import Plan
+from arlon.film.prompt_schedule import code_schedule, segment_blend
+from arlon.film.schedule import text_request
 from arlon.film.settings import Settings
 from arlon.film.workers import lets_encoder_go
 from arlon.grids import ceil_div
@@ -175,7 +176,7 @@ class _Estimate:
         scales = Counter[float]()
         for segment in self.plan.segments:
             is_blended = segment_blend(self.plan, segment, self.plan.takes[segment.take]) is not None
-            scales[self._guidance_scale(segment)] += 2 if is_blended else 1
+            scales[film.guidance_scale_of(segment.shot)] += 2 if is_blended else 1
         is_guided = set(scales) != {1}
         passes = sum(count * (1.0 if scale != 1 or not is_guided else 0.5) for scale, count in scales.items())
         evaluations = film.num_inference_steps * solver_evaluations(film.solver)
@@ -233,20 +234,16 @@ class _Estimate:
         return frame, flops / frame.flops
 
     def _blended_code_frames(self) -> Iterator[int]:
-        """Of every switch that is blended."""
+        """Number of code frames that are blended, at each prompt switch that is."""
         for take in self.plan.takes:
-            for _, _, blend, count in code_schedule(self.plan, take):
-                if blend:
-                    yield min(blend, count)
+            for span in code_schedule(self.plan, take).spans:
+                if span.blend:
+                    yield min(span.blend, span.num_code_frames)
 
     @cached_property
     def _segment_size(self) -> tuple[int, int, int]:
         fit, geometry = self.plan.frame_fit, self.plan.geometry
         return geometry.grid.segment, *geometry.latent_size(fit.made_height, fit.made_width)
-
-    def _guidance_scale(self, segment: Segment) -> float:
-        own = self.plan.storyboard.shots[segment.shot].guidance_scale
-        return self.plan.storyboard.guidance_scale if own is None else own
 
     def _part(self, name: str, once: Cost, calls: float) -> PartCost:
         copy_bytes = self.copy_bytes if name in UNDER_AUTOCAST else 0

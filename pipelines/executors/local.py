@@ -9,6 +9,7 @@ the other networks are loaded.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -22,12 +23,10 @@ from arlon.film.messages import (
     SegmentRequests,
     TextRequest,
     WriteResult,
-    carried_on,
-    fill,
-    film_requests,
-    prompts_to_encode,
 )
+from arlon.film.schedule import film_requests, prompts_to_encode
 from arlon.film.workers import CodeWorker, DecodeWorker, RefineWorker, TextWorker, torch_threads
+from pipelines.deliver.paths import FilmOutput
 from pipelines.executors.write import WriteWorker
 from pipelines.store.run_folder import RunFolder
 
@@ -58,12 +57,13 @@ class KeptWorkers:
 
 
 def run_local(
-    job: Job, committed: Committed | None = None, *, worker: WorkerSource = new_worker
+    job: Job, output: FilmOutput, committed: Committed | None = None, *, worker: WorkerSource = new_worker
 ) -> Generator[WriteResult, None, None]:
     """Make the segments of a film that are not committed, in order; each is stored when it is yielded.
 
     Args:
-        job: The film; its run folder is ready.
+        job: The film.
+        output: Where it is written; its run folder is ready.
         committed: What the run folder holds already.
         worker: Where the workers come from that load networks.
 
@@ -72,33 +72,32 @@ def run_local(
         ValueError: If a part of the model is damaged.
     """
     committed = committed or Committed()
-    with torch_threads(job.settings.num_threads), WriteWorker(job, committed) as write_worker:
+    with torch_threads(job.settings.num_threads), WriteWorker(job, output, committed) as write_worker:
         if len(committed.segments) < len(job.plan.segments):
-            yield from _make(job, committed, worker, write_worker)
+            yield from _make(job, RunFolder(output.paths.run_dir), committed, worker, write_worker)
 
 
 def _make(
-    job: Job, committed: Committed, worker: WorkerSource, write_worker: WriteWorker
+    job: Job, folder: RunFolder, committed: Committed, worker: WorkerSource, write_worker: WriteWorker
 ) -> Generator[WriteResult, None, None]:
     text_worker = worker(TextWorker, job)
     text_worker.encode_ahead(prompts_to_encode(job, committed))
     refine_worker, decode_worker = (worker(kind, job) for kind in (RefineWorker, DecodeWorker))
     film_codes = _FilmCodes(job, committed, worker, text_worker, write_worker)
-    folder = RunFolder(job.run_dir)
     refined: RefineResult | None = None
-    for request in film_requests(job):
+    for request in film_requests(job, committed.media):
         codes, index = film_codes.of_segment(request), request.segment.index
         if index in committed.segments:
             refined = None
             continue
-        if request.is_take_start:
+        if request.segment.starts_take:
             refined = None
         elif refined is None:
-            refined = carried_on(folder.read_latent(index - 1))
+            refined = RefineResult.from_disk(folder.read_latent(index - 1))
         text = text_worker.run(TextRequest(prompts=request.refine.prompts))
-        before, refined = refined, refine_worker.run(fill(request.refine, text=text, codes=codes, before=refined))
-        decoded = decode_worker.run(fill(request.decode, refined=refined, before=before))
-        yield write_worker.run(fill(request.write, codes=codes, refined=refined, decoded=decoded))
+        before, refined = refined, refine_worker.run(replace(request.refine, text=text, codes=codes, before=refined))
+        decoded = decode_worker.run(replace(request.decode, refined=refined, before=before))
+        yield write_worker.run(replace(request.write, codes=codes, refined=refined, decoded=decoded))
 
 
 class _FilmCodes:
@@ -116,7 +115,7 @@ class _FilmCodes:
     def of_segment(self, request: SegmentRequests) -> CodeResult:
         """The codes that a segment needs; they cost nothing where they were there."""
         code = request.code
-        if request.is_take_start:
+        if request.segment.starts_take:
             self._of_take = self.committed.codes.get(code.take)
         if self._of_take is None or self._of_take.shape[1] < code.stop:
             return self._write(code)
@@ -126,7 +125,7 @@ class _FilmCodes:
         self._code_worker = self._code_worker or self.worker(CodeWorker, self.job)
         text = self.text_worker.run(TextRequest(prompts=code.prompts))
         before = None if self._of_take is None else CodeResult(codes=self._of_take, elapsed_s=0.0)
-        result = self._code_worker.run(fill(code, text=text, before=before))
+        result = self._code_worker.run(replace(code, text=text, before=before))
         self.write_worker.keep_codes(code.take, result)
         self._of_take = result.codes
         return result

@@ -21,7 +21,7 @@ import os
 from collections import OrderedDict, deque
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from importlib import import_module
 from itertools import groupby
 from typing import Any
@@ -30,16 +30,15 @@ from arlon.film.messages import (
     CodeResult,
     Committed,
     Job,
+    RefineResult,
     SegmentRequests,
     TextRequest,
     WriteResult,
-    carried_on,
-    fill,
-    film_requests,
-    prompts_to_encode,
 )
+from arlon.film.schedule import film_requests, prompts_to_encode
 from arlon.film.storyboard import UsageError
 from arlon.threads import spin_briefly
+from pipelines.deliver.paths import FilmOutput
 from pipelines.store.lock import WriterLock, holder_mark
 from pipelines.store.run_folder import RunFolder
 
@@ -98,8 +97,8 @@ class GraphConfig:
 class _Actor:
     """One worker in a process of its own. It is built by `start`, whose errors reach the caller as they are."""
 
-    def __init__(self, role: str, job: Job, holder: str, prompts: tuple[str, ...] = ()) -> None:
-        self.role, self.job, self.holder, self.prompts = role, job, holder, prompts
+    def __init__(self, role: str, job: Job, output: FilmOutput, holder: str, prompts: tuple[str, ...] = ()) -> None:
+        self.role, self.job, self.output, self.holder, self.prompts = role, job, output, holder, prompts
         self._lock: WriterLock | None = None
         self._worker: Any = None
 
@@ -112,8 +111,10 @@ class _Actor:
         keep_freed_memory()
         torch.set_num_threads(self.job.settings.num_threads)
         if self.role == "write" and self._lock is None:
-            self._lock = WriterLock(self.job.run_dir, self.holder)
-        state = (_committed(RunFolder(self.job.run_dir)),) if self.role == "write" else ()
+            self._lock = WriterLock(self.output.paths.run_dir, self.holder)
+        state: tuple[Any, ...] = ()
+        if self.role == "write":
+            state = (self.output, _committed(RunFolder(self.output.paths.run_dir)))
         module, name = WORKER_OF_ROLE[self.role]
         self._worker = getattr(import_module(module), name)(self.job, *state)
         if self.role == "text":
@@ -128,7 +129,7 @@ class _Actor:
 
     def run(self, request: Any, **results: Any) -> Any:
         """Run the worker on a request filled with results; Ray has put those in the place of their references."""
-        return self.worker.run(fill(request, **results))
+        return self.worker.run(replace(request, **results))
 
     def keep_codes(self, take: int, result: Any) -> None:
         """See `WriteWorker.keep_codes`."""
@@ -151,6 +152,7 @@ def _committed(folder: RunFolder) -> Committed:
 
 def run_graph(
     job: Job,
+    output: FilmOutput,
     committed: Committed | None = None,
     *,
     address: str | None = None,
@@ -161,8 +163,8 @@ def run_graph(
     Segments of one take come in order, and so do all if there is one refiner.
 
     Args:
-        job: The film; its run folder is ready. On a cluster, the model must lie under the same path on every node;
-            the run folder is only used on the node of the caller.
+        job: The film. On a cluster, the model must lie under the same path on every node.
+        output: Where it is written, on the node of the caller; its run folder is ready.
         committed: What the run folder holds already.
         address: Ray cluster to join; None: that of RAY_ADDRESS, or a Ray for this film on this machine, whose
             ports are open on all its addresses (Ray knows no other way).
@@ -182,9 +184,9 @@ def run_graph(
             _check_room(ray, job, config)
             for role in WORKER_OF_ROLE:
                 replicas = getattr(config, role).replicas if role != "write" else 1
-                crew[role] = [_start_actor(ray, role, job, config, prompts) for _ in range(replicas)]
+                crew[role] = [_start_actor(ray, role, job, output, config, prompts) for _ in range(replicas)]
             ray.get([actor.start.remote() for actors in crew.values() for actor in actors])
-            yield from _Film(ray, job, committed, crew, config).make()
+            yield from _Film(ray, job, RunFolder(output.paths.run_dir), committed, crew, config).make()
             ray.get(crew["write"][0].close.remote())
         finally:
             for actor in (actor for actors in crew.values() for actor in actors):
@@ -203,7 +205,9 @@ def _check_room(ray: Any, job: Job, config: GraphConfig) -> None:
             raise UsageError(f"the actors need {number:g} {kind}, the cluster has {there.get(kind, 0):g}")
 
 
-def _start_actor(ray: Any, role: str, job: Job, config: GraphConfig, prompts: tuple[str, ...]) -> Any:
+def _start_actor(
+    ray: Any, role: str, job: Job, output: FilmOutput, config: GraphConfig, prompts: tuple[str, ...]
+) -> Any:
     """An actor of a role; the writer stays on the node of the caller, whose disk it writes.
 
     `prompts` are those that an actor of the role `text` encodes at its start, if its encoder is large.
@@ -221,7 +225,7 @@ def _start_actor(ray: Any, role: str, job: Job, config: GraphConfig, prompts: tu
     return (
         ray.remote(_Actor)
         .options(**options)
-        .remote(role, job, holder_mark(job.run_dir), prompts if role == "text" else ())
+        .remote(role, job, output, holder_mark(output.paths.run_dir), prompts if role == "text" else ())
     )
 
 
@@ -251,17 +255,23 @@ class _Film:
     """One film: what is asked of whom, and when."""
 
     def __init__(
-        self, ray: Any, job: Job, committed: Committed, crew: dict[str, list[Any]], config: GraphConfig
+        self,
+        ray: Any,
+        job: Job,
+        folder: RunFolder,
+        committed: Committed,
+        crew: dict[str, list[Any]],
+        config: GraphConfig,
     ) -> None:
-        self.ray, self.job, self.committed, self.crew, self.config = ray, job, committed, crew, config
-        requests = groupby(film_requests(job), key=lambda request: request.segment.take)
+        self.ray, self.committed, self.crew, self.config = ray, committed, crew, config
+        requests = groupby(film_requests(job, committed.media), key=lambda request: request.segment.take)
         self._takes = deque(_Take(list(group)) for _, group in requests)
         self._without_codes = deque(self._takes)
         self._num_ahead = 0
         self._lanes = [_Lane(actor) for actor in crew["refine"]]
         self._texts: OrderedDict[tuple[str, ...], Any] = OrderedDict()
         self._written: dict[Any, _Lane] = {}
-        self._folder = RunFolder(job.run_dir)
+        self._folder = folder
         self._at: dict[Any, tuple[Any, Any]] = {}
         """What refining and decoding give, of the segments that are not written yet, by what writing gives."""
         self._unkept: dict[int, tuple[int, Any]] = {}
@@ -305,8 +315,8 @@ class _Film:
     def _ask_for(self, refine: Any, take: _Take, request: SegmentRequests, code: Any) -> Any:
         index, write = request.segment.index, self.crew["write"][0]
         before = None
-        if not request.is_take_start:
-            before = take.refined or carried_on(RunFolder(self.job.run_dir).read_latent(index - 1))
+        if not request.segment.starts_take:
+            before = take.refined or RefineResult.from_disk(self._folder.read_latent(index - 1))
         text = self._text_of(request.refine.prompts)
         take.refined = refine.run.remote(request.refine, text=text, codes=code, before=before)
         decode = self.crew["decode"][index % len(self.crew["decode"])]
@@ -344,7 +354,7 @@ class _Film:
             if known is not None and known.shape[1] > code.start:
                 before = CodeResult(codes=known, elapsed_s=0.0)
             else:
-                before = None if request.is_take_start else take.last_code
+                before = None if request.segment.starts_take else take.last_code
             actor = self.crew["code"][take.index % len(self.crew["code"])]
             take.last_code = actor.run.remote(code, text=self._text_of(code.prompts), before=before)
             self._unkept[request.segment.index] = take.index, take.last_code

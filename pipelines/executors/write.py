@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from dataclasses import asdict
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Self
 
 from arlon.data.video_io import REPEATABLE, Fragment, VideoWriter, encode_fragment, hash_frames
@@ -13,6 +12,7 @@ from arlon.film.appearance import Look, measure_drift, measure_look
 from arlon.film.messages import CodeResult, Committed, Job, WriteRequest, WriteResult
 from arlon.film.workers import process_memory_bytes
 from pipelines.deliver.hls import stream_of
+from pipelines.deliver.paths import FilmOutput
 from pipelines.store.run_folder import FRAGMENT_NAME, LATENTS_NAME, RunFolder, SegmentRecord
 
 
@@ -31,20 +31,22 @@ class WriteWorker:
 
     Args:
         job: The film.
+        output: Where it is written.
         committed: What the run folder holds; it is put into the film when its turn comes.
     """
 
-    def __init__(self, job: Job, committed: Committed | None = None) -> None:
+    def __init__(self, job: Job, output: FilmOutput, committed: Committed | None = None) -> None:
         committed = committed or Committed()
         self.plan = job.plan
-        self.folder = RunFolder(job.run_dir)
+        self.folder = RunFolder(output.paths.run_dir)
         self._committed = set(committed.segments)
         self._codes = dict(committed.codes)
         self._next = 0
         self._settings = film_settings(job)
-        Path(job.partial_path).unlink(missing_ok=True)  # it may be a stream that someone watches, under another name
-        self._writer = VideoWriter(job.partial_path, **self._settings, tags=job.tags)
-        self._hls = stream_of(job)
+        # Not truncated: under its second name the old file may be a stream that someone watches.
+        output.paths.partial.unlink(missing_ok=True)
+        self._writer = VideoWriter(output.paths.partial, **self._settings, tags=output.tags)
+        self._hls = stream_of(job.plan, output)
         self._catch_up()
         self._gather_codes()
 
@@ -67,7 +69,7 @@ class WriteWorker:
                 latent=refined.latent,
                 fragment=encode_fragment(decoded.frames, **self._settings).data,
                 frames_hash=hash_frames(decoded.frames),
-                inputs=request.inputs | {"codes": refined.codes_hash, "overlap": refined.overlap_hash},
+                inputs=request.inputs.to_plain() | {"codes": refined.codes_hash, "overlap": refined.overlap_hash},
                 look=asdict(look),
             )
             self._committed.add(segment.index)

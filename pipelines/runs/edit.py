@@ -16,14 +16,18 @@ from pathlib import Path
 from torch import Tensor
 
 from arlon.files import copy_file, link_or_copy, make_folder, publish, sync_folder, temporary_beside
-from arlon.film.media import check_references, encode_references
-from arlon.film.messages import Committed, code_schedule, film_requests
+from arlon.film.encode_media import encode_references
+from arlon.film.media import check_references
+from arlon.film.messages import Committed
 from arlon.film.plan import Plan, make_plan
-from arlon.film.storyboard import Shot, Storyboard, UsageError, random_seed, with_shot
+from arlon.film.prompt_schedule import code_schedule
+from arlon.film.schedule import film_requests
+from arlon.film.storyboard import ResolvedStoryboard, Shot, UsageError, random_seed, with_shot
 from pipelines.deliver.paths import OutputPaths, check_output, output_paths
 from pipelines.runs.generate import assemble, run_record
 from pipelines.runs.resume import Run, continue_run, misfit
 from pipelines.store.lock import RunLock
+from pipelines.store.media import read_media
 from pipelines.store.run_folder import (
     CODES_LOG_NAME,
     CODES_NAME,
@@ -40,7 +44,7 @@ _LOG_NAMES = (CODES_LOG_NAME, EVENTS_NAME)
 """Files that grow in place, so that they cannot be shared."""
 
 
-def with_shot_changed(run: Run, shot: int, *, prompt: str | None = None, seed: int | None = None) -> Storyboard:
+def with_shot_changed(run: Run, shot: int, *, prompt: str | None = None, seed: int | None = None) -> ResolvedStoryboard:
     """The storyboard of a run with another prompt or seed for a shot; with neither, it gets a fresh seed.
 
     Args:
@@ -60,13 +64,13 @@ def with_shot_changed(run: Run, shot: int, *, prompt: str | None = None, seed: i
     return with_shot(film, shot - 1, {"prompt": prompt, "seed": seed})
 
 
-def with_shots_added(run: Run, shots: Sequence[Shot]) -> Storyboard:
+def with_shots_added(run: Run, shots: Sequence[Shot]) -> ResolvedStoryboard:
     """The storyboard of a run with more shots at its end; the first says itself how it follows."""
     film = run.plan.storyboard
     return replace(film, shots=(*film.shots, *shots))
 
 
-def change_run(run: Run, storyboard: Storyboard) -> Run:
+def change_run(run: Run, storyboard: ResolvedStoryboard) -> Run:
     """The run under another storyboard, checked; nothing is written. `begin_change` does that.
 
     Raises:
@@ -82,8 +86,8 @@ def change_run(run: Run, storyboard: Storyboard) -> Run:
         settings=old.job.settings,
         paths=old.paths,
         model_source=old.model_source,
-        metadata=bool(old.job.tags),
-        hls=bool(old.job.hls_path),
+        metadata=bool(old.output.tags),
+        hls=old.output.has_stream,
         arlon_version=old.record["arlon"],
     )
     return replace(run, prepared=replace(prepared, references=references))
@@ -140,13 +144,13 @@ def _unchanged_codes(old: Plan, new: Plan, codes: Mapping[int, Tensor]) -> Itera
     A code frame depends on the prompts and seeds up to its own, on where they switch, and on nothing behind it.
     """
     for take, stored in codes.items():
-        spans = zip(code_schedule(old, old.takes[take]), code_schedule(new, new.takes[take]), strict=False)
+        schedules = (code_schedule(plan, plan.takes[take]).spans for plan in (old, new))
         count = 0
-        for (*before, old_count), (*after, new_count) in spans:
-            if before != after:
+        for before, after in zip(*schedules, strict=False):
+            if replace(before, num_code_frames=after.num_code_frames) != after:  # another prompt, seed or blend
                 break
-            count += min(old_count, new_count)
-            if old_count != new_count:
+            count += min(before.num_code_frames, after.num_code_frames)
+            if before.num_code_frames != after.num_code_frames:
                 break
         if count:
             yield take, stored[:, :count]
@@ -155,7 +159,7 @@ def _unchanged_codes(old: Plan, new: Plan, codes: Mapping[int, Tensor]) -> Itera
 def _changed_segments(new: Run, committed: frozenset[int], codes: Mapping[int, Tensor]) -> set[int]:
     """Committed segments that cannot stay, given the codes that do."""
     changed: set[int] = set()
-    for request in film_requests(new.prepared.job):
+    for request in film_requests(new.prepared.job, read_media(new.folder, new.plan)):
         segment = request.segment
         if segment.index not in committed:
             continue

@@ -17,15 +17,17 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from arlon.files import make_folder, sweep, write_json
 from arlon.film.container import finalise
-from arlon.film.media import Reference, check_references, encode_references
+from arlon.film.encode_media import encode_references
+from arlon.film.media import Reference, check_references
 from arlon.film.messages import Committed, Job, WriteResult
 from arlon.film.plan import Plan
 from arlon.film.prepare import make_settings, plan_film
 from arlon.film.record import film_record, film_tags
 from arlon.film.settings import Settings
 from arlon.film.storyboard import Storyboard, UsageError
+from arlon.film.take_media import take_media
 from pipelines.deliver.hls import remove_stream
-from pipelines.deliver.paths import OutputPaths, check_output, output_paths
+from pipelines.deliver.paths import FilmOutput, OutputPaths, check_output, output_paths
 from pipelines.store.lock import RunLock
 from pipelines.store.run_folder import RunFolder
 
@@ -49,6 +51,8 @@ class Prepared:
 
     job: Job
     paths: OutputPaths
+    """Where the film goes, as it was asked for."""
+    output: FilmOutput
     record: dict[str, Any]
     """What is stored in the film and beside it."""
     model_source: str
@@ -184,21 +188,22 @@ def assemble(
         settings=settings,
         model_path=str(model_path.resolve()),
         model_hash=identity["hash"],
-        run_dir=str(paths.run_dir.resolve()),
-        partial_path=str(paths.partial.resolve()),
-        hls_path=str(paths.hls.resolve()) if hls else "",
-        tags=film_tags(record, plan.storyboard.shots[0].prompt) if metadata else {},
     )
-    return Prepared(job=job, paths=paths, record=record, model_source=model_source)
+    output = FilmOutput(
+        paths=paths.resolved(),
+        tags=film_tags(record, plan.storyboard.shots[0].prompt) if metadata else {},
+        has_stream=hls,
+    )
+    return Prepared(job=job, paths=paths, output=output, record=record, model_source=model_source)
 
 
 def start_run(prepared: Prepared, executor: str) -> Committed:
     """Make the run folder ready for a new film."""
     sweep_film(prepared.paths)
-    given = encode_references(prepared.job, prepared.references)
+    tensors = encode_references(prepared.job, prepared.references)
     remove_stream(prepared.paths.hls)
-    RunFolder(prepared.paths.run_dir).start(run_record(prepared, executor), given)
-    return Committed()
+    RunFolder(prepared.paths.run_dir).start(run_record(prepared, executor), tensors)
+    return Committed(media=take_media(prepared.plan, tensors))
 
 
 def sweep_film(paths: OutputPaths) -> None:
@@ -243,7 +248,7 @@ def generate(
         committed = begin(prepared, executor)
         folder.log("start", executor=executor, segments=len(committed.segments))
         tally = _Tally(prepared.plan, committed, started_s)
-        segments = _run(prepared.job, committed, executor, address, graph, worker)
+        segments = _run(prepared, committed, executor, address, graph, worker)
         try:
             for result in segments:
                 progress = tally.add(result)
@@ -269,7 +274,7 @@ def _check_executor(executor: str) -> None:
 
 
 def _run(
-    job: Job,
+    prepared: Prepared,
     committed: Committed,
     executor: str,
     address: str | None,
@@ -279,17 +284,17 @@ def _run(
     if executor == "local":
         from pipelines.executors.local import new_worker, run_local
 
-        return run_local(job, committed, worker=worker or new_worker)
+        return run_local(prepared.job, prepared.output, committed, worker=worker or new_worker)
     from pipelines.executors.ray_graph import run_graph
 
-    return run_graph(job, committed, address=address, config=graph)
+    return run_graph(prepared.job, prepared.output, committed, address=address, config=graph)
 
 
 def run_record(prepared: Prepared, executor: str) -> dict[str, Any]:
     """What `run.json` says: the film's record, and where and with what it is made."""
     record = prepared.record | {"versions": library_versions(), "executor": executor}
-    record |= {"film": prepared.paths.film_from_run_dir, "metadata": bool(prepared.job.tags)}
-    record |= {"hls": True} if prepared.job.hls_path else {}
+    record |= {"film": prepared.paths.film_from_run_dir, "metadata": bool(prepared.output.tags)}
+    record |= {"hls": True} if prepared.output.has_stream else {}
     record["model"] = record["model"] | {"source": prepared.model_source}
     return record | {"plan": prepared.plan.to_plain()}
 
@@ -341,15 +346,14 @@ class _Tally:
 def _finish(prepared: Prepared, folder: RunFolder, tally: _Tally) -> FilmResult:
     """Put the sidecar and then the film in their places."""
     paths, plan = prepared.paths, prepared.plan
-    if prepared.job.tags:
+    if prepared.output.tags:
         write_json(paths.sidecar, prepared.record)
     film_hash = finalise(paths.partial, paths.film, num_frames=plan.num_frames)
     elapsed_s = time.perf_counter() - tally.started_s
     folder.log("film", name=paths.film.name, sha256=film_hash, elapsed_s=round(elapsed_s, 3))
-    assert plan.storyboard.seed is not None
     return FilmResult(
         film=paths.film,
-        sidecar=paths.sidecar if prepared.job.tags else None,
+        sidecar=paths.sidecar if prepared.output.tags else None,
         run_dir=paths.run_dir,
         seed=plan.storyboard.seed,
         num_frames=plan.num_frames,

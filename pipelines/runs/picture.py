@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,11 @@ import numpy as np
 
 from arlon.files import make_folder, write_bytes
 from arlon.film.media import reference_names
-from arlon.film.messages import Job, TextRequest, fill, film_requests
+from arlon.film.messages import Job, TextRequest
 from arlon.film.plan import clip_plan
 from arlon.film.prepare import make_settings, plan_film
 from arlon.film.record import film_record, film_tags
+from arlon.film.schedule import film_requests
 from arlon.film.storyboard import Storyboard, UsageError
 from pipelines.deliver.paths import check_output_folder, slug
 
@@ -35,6 +36,9 @@ class PreparedPicture:
     job: Job
     path: Path
     record: dict[str, Any]
+    """What the picture is made from."""
+    tags: Mapping[str, str]
+    """Metadata that is written into the picture."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,11 +113,9 @@ def prepare_picture(
         settings=checked,
         model_path=str(planned.model.path.resolve()),
         model_hash=planned.identity["hash"],
-        run_dir="",
-        partial_path="",
-        tags=film_tags(record, film.shots[0].prompt) if metadata else {},
     )
-    return PreparedPicture(job=job, path=path, record=record)
+    tags = film_tags(record, film.shots[0].prompt) if metadata else {}
+    return PreparedPicture(job=job, path=path, record=record, tags=tags)
 
 
 def make_picture(prepared: PreparedPicture) -> PictureResult:
@@ -126,13 +128,12 @@ def make_picture(prepared: PreparedPicture) -> PictureResult:
     with torch_threads(job.settings.num_threads):
         prompts = tuple(dict.fromkeys((*request.code.prompts, *request.refine.prompts)))
         text = TextWorker(job).run(TextRequest(prompts=prompts))
-        codes = CodeWorker(job).run(fill(request.code, text=text))
-        refined = RefineWorker(job).run(fill(request.refine, text=text, codes=codes))
-        frames = DecodeWorker(job).run(fill(request.decode, refined=refined)).frames
+        codes = CodeWorker(job).run(replace(request.code, text=text))
+        refined = RefineWorker(job).run(replace(request.refine, text=text, codes=codes))
+        frames = DecodeWorker(job).run(replace(request.decode, refined=refined)).frames
     make_folder(prepared.path.parent)
-    write_bytes(prepared.path, _png(frames[0], job.tags))
+    write_bytes(prepared.path, _png(frames[0], prepared.tags))
     seed = job.plan.storyboard.seed
-    assert seed is not None
     return PictureResult(picture=prepared.path, seed=seed, elapsed_s=time.perf_counter() - started_s)
 
 

@@ -15,12 +15,15 @@ from torch import Tensor
 
 from arlon.files import hash_plain, hash_tensor
 from arlon.film.geometry import open_model, read_geometry
-from arlon.film.messages import Committed, film_requests
+from arlon.film.messages import Committed, SegmentInputs
 from arlon.film.plan import Plan, Segment, make_plan
+from arlon.film.schedule import film_requests
 from arlon.film.settings import Settings
-from arlon.film.storyboard import Storyboard, StoryboardError, UsageError, parse_storyboard
+from arlon.film.storyboard import ResolvedStoryboard, StoryboardError, UsageError, parse_storyboard
+from arlon.film.take_media import TakeMedia
 from pipelines.deliver.paths import paths_of_run
 from pipelines.runs.generate import Prepared, assemble, library_versions, sweep_film
+from pipelines.store.media import read_media
 from pipelines.store.run_folder import RUN_NAME, RunFolder, RunFolderError
 
 
@@ -103,14 +106,14 @@ def find_run(run_dir: str | Path) -> RunFolder:
     raise UsageError(f"'{run_dir}' is not a run folder: it holds no {RUN_NAME}")
 
 
-def read_storyboard(record: Mapping[str, Any], folder: RunFolder) -> Storyboard:
+def read_storyboard(record: Mapping[str, Any], folder: RunFolder) -> ResolvedStoryboard:
     """The resolved storyboard of a run.
 
     Raises:
         RunFolderError: If it is not one.
     """
     try:
-        return parse_storyboard(record["storyboard"])
+        return ResolvedStoryboard.of(parse_storyboard(record["storyboard"]))
     except StoryboardError as error:
         raise RunFolderError(f"'{folder.path / RUN_NAME}' holds no storyboard: {error}") from error
 
@@ -131,8 +134,8 @@ def continue_run(run: Run) -> Committed:
         raise RuntimeError(f"'{run.folder.path}' was changed by another process just now: try again")
     run.folder.sweep()
     sweep_film(run.prepared.paths)
-    codes = read_fitting_codes(run)
-    return Committed(codes=codes, segments=fitting_segments(run, codes))
+    codes, media = read_fitting_codes(run), read_media(run.folder, run.plan)
+    return Committed(codes=codes, segments=fitting_segments(run, codes, media), media=media)
 
 
 def _content(record: Mapping[str, Any]) -> str:
@@ -156,11 +159,16 @@ def read_fitting_codes(run: Run) -> dict[int, Tensor]:
     return codes
 
 
-def fitting_segments(run: Run, codes: Mapping[int, Tensor]) -> frozenset[int]:
+def fitting_segments(run: Run, codes: Mapping[int, Tensor], media: Mapping[int, TakeMedia]) -> frozenset[int]:
     """Committed segments that fit the plan.
 
     Stale ones that do not are removed, and so are those whose codes or segment before are missing: they are made again
     with these.
+
+    Args:
+        run: The run.
+        codes: Its stored codes, by take.
+        media: What its shots are given, by shot.
 
     Raises:
         RunFolderError: If another one does not fit.
@@ -170,7 +178,7 @@ def fitting_segments(run: Run, codes: Mapping[int, Tensor]) -> frozenset[int]:
     if there and max(there) >= len(run.plan.segments):
         where = folder.segment_dir(max(there))
         raise RunFolderError(f"'{where}' does not fit this run, which has {len(run.plan.segments)} segments: delete it")
-    for request in film_requests(run.prepared.job):
+    for request in film_requests(run.prepared.job, media):
         segment = request.segment
         if segment.index not in there:
             continue
@@ -188,13 +196,13 @@ def fitting_segments(run: Run, codes: Mapping[int, Tensor]) -> frozenset[int]:
     return frozenset(fitting)
 
 
-def misfit(folder: RunFolder, segment: Segment, inputs: Mapping[str, Any], codes: Tensor) -> str | None:
+def misfit(folder: RunFolder, segment: Segment, inputs: SegmentInputs, codes: Tensor) -> str | None:
     """Why a committed segment is not what the plan would make; None: it is.
 
     Args:
         folder: The run folder; the segment before is committed if this one carries frames over.
         segment: The segment.
-        inputs: What the plan makes it from, in plain values.
+        inputs: What the plan makes it from.
         codes: Codes of its take, (1, n, cH, cW), as many as it needs or more.
 
     Raises:
@@ -203,7 +211,7 @@ def misfit(folder: RunFolder, segment: Segment, inputs: Mapping[str, Any], codes
     record = folder.read_segment(segment.index)
     if record.index != segment.index:
         return f"it is segment {record.index} of its film"
-    if different := [name for name, value in inputs.items() if record.inputs.get(name) != value]:
+    if different := [name for name, value in inputs.to_plain().items() if record.inputs.get(name) != value]:
         return f"it was made with other values of {', '.join(different)}"
     window = codes[:, segment.start_code_frame : segment.num_code_frames]
     if record.inputs["codes"] != hash_tensor(window):

@@ -12,11 +12,13 @@ from torch import Tensor
 from arlon.data.video_io import Fragment, VideoWriter, encode_fragment, hash_frames
 from arlon.files import hash_file
 from arlon.film.container import finalise
-from arlon.film.messages import CodeResult, SegmentRequests, TextRequest, carried_on, fill, film_requests
+from arlon.film.messages import CodeResult, RefineResult, SegmentRequests, TextRequest
+from arlon.film.schedule import film_requests
 from arlon.film.storyboard import UsageError
 from arlon.film.workers import CodeWorker, DecodeWorker, RefineWorker, TextWorker, torch_threads
 from pipelines.executors.write import film_settings
 from pipelines.runs.resume import Run, misfit, read_fitting_codes
+from pipelines.store.media import read_media
 from pipelines.store.run_folder import FRAMES, RunFolderError
 
 
@@ -33,7 +35,7 @@ def verify_run(run: Run) -> Iterator[str]:
         return
     there = set(run.folder.committed_indices())
     is_sound = True
-    for request in film_requests(run.prepared.job):
+    for request in film_requests(run.prepared.job, read_media(run.folder, run.plan)):
         index = request.segment.index
         if index in there and (problem := _problem(run, request, codes, there)) is not None:
             is_sound = False
@@ -57,10 +59,10 @@ def _problem(run: Run, request: SegmentRequests, codes: Mapping[int, Tensor], th
 
 
 def _verify_film(run: Run) -> Iterator[str]:
-    job, paths = run.prepared.job, run.prepared.paths
+    job, paths, tags = run.prepared.job, run.prepared.paths, run.prepared.output.tags
     with tempfile.TemporaryDirectory() as folder:
         partial, film = Path(folder) / "partial.mp4", Path(folder) / "film.mp4"
-        with VideoWriter(partial, **film_settings(job), tags=job.tags) as writer:
+        with VideoWriter(partial, **film_settings(job), tags=tags) as writer:
             for segment in run.plan.segments:
                 writer.append_fragment(Fragment(data=run.folder.read_fragment(segment.index)))
         if finalise(partial, film, num_frames=run.plan.num_frames) != hash_file(paths.film):
@@ -81,7 +83,8 @@ def replay_segment(run: Run, index: int) -> Iterator[str]:
     folder, job = run.folder, run.prepared.job
     if not 0 <= index < len(run.plan.segments) or not folder.has_segment(index):
         raise UsageError(f"segment {index} is not among those of '{folder.path}'")
-    request = next(request for request in film_requests(job) if request.segment.index == index)
+    requests = film_requests(job, read_media(folder, run.plan))
+    request = next(request for request in requests if request.segment.index == index)
     outputs = folder.read_segment(index).outputs
     stored = CodeResult(codes=read_fitting_codes(run)[request.code.take], elapsed_s=0.0)
     with torch_threads(job.settings.num_threads):
@@ -90,12 +93,12 @@ def replay_segment(run: Run, index: int) -> Iterator[str]:
         again = _replay_codes(run, request, text_worker)
         if not again.codes.equal(stored.codes[:, : request.code.stop]):
             yield f"segment {index}: its codes come out otherwise"
-        before = None if request.is_take_start else carried_on(folder.read_latent(index - 1))
+        before = None if request.segment.starts_take else RefineResult.from_disk(folder.read_latent(index - 1))
         text = text_worker.run(TextRequest(prompts=request.refine.prompts))
-        refined = RefineWorker(job).run(fill(request.refine, text=text, codes=stored, before=before))
+        refined = RefineWorker(job).run(replace(request.refine, text=text, codes=stored, before=before))
         if not refined.latent.equal(folder.read_latent(index)):
             yield f"segment {index}: its latents come out otherwise"
-        decoded = DecodeWorker(job).run(fill(request.decode, refined=refined, before=before))
+        decoded = DecodeWorker(job).run(replace(request.decode, refined=refined, before=before))
     known = outputs.get(FRAMES)  # the first version did not store it
     has_same_frames = known == hash_frames(decoded.frames)
     if known is not None and not has_same_frames:
@@ -114,4 +117,4 @@ def _replay_codes(run: Run, request: SegmentRequests, text_worker: TextWorker) -
     """The codes of a take up to a segment, written from the start."""
     whole = replace(request.code, start=0)
     text = text_worker.run(TextRequest(prompts=whole.prompts))
-    return CodeWorker(run.prepared.job).run(fill(whole, text=text))
+    return CodeWorker(run.prepared.job).run(replace(whole, text=text))

@@ -159,7 +159,7 @@ class RunFolder:
     # --- what it is given ------------------------------------------------------------------------------------
 
     def write_references(self, tensors: Mapping[str, Tensor]) -> None:
-        """Store latent and code frames of what the film is given, by `SHOT/KIND`; see `arlon.film.media`."""
+        """Store latent and code frames of what the film is given, by `SHOT/KIND`; see `arlon.film.take_media`."""
         plain = {name: tensor.contiguous() for name, tensor in tensors.items()}
         data = safetensors.torch.save(plain, metadata={"sha256": _hash_tensors(plain)})
         write_bytes(self.path / REFERENCES_NAME, data)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from arlon.film.messages import CodeResult, fill, film_requests, text_request
+from arlon.film.messages import CodeResult
+from arlon.film.schedule import film_requests, text_request
 from arlon.film.workers import TextWorker
 from arlon.models.injection import SemanticInjection
 from arlon.models.stdit import STDiT3
@@ -77,7 +79,7 @@ def test_losses_are_those_of_every_time_by_itself(tiny_model: Path, tmp_path: Pa
     codes = SceneEncoder(job).codes(latent)
     text = TextWorker(job).run(text_request(job.plan))
     asked = next(iter(film_requests(job))).refine
-    request = fill(asked, text=text, codes=CodeResult(codes=codes, elapsed_s=0.0))
+    request = replace(asked, text=text, codes=CodeResult(codes=codes, elapsed_s=0.0))
     worker = wrong_codes.LossWorker(job)
     latent = latent[:, :, : request.segment.num_latents]
     noise = wrong_codes.samplers.draw_noise((wrong_codes.NUM_TIMES, *latent.shape[1:]), cases[1].seed, "wrong codes")

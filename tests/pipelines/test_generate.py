@@ -15,8 +15,8 @@ from arlon.checkpoint import ModelFolder
 from arlon.data.video_io import probe, read_video
 from arlon.film.container import read_film_record
 from arlon.film.geometry import read_geometry
-from arlon.film.messages import film_requests
 from arlon.film.prepare import make_settings
+from arlon.film.schedule import film_requests
 from arlon.film.storyboard import UsageError, parse_storyboard, storyboard_from_prompts
 from pipelines.deliver.paths import output_paths, slug
 from pipelines.runs import generate as module
@@ -277,7 +277,7 @@ def test_blended_frames_are_told_where_there_are_any(tiny_model: Path, tmp_path:
     plain, blended = (prepared_film(tiny_model, tmp_path / "a.mp4", settings={"vae_blend_frames": n}) for n in (0, 2))
     assert "vae_blend_frames" not in plain.record["settings"]  # films of before it have the same bytes
     assert blended.record["settings"]["vae_blend_frames"] == 2
-    inputs = [next(film_requests(film.job)).write.inputs for film in (plain, blended)]
+    inputs = [next(film_requests(film.job)).write.inputs.to_plain() for film in (plain, blended)]
     assert [values.get("vae_blend_frames") for values in inputs] == [None, 2]
     decodes = [[(d.lead, d.held) for d in (r.decode for r in film_requests(film.job))] for film in (plain, blended)]
     assert decodes == [[(0, 0)] * 3, [(0, 2), (2, 0), (0, 0)]]
@@ -288,7 +288,7 @@ def test_tiles_are_told_where_there_are_any(tiny_model: Path, tmp_path: Path) ->
     plain, tiled = (prepared_film(tiny_model, tmp_path / "a.mp4", settings={"vae_tile": n}) for n in (None, 32))
     assert "vae_tile" not in plain.record["settings"]
     assert tiled.record["settings"]["vae_tile"] == 32
-    assert next(film_requests(tiled.job)).write.inputs["vae_tile"] == 32
+    assert next(film_requests(tiled.job)).write.inputs.vae_tile == 32
 
 
 @pytest.mark.parametrize(
@@ -299,7 +299,7 @@ def test_newer_settings_are_told_where_they_are_not_at_their_default(
 ) -> None:
     films = [prepared_film(tiny_model, tmp_path / "a.mp4", settings={name: value}) for value in (default, other)]
     records = [film.record["settings"] for film in films]
-    inputs = [next(film_requests(film.job)).write.inputs for film in films]
+    inputs = [next(film_requests(film.job)).write.inputs.to_plain() for film in films]
     for plain, chosen in (records, inputs):
         assert name not in plain
         assert chosen[name] == other

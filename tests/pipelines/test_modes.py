@@ -16,9 +16,10 @@ from typer.testing import CliRunner
 from arlon.checkpoint import write_model_index
 from arlon.data.video_io import read_video
 from arlon.film.container import read_film_record
-from arlon.film.messages import carried_on, fill, film_requests
+from arlon.film.messages import RefineResult
 from arlon.film.plan import clip_plan, with_frame_size
 from arlon.film.prepare import plan_film
+from arlon.film.schedule import film_requests
 from arlon.film.storyboard import Storyboard, StoryboardError, UsageError, parse_storyboard
 from arlon.film.workers import DecodeWorker, RefineWorker
 from arlon.models.video_vae import VideoVAE
@@ -146,7 +147,7 @@ def test_a_named_size_is_the_centre_of_a_film_of_the_next_size(base_model: Path,
     worker, latents = DecodeWorker(named.job), [folder.read_latent(index) for index in range(2)]
     for request, latent, expected in zip(film_requests(named.job), latents, larger, strict=True):
         assert latent.equal(expected)
-        decode = fill(request.decode, refined=carried_on(latent))
+        decode = replace(request.decode, refined=RefineResult.from_disk(latent))
         whole = worker.run(replace(decode, size=None)).frames
         assert whole.shape[1:3] == (128, 304)
         assert np.array_equal(worker.run(decode).frames, whole[:, 2:126, 7:297])

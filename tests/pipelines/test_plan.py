@@ -10,8 +10,8 @@ import pytest
 
 from arlon.checkpoint import ModelFolder
 from arlon.film.geometry import GenerationDefaults, ModelGeometry, open_model, read_geometry
-from arlon.film.messages import segment_blend
 from arlon.film.plan import Plan, make_plan, resolve_storyboard, timeline_rows
+from arlon.film.prompt_schedule import segment_blend
 from arlon.film.storyboard import Storyboard, StoryboardError, parse_storyboard
 from arlon.grids import SegmentGrid
 from arlon.models.vqvae import LatentVQVAE

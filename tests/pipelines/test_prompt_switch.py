@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from arlon.film.messages import Job, TextRequest, film_requests
+from arlon.film.messages import Job, TextRequest
+from arlon.film.schedule import film_requests
 from arlon.film.storyboard import StoryboardError, parse_storyboard
 from arlon.film.workers import RefineWorker, TextWorker, guidance
 from arlon.models.ar import CodeTransformer
@@ -32,7 +33,8 @@ class Seen:
 
     def __init__(self, model: Path, folder: Path, second: str, monkeypatch: pytest.MonkeyPatch) -> None:
         shots = ({"prompt": FIRST, "duration": "51f"}, {"prompt": second, "duration": "34f"})
-        self.job: Job = prepared_film(model, folder / "a.mp4", *shots).job
+        prepared = prepared_film(model, folder / "a.mp4", *shots)
+        self.job: Job = prepared.job
         self.reads: list[tuple[int, Tensor, Tensor]] = []
         """Of each time the code model read its context anew: codes in it, the text, the logits that came out."""
         self.texts: list[Tensor] = []
@@ -52,10 +54,10 @@ class Seen:
             patch.setattr(CodeTransformer, "prefill", seen_prefill)
             patch.setattr(guidance, "guide", seen_guide)
             folder.mkdir(parents=True)
-            RunFolder(self.job.run_dir).start({})
-            for _ in run_local(self.job):
+            RunFolder(prepared.paths.run_dir).start({})
+            for _ in run_local(self.job, prepared.output):
                 pass
-        self.codes = RunFolder(self.job.run_dir).read_codes()[0]
+        self.codes = RunFolder(prepared.paths.run_dir).read_codes()[0]
 
 
 @pytest.mark.slow
@@ -103,9 +105,9 @@ def test_blended_requests_bring_both_prompts_where_both_count(tiny_model: Path, 
     # New latent frames 15 to 24, two a code frame from 16 on.
     assert blend.weights[5:] == pytest.approx([1 / 3, 1 / 3, 1 / 3, 2 / 3, 2 / 3, 1, 1, 1, 1, 1])
     assert second.refine.prompts == (SECOND, FIRST)
-    assert second.write.inputs["blend"] == {"prompt": FIRST, "weights": list(blend.weights)}
+    assert second.write.inputs.to_plain()["blend"] == {"prompt": FIRST, "weights": list(blend.weights)}
     assert third.refine.blend is None
-    assert "blend" not in first.write.inputs | third.write.inputs
+    assert "blend" not in first.write.inputs.to_plain() | third.write.inputs.to_plain()
 
 
 def test_velocity_of_a_blended_segment_lies_between_that_of_both_prompts(tiny_model: Path, tmp_path: Path) -> None:

@@ -18,10 +18,12 @@ from arlon.diffusion.guidance import guide
 from arlon.diffusion.references import parse_mask_strategy
 from arlon.diffusion.samplers import draw_noise
 from arlon.diffusion.take import sample_take
-from arlon.film.media import check_references, encode_references
-from arlon.film.messages import film_requests
+from arlon.film.encode_media import encode_references
+from arlon.film.media import check_references
 from arlon.film.prepare import plan_film
+from arlon.film.schedule import film_requests
 from arlon.film.storyboard import StoryboardError, load_storyboard, parse_storyboard
+from arlon.film.take_media import TakeMedia, take_media
 from arlon.film.workers import RefineWorker
 from arlon.models.stdit import STDiT3
 from arlon.models.video_vae import VideoVAE
@@ -32,6 +34,7 @@ from pipelines.runs.edit import begin_change, change_run, fork_run, with_shot_ch
 from pipelines.runs.generate import Prepared, generate, prepare
 from pipelines.runs.resume import continue_run, open_run
 from pipelines.runs.verify import replay_segment, verify_run
+from pipelines.store.media import read_media
 from pipelines.store.run_folder import REFERENCES_NAME, RunFolder, RunFolderError
 from tests.closeness import assert_close_to_scale
 from tests.pipelines.tiny_model import FPS, HEIGHT, WIDTH
@@ -381,10 +384,10 @@ def test_a_mask_strategy_films_what_the_loop_of_the_original_samples(
         address = () if number == 0 else ("edit", number - 1)
         return draw_noise((1, 4, 15, HEIGHT // 8, WIDTH // 8), board.seed, "dit", segment, *address)
 
-    expected = []
+    expected, media = [], read_media(RunFolder(prepared.paths.run_dir), prepared.plan)
     for number in range(2):  # times are shifted by the frames of a segment, which is the same for both
         worker = RefineWorker(prepared.job)
-        times = worker._times(next(r.refine for r in film_requests(prepared.job) if r.segment.index == number))
+        times = worker._times(next(r.refine for r in film_requests(prepared.job, media) if r.segment.index == number))
         expected.append(times)
     assert torch.equal(*expected)
     taken = list(
@@ -479,18 +482,21 @@ def test_a_shot_ends_on_its_picture_in_its_last_segment_alone(
     strategy = "0,0,0,0,5;0,0,0,5,5;0,0,0,10,4"
     shot = PROMPT | {"references": [str(clip)], "mask_strategy": strategy, "end_image": str(picture)}
     prepared = film(tiny_model, tmp_path / "a.mp4", shot)
-    first, second = (request.refine for request in film_requests(replace(prepared.job, run_dir=write_given(prepared))))
+    first, second = (request.refine for request in film_requests(prepared.job, encoded_media(prepared)))
     assert (first.placed[1] == 0).sum() == 14
     assert (first.tail is None, second.tail is None) == (True, False)
     with pytest.raises(StoryboardError, match=r"shots\[0\].mask_strategy: 15 of 15 latent frames"):
         film(tiny_model, tmp_path / "b.mp4", shot | {"duration": "1 segments"})
 
 
-def write_given(prepared: Prepared) -> str:
-    folder = RunFolder(prepared.paths.run_dir)
-    folder.path.mkdir()
-    folder.write_references(encode_references(prepared.job, prepared.references))
-    return str(folder.path)
+def encoded_media(prepared: Prepared) -> dict[int, TakeMedia]:
+    return take_media(prepared.plan, encode_references(prepared.job, prepared.references))
+
+
+def test_requests_of_a_film_need_its_media(tiny_model: Path, tmp_path: Path, picture: Path) -> None:
+    prepared = film(tiny_model, tmp_path / "a.mp4", PROMPT | {"image": str(picture)})
+    with pytest.raises(ValueError, match=r"shots\[0\]\.image"):
+        next(film_requests(prepared.job))
 
 
 def test_shots_with_references_do_not_each_look_at_all_segments(

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from arlon.data.video_io import REPEATABLE, encode_fragment, hash_frames
 from arlon.film.container import read_film_record
-from arlon.film.messages import Job, RefineResult, TextRequest, fill, film_requests
+from arlon.film.messages import Job, RefineResult, TextRequest
+from arlon.film.schedule import film_requests
 from arlon.film.workers import CodeWorker, DecodeWorker, RefineWorker, TextWorker, torch_threads
 from pipelines.runs.generate import generate
 from pipelines.runs.resume import open_run
@@ -67,12 +68,12 @@ def _inputs(job: Job, coder: CodeWorker, refiner: RefineWorker) -> Iterator[tupl
     text_worker, codes, refined = TextWorker(job), None, None
     for request in film_requests(job):
         text = text_worker.run(TextRequest(prompts=(*request.code.prompts, *request.refine.prompts)))
-        before = (None, None) if request.is_take_start else (codes, refined)
-        code = fill(request.code, text=text, before=before[0])
+        before = (None, None) if request.segment.starts_take else (codes, refined)
+        code = replace(request.code, text=text, before=before[0])
         codes = coder.run(code)
-        refine = fill(request.refine, text=text, codes=codes, before=before[1])
+        refine = replace(request.refine, text=text, codes=codes, before=before[1])
         refined = refiner.run(refine)
-        yield code, refine, fill(request.decode, refined=refined)
+        yield code, refine, replace(request.decode, refined=refined)
 
 
 @pytest.mark.parametrize("role", ["code", "refine", "decode"])
@@ -129,7 +130,7 @@ def test_a_film_tells_how_it_was_encoded(tiny_model: Path, tmp_path: Path, is_in
     request = next(film_requests(run.prepared.job))
     refined = RefineResult(latent=run.folder.read_latent(0), overlap_hash=None, codes_hash="", elapsed_s=0.0)
     with torch_threads(1):
-        frames = DecodeWorker(run.prepared.job).run(fill(request.decode, refined=refined)).frames
+        frames = DecodeWorker(run.prepared.job).run(replace(request.decode, refined=refined)).frames
     assert run.folder.read_segment(0).outputs[FRAMES] == hash_frames(frames)
     encoded = encode_fragment(frames, fps=8, crf=16, preset="medium", x264_params=options).data
     assert run.folder.read_fragment(0) == encoded

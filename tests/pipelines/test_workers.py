@@ -23,11 +23,8 @@ from arlon.film.messages import (
     SegmentRequests,
     TextRequest,
     TextResult,
-    fill,
-    film_requests,
-    prompts_to_encode,
-    text_request,
 )
+from arlon.film.schedule import film_requests, prompts_to_encode, text_request
 from arlon.film.storyboard import parse_storyboard
 from arlon.film.workers import CodeWorker, DecodeWorker, RefineWorker, TextWorker, video_to_frames
 from arlon.models.code_sampling import PromptSpan, SamplingConfig, generate_codes
@@ -36,6 +33,7 @@ from arlon.models.stdit import STDiT3
 from arlon.models.video_vae import VideoVAE
 from arlon.models.vqvae import LatentVQVAE
 from arlon.text.encoders import TextEncoder, TextFeatures, load_text_encoder
+from pipelines.deliver.paths import FilmOutput, OutputPaths
 from pipelines.executors import ray_graph as graph
 from pipelines.executors.local import KeptWorkers, WorkerSource, new_worker
 from pipelines.executors.write import WriteWorker
@@ -71,17 +69,17 @@ class Chain:
         self.codes: list[CodeResult] = []
         worker = CodeWorker(job)
         for request in self.requests:
-            before = None if request.is_take_start else self.codes[-1]
-            self.codes.append(worker.run(fill(request.code, text=self.text, before=before)))
+            before = None if request.segment.starts_take else self.codes[-1]
+            self.codes.append(worker.run(replace(request.code, text=self.text, before=before)))
 
     def refine(self, worker: RefineWorker, index: int, before: RefineResult | None) -> RefineResult:
         request = self.requests[index].refine
-        return worker.run(fill(request, text=self.text, codes=self.codes[index], before=before))
+        return worker.run(replace(request, text=self.text, codes=self.codes[index], before=before))
 
     def refine_all(self, worker: RefineWorker) -> list[RefineResult]:
         results: list[RefineResult] = []
         for request in self.requests:
-            before = None if request.is_take_start else results[-1]
+            before = None if request.segment.starts_take else results[-1]
             results.append(self.refine(worker, request.segment.index, before))
         return results
 
@@ -112,7 +110,7 @@ def test_scores_and_camera_motion_are_said_to_the_encoder_and_stand_in_the_recor
     assert [requests[0].refine.prompts, requests[-1].refine.prompt] == [(first, "blurry"), second]
     blends = [request.refine.blend for request in requests if request.refine.blend]
     assert [blend.prompt for blend in blends] == [first]
-    assert requests[-1].write.inputs["prompt"] == second
+    assert requests[-1].write.inputs.prompt == second
     silent = replace(board, aesthetic_score=0.0, camera_motion=None)
     plan = prepare(silent, model=str(tiny_model), output=tmp_path / "b.mp4").job.plan
     assert text_request(plan).prompts[0] == "a red circle"
@@ -124,7 +122,7 @@ def test_one_frame_is_made_at_the_rate_of_pictures(tiny_model: Path, tmp_path: P
         board = parse_storyboard({"seed": 1, "shots": shots, "use_codes": False})
         job = prepare(board, model=str(tiny_model), output=tmp_path / f"{frames}.mp4").job
         (request,) = film_requests(job)
-        assert (request.refine.fps, request.write.inputs["fps"], job.plan.fps) == (fps, fps, tiny.FPS)
+        assert (request.refine.fps, request.write.inputs.fps, job.plan.fps) == (fps, fps, tiny.FPS)
 
 
 def test_text_is_prepared_for_one_mask_at_a_time(
@@ -138,7 +136,7 @@ def test_text_is_prepared_for_one_mask_at_a_time(
         return made
 
     monkeypatch.setattr(refine_worker, "_under_mask", keep)
-    velocity = refine_worker._velocity(fill(chain.requests[0].refine, text=chain.text), None)
+    velocity = refine_worker._velocity(replace(chain.requests[0].refine, text=chain.text), None)
     x, t = torch.zeros(1, 4, 3, 4, 6), torch.ones(1)
     for mask in ([False, False, True], [False, True, True], [False, True, True], [True, True, True]):
         velocity(x, t, torch.tensor([mask]))
@@ -243,7 +241,8 @@ def test_films_have_the_same_bits_where_the_text_encoder_works_first(
 
 
 def test_an_actor_for_text_lets_its_encoder_go(chain: Chain, loads: list[weakref.ref[TextEncoder]]) -> None:
-    actor = graph._Actor("text", chain.job, "", ("a red circle", "a blue square"))
+    output = FilmOutput(paths=OutputPaths(film=Path("film.mp4"), run_dir=Path("film.run")))
+    actor = graph._Actor("text", chain.job, output, "", ("a red circle", "a blue square"))
     actor.start()
     assert actor.run(TextRequest(prompts=("a blue square",))).features
     assert [load() for load in loads] == [None]
@@ -263,11 +262,11 @@ def test_prompts_of_what_is_on_disk_are_not_encoded(chain: Chain) -> None:
 def test_codes_written_segment_by_segment_equal_the_take_in_one_go(chain: Chain) -> None:
     schedule = [
         PromptSpan(
-            text=chain.text.features[prompt].tokens,
-            text_mask=chain.text.features[prompt].mask,
-            num_code_frames=count,
+            text=chain.text.features[span.prompt].tokens,
+            text_mask=chain.text.features[span.prompt].mask,
+            num_code_frames=span.num_code_frames,
         )
-        for prompt, *_, count in chain.requests[0].code.schedule
+        for span in chain.requests[0].code.schedule.spans
     ]
     model = CodeWorker(chain.job).model
 
@@ -285,7 +284,7 @@ def test_codes_written_segment_by_segment_equal_the_take_in_one_go(chain: Chain)
 
 
 def test_a_fresh_code_worker_goes_on_where_another_stopped(chain: Chain) -> None:
-    request = fill(chain.requests[1].code, text=chain.text, before=chain.codes[0])
+    request = replace(chain.requests[1].code, text=chain.text, before=chain.codes[0])
     assert CodeWorker(chain.job).run(request).codes.equal(chain.codes[1].codes)
 
 
@@ -344,7 +343,7 @@ def test_a_segment_made_again_alone_has_the_same_bits(chain: Chain, refine_worke
 
 def test_everything_a_segment_is_asked_for_changes_it(chain: Chain, refine_worker: RefineWorker) -> None:
     results = chain.refine_all(refine_worker)
-    request = fill(chain.requests[1].refine, text=chain.text, codes=chain.codes[1], before=results[0])
+    request = replace(chain.requests[1].refine, text=chain.text, codes=chain.codes[1], before=results[0])
     other_codes = CodeResult(codes=(chain.codes[1].codes + 1) % tiny.CODEBOOK_SIZE, elapsed_s=0.0)
     changes = {
         "prompt": "a blue square",
@@ -354,10 +353,10 @@ def test_everything_a_segment_is_asked_for_changes_it(chain: Chain, refine_worke
         "num_inference_steps": 3,
         "fps": 24.0,
         "codes": other_codes,
-        "before": fill(results[0], latent=results[0].latent + 0.1),
+        "before": replace(results[0], latent=results[0].latent + 0.1),
     }
     for name, value in changes.items():
-        changed = refine_worker.run(fill(request, **{name: value}))
+        changed = refine_worker.run(replace(request, **{name: value}))
         assert not changed.latent.equal(results[1].latent), f"{name} has no effect"
 
 
@@ -384,7 +383,7 @@ def test_blended_segments_are_the_take_decoded_at_once(chain: Chain, refine_work
     job = replace(chain.job, settings=replace(chain.job.settings, vae_blend_frames=2))
     first, second, other_take = chain.refine_all(refine_worker)
     requests = [
-        fill(request.decode, refined=refined, before=before)
+        replace(request.decode, refined=refined, before=before)
         for request, refined, before in zip(
             film_requests(job), (first, second, other_take), (None, first, second), strict=True
         )
@@ -468,17 +467,17 @@ def test_segments_are_committed_as_they_come_and_enter_the_film_in_order(chain: 
     for request, code, refined in zip(
         chain.requests, chain.codes, chain.refine_all(RefineWorker(chain.job)), strict=True
     ):
-        decoded = decode.run(fill(request.decode, refined=refined))
-        writes.append(fill(request.write, codes=code, refined=refined, decoded=decoded))
+        decoded = decode.run(replace(request.decode, refined=refined))
+        writes.append(replace(request.write, codes=code, refined=refined, decoded=decoded))
     films = []
     for order in ((0, 1, 2), (2, 0, 1, 2)):
         film = tmp_path / f"{len(order)}.mp4"
-        job = replace(chain.job, run_dir=str(film.with_suffix(".run")), partial_path=str(film))
-        folder = RunFolder(job.run_dir)
+        output = FilmOutput(paths=OutputPaths(film=film, run_dir=film.with_suffix(".run")))
+        folder = RunFolder(output.paths.run_dir)
         folder.path.mkdir()
-        with WriteWorker(job) as writer:
+        with WriteWorker(chain.job, output) as writer:
             results = {index: writer.run(writes[index]) for index in order}
-        films.append((film.read_bytes(), [results[index].fragment_hash for index in (0, 1, 2)]))
+        films.append((output.paths.partial.read_bytes(), [results[index].fragment_hash for index in (0, 1, 2)]))
         committed = [event["segment"] for event in folder.events() if event["event"] == "commit"]
         assert committed == list(order[:3])
     assert films[0] == films[1]

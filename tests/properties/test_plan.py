@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from arlon.film.geometry import GenerationDefaults, ModelGeometry
-from arlon.film.messages import code_schedule
 from arlon.film.plan import Plan, make_plan, resolve_storyboard
+from arlon.film.prompt_schedule import code_schedule
 from arlon.film.storyboard import parse_storyboard
 from tests.properties.films import grids
 
@@ -77,6 +77,11 @@ def test_takes_start_at_cuts_and_nowhere_else(plan: Plan) -> None:
         same = before.take == after.take
         assert after.index_in_take == (before.index_in_take + 1 if same else 0)
         assert after.overlap == (plan.geometry.grid.overlap if same else 0)
+        assert (before.ends_take, after.starts_take) == (not same, not same)
+        assert before.ends_shot == (before.shot != after.shot)
+    assert plan.segments[0].starts_take
+    assert plan.segments[-1].ends_take
+    assert plan.segments[-1].ends_shot
     assert plan.segments[0].overlap == 0
 
 
@@ -87,7 +92,7 @@ def test_code_frames_add_up_and_are_there_when_a_segment_needs_them(plan: Plan) 
         owned = {span.shot: span.num_code_frames for span in plan.shots if span.take == take.index}
         assert sum(owned.values()) == take.num_code_frames == sum(count for _, count in take.spans)
         assert dict(take.spans) == {shot: count for shot, count in owned.items() if count}
-        assert sum(count for *_, count in code_schedule(plan, take)) == take.num_code_frames
+        assert sum(span.num_code_frames for span in code_schedule(plan, take).spans) == take.num_code_frames
         # A code frame covers `ratio` latent frames, and its shot is that of the segment that makes the first of them.
         maker = {}
         for segment in (segment for segment in plan.segments if segment.take == take.index):
