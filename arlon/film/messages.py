@@ -203,8 +203,8 @@ class SegmentInputs:
     It is the provenance of a segment: `segment.json` stores it, and a stored segment is used again only if its values
     are still the same. The hashes of the codes and of the latent frames carried over join them when they exist.
 
-    A field with a default is not stored while it has that default. The default is what the first version did, whatever
-    the default of a setting is today, so that segments made before the field existed still match. A new field needs one.
+    A field with a default is not stored while it has that default. The default is what the first version did, even if
+    that of the setting is another today. So segments made before the field existed still match; a new one needs one.
     """
 
     blend: Blend | None = None
