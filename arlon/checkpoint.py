@@ -43,6 +43,7 @@ from arlon.errors import CheckpointError, did_you_mean
 from arlon.files import hash_bytes, make_folder, publish, temporary_beside, write_json
 from arlon.grids import code_grid
 from arlon.hub import fetch, is_hub_id
+from arlon.registry import BASE_COMPONENTS, COMPONENTS, FILM_COMPONENTS
 
 __all__ = [
     "CheckpointError",
@@ -64,17 +65,7 @@ __all__ = [
 INDEX_NAME = "model_index.json"
 PACKAGED_MODELS = ("shapes",)
 MODEL_FILE_SUFFIXES = (".yaml", ".yml")
-COMPONENTS = ("vae", "vqvae", "vqvae_coarser", "ar", "dit", "injection", "text_encoder")
-GENERATION_COMPONENTS = ("vae", "vqvae", "ar", "dit", "injection", "text_encoder")
-"""What a film needs; `vqvae_coarser` only serves training."""
-BASE_COMPONENTS = ("vae", "dit", "text_encoder")
-"""What the base alone needs: video from text without codes, as Open-Sora v1.2 makes it."""
-RELEASED_KINDS = {
-    "STDiT3": "dit",
-    "VideoAutoencoderPipeline": "vae",
-    "VideoVAE": "vae",
-    "t5": "text_encoder",
-}
+RELEASED_KINDS = {stated: name for name, kind in COMPONENTS.items() for stated in kind.released_kinds}
 """Component that a folder holds, by the kind that its `config.json` states."""
 RELEASED_DEFAULTS = {"aesthetic_score": 6.5}
 """How released components are used, where that is not what `arlon.film.geometry.GenerationDefaults` says by itself."""
@@ -117,9 +108,7 @@ class ModelFolder:
     model_hash: str
 
     @classmethod
-    def open(
-        cls, path: str | Path, *, required: Iterable[str] = GENERATION_COMPONENTS, verify: bool = True
-    ) -> ModelFolder:
+    def open(cls, path: str | Path, *, required: Iterable[str] = FILM_COMPONENTS, verify: bool = True) -> ModelFolder:
         """Read `model_index.json` and check the folder.
 
         Args:
@@ -169,7 +158,7 @@ def write_model_index(folder: str | Path, defaults: Mapping[str, Any] | None = N
     """Check the components found in `folder`, hash them, and write `model_index.json`.
 
     Args:
-        folder: A folder with some of the subfolders in `COMPONENTS`.
+        folder: A folder with some of the subfolders in `arlon.registry.COMPONENTS`.
         defaults: Plain values stored with the model. Those of an existing index are kept if None.
 
     Raises:

@@ -15,19 +15,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from arlon.registry import COMPONENTS, TRAINED_COMPONENTS
 from arlon.text.encoders import TextEncoderConfig
 
 if TYPE_CHECKING:
-    from torch import nn
+    from arlon.components import Component
 
-RUN_OF_COMPONENT = {
-    "vae": "vae",
-    "vqvae": "vqvae",
-    "vqvae_coarser": "vqvae_coarser",
-    "ar": "ar",
-    "dit": "dit",
-    "injection": "inject",
-}
+RUN_OF_COMPONENT = {name: COMPONENTS[name].recipe for name in TRAINED_COMPONENTS}
 COMPONENT_OF_STAGE = {"vae": "vae", "vqvae": "vqvae", "ar": "ar", "dit": "dit", "inject": "injection"}
 
 
@@ -42,27 +36,9 @@ class ModelFolderConfig:
     over what stands here."""
 
 
-def component_classes() -> dict[str, type[nn.Module]]:
-    """Model class of each trained component."""
-    from arlon.models.ar import CodeTransformer
-    from arlon.models.injection import SemanticInjection
-    from arlon.models.stdit import STDiT3
-    from arlon.models.video_vae import VideoVAE
-    from arlon.models.vqvae import LatentVQVAE
-
-    return {
-        "vae": VideoVAE,
-        "vqvae": LatentVQVAE,
-        "vqvae_coarser": LatentVQVAE,
-        "ar": CodeTransformer,
-        "dit": STDiT3,
-        "injection": SemanticInjection,
-    }
-
-
-def stage_model_class(stage: str) -> type[nn.Module]:
+def stage_model_class(stage: str) -> type[Component]:
     """Class of the model that a stage trains."""
-    return component_classes()[COMPONENT_OF_STAGE[stage]]
+    return COMPONENTS[COMPONENT_OF_STAGE[stage]].model_class
 
 
 @dataclass(frozen=True)
@@ -96,8 +72,8 @@ def assemble(output: Path, runs: Path, config: ModelFolderConfig) -> Assembled:
     # The new folder is complete and checked before the old one goes.
     temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
     try:
-        for name, model_class in component_classes().items():
-            model = load_component(model_class, runs / RUN_OF_COMPONENT[name] / "export")
+        for name, run in RUN_OF_COMPONENT.items():
+            model = load_component(COMPONENTS[name].model_class, runs / run / "export")
             save_component(model, temporary / name, dtype=torch.bfloat16)
         save_text_encoder(temporary / "text_encoder", encoder)
         index = write_model_index(temporary, config.defaults | facts)

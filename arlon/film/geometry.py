@@ -9,9 +9,10 @@ import importlib.util
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from arlon.grids import SegmentGrid
+from arlon.registry import BASE_COMPONENTS, CODE_COMPONENTS, COMPONENTS, FILM_COMPONENTS
 
 if TYPE_CHECKING:
     from arlon.checkpoint import ModelFolder
@@ -21,16 +22,6 @@ if TYPE_CHECKING:
     from arlon.models.video_vae import VideoVAEConfig
     from arlon.models.vqvae import LatentVQVAEConfig
     from arlon.text.encoders import TextEncoderConfig
-
-SIZE_FILES = {
-    "vae": "vae",
-    "dit": "dit",
-    "vqvae": "vqvae",
-    "ar": "ar",
-    "injection": "inject",
-    "text_encoder": "model",
-}
-"""File of a folder of `configs/` that holds the config of a component, under the component's name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +128,7 @@ def open_model(
         FileNotFoundError: If there is no such model.
         CheckpointError: If its components are damaged or do not fit each other.
     """
-    from arlon.checkpoint import BASE_COMPONENTS, MODEL_FILE_SUFFIXES, ModelFolder, resolve_model
+    from arlon.checkpoint import MODEL_FILE_SUFFIXES, ModelFolder, resolve_model
 
     wanted = BASE_COMPONENTS if required is None else tuple(required)
     model = ModelFolder.open(resolve_model(name_or_path, download=download), required=wanted)
@@ -157,25 +148,22 @@ def read_configs(model: ModelFolder) -> ModelConfigs:
         FileNotFoundError: If VAE, DiT or text encoder is missing, or some but not all of what codes need.
         ConfigError: If a config is not what this version knows.
     """
-    from arlon.checkpoint import GENERATION_COMPONENTS, read_config
-    from arlon.models.ar import CodeTransformer
-    from arlon.models.injection import SemanticInjection
-    from arlon.models.stdit import STDiT3
-    from arlon.models.video_vae import VideoVAE
-    from arlon.models.vqvae import LatentVQVAE
+    from arlon.components import read_config
     from arlon.text.encoders import read_text_config
 
-    base = {"vae": VideoVAE, "dit": STDiT3}
-    codes = {"vqvae": LatentVQVAE, "ar": CodeTransformer, "injection": SemanticInjection}
-    there = [name for name in codes if name in model.components]
-    if there and len(there) < len(codes):
-        missing = [name for name in GENERATION_COMPONENTS if name in codes and name not in there]
+    there = [name for name in CODE_COMPONENTS if name in model.components]
+    missing = [name for name in CODE_COMPONENTS if name not in there]
+    if there and missing:
         raise FileNotFoundError(
             f"model {str(model.path)!r} has {', '.join(there)} but lacks {', '.join(missing)}: a base alone has none"
         )
-    classes = base | {name: codes[name] for name in there}
-    configs = {name: read_config(kind, model.component(name)) for name, kind in classes.items()}
-    return ModelConfigs(text_encoder=read_text_config(model.component("text_encoder")), **configs)
+    configs: dict[str, Any] = {
+        name: read_text_config(model.component(name))
+        if name == "text_encoder"
+        else read_config(COMPONENTS[name].model_class, model.component(name))
+        for name in (*BASE_COMPONENTS, *there)
+    }
+    return ModelConfigs(**configs)
 
 
 def read_size(name: str) -> tuple[ModelConfigs, GenerationDefaults] | None:
@@ -192,30 +180,14 @@ def read_size(name: str) -> tuple[ModelConfigs, GenerationDefaults] | None:
     folder = next((Path(place) / name for place in places or () if (Path(place) / name).is_dir()), None)
     if folder is None:
         return None
-    files = {part: folder / f"{file}.yaml" for part, file in SIZE_FILES.items()}
+    files = {part: folder / f"{COMPONENTS[part].recipe}.yaml" for part in FILM_COMPONENTS}
     if not all(file.is_file() for file in files.values()):
         return None
     values = {part: parse_yaml(file.read_text(encoding="utf-8")) for part, file in files.items()}
-    configs = {part: config_from_dict(kind, values[part][part]) for part, kind in _config_classes().items()}
-    return ModelConfigs(**configs), config_from_dict(GenerationDefaults, values["text_encoder"]["defaults"])
-
-
-def _config_classes() -> dict[str, type]:
-    from arlon.models.ar import CodeTransformerConfig
-    from arlon.models.injection import InjectionConfig
-    from arlon.models.stdit import STDiT3Config
-    from arlon.models.video_vae import VideoVAEConfig
-    from arlon.models.vqvae import LatentVQVAEConfig
-    from arlon.text.encoders import TextEncoderConfig
-
-    return {
-        "vae": VideoVAEConfig,
-        "dit": STDiT3Config,
-        "vqvae": LatentVQVAEConfig,
-        "ar": CodeTransformerConfig,
-        "injection": InjectionConfig,
-        "text_encoder": TextEncoderConfig,
+    configs: dict[str, Any] = {
+        part: config_from_dict(COMPONENTS[part].config_class, values[part][part]) for part in FILM_COMPONENTS
     }
+    return ModelConfigs(**configs), config_from_dict(GenerationDefaults, values["text_encoder"]["defaults"])
 
 
 def read_geometry(model: ModelFolder) -> ModelGeometry:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from arlon import hub
 from arlon.checkpoint import (
     BASE_COMPONENTS,
-    GENERATION_COMPONENTS,
+    FILM_COMPONENTS,
     CheckpointError,
     ModelFolder,
     ModelSources,
@@ -351,7 +351,7 @@ def test_a_model_file_makes_a_base_of_released_folders(parts: Path, tmp_path: Pa
     assert not geometry.has_codes
     assert (geometry.defaults.height, geometry.code_ratio, geometry.code_grid) == (32, (1, 1, 1), None)
     with pytest.raises(FileNotFoundError, match="lacks the components ar, injection, vqvae"):
-        open_model(str(file), required=GENERATION_COMPONENTS)
+        open_model(str(file), required=FILM_COMPONENTS)
 
 
 def test_a_model_file_is_put_together_again_when_weights_change(parts: Path, tmp_path: Path) -> None:
