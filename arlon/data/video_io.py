@@ -34,11 +34,12 @@ _FRAGMENT_FLAGS = "frag_custom+empty_moov+default_base_moof"
 _BT709 = 1  # the number ITU-T H.273 gives to BT.709 primaries, transfer and matrix alike
 _LIMITED_RANGE = 1
 REPEATABLE = "cpu-independent=1"
-"""Options of x264 with which the same frames give the same bytes, on every processor and in every process.
+"""Options of x264 with which the same YUV frames give the same bytes in every process and on every processor.
 
-The rate control of x264 looks ahead at how much later frames need each block (macroblock tree). Its AVX-512 code for
-that works on eight blocks at a time and, where a row of blocks is no multiple of eight, on memory behind the row that
-nobody has written. With `cpu-independent` x264 takes the portable code instead, for this part only.
+To distribute bits, x264 sums up how much later frames rely on each macroblock. Its AVX-512 code for that handles eight
+macroblocks at a time; unless their number in a row is a multiple of eight, it also reads memory behind the row that was
+never written, and the bytes of the film depend on what happens to be there. With this option x264 does that one sum in
+portable code and everything else as before.
 """
 _ONE_GOP = 1_000_000  # frames between keyframes: never inside a chunk, every chunk starts with one
 

@@ -97,10 +97,6 @@ class Settings:
 
     def to_plain(self) -> dict[str, Any]:
         """Plain values for JSON; settings added after the first version only if they differ from what that did."""
-        newer = self.newer()
-        return {name: value for name, value in asdict(self).items() if name in newer or name not in NEWER_SETTINGS}
-
-    def newer(self) -> dict[str, Any]:
-        """Settings added after the first version that differ from what that version did."""
-        chosen = {name: getattr(self, name) for name in NEWER_SETTINGS}
-        return {name: value for name, value in chosen.items() if value != NEWER_SETTINGS[name]}
+        values = asdict(self)
+        as_before = {name for name, value in NEWER_SETTINGS.items() if values[name] == value}
+        return {name: value for name, value in values.items() if name not in as_before}
