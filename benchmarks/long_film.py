@@ -139,7 +139,7 @@ def window_difference(run_dir: Path, max_latents: int) -> float | None:
                 grid = run.plan.geometry.latent_size(request.refine.height, request.refine.width)
                 latents = worker.vqvae.decode(codes[take.index], num_latent_frames=take.num_latents)
                 whole = {take.index: latents[..., : grid[0], : grid[1]]}
-            part = worker._coarse_latent(codes[take.index][:, : segment.num_code_frames], request.refine)
+            part = worker.coarse_latent(codes[take.index][:, : segment.num_code_frames], request.refine)
             expected = whole[take.index][:, :, segment.start_latent : segment.start_latent + segment.num_latents]
             largest = max(largest, float((part - expected).abs().max()))
     return largest

@@ -198,7 +198,7 @@ class CoarseWorker(RefineWorker):
         assert request.codes is not None
         segment = request.segment
         codes = request.codes.codes[:, : segment.num_code_frames].to(self.settings.device)
-        latent = self._coarse_latent(codes, request)[:, :, segment.overlap :].contiguous().cpu()
+        latent = self.coarse_latent(codes, request)[:, :, segment.overlap :].contiguous().cpu()
         return RefineResult(latent=latent, overlap_hash=None, codes_hash="", elapsed_s=0.0)
 
 

@@ -102,7 +102,7 @@ def sample_latents(
     """
     clean, mask = batch["latent"], batch["frame_mask"]
     velocity = guidance.guide(
-        model.__call__,  # without `prepare_text`: sharded weights are whole only while the module is called
+        model,
         batch["text"],
         model.null_text(batch["text"].shape[1]),
         guidance_scale=config.guidance_scale,

@@ -8,14 +8,16 @@ Source: Open-Sora v1.2 (`MaskGenerator`, and the masked loop of its rectified-fl
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from arlon.diffusion import flow
-from arlon.diffusion.samplers import StepCallback, VelocityFn, check_times, get_solver
+from arlon.diffusion.samplers import StepCallback, check_times, integrate
+from arlon.diffusion.solvers import Solver
+from arlon.diffusion.steps import StepPolicy
 from arlon.errors import did_you_mean
+from arlon.protocols import VelocityFn
 
 MASK_MODES = (
     "identity",
@@ -149,7 +151,8 @@ def sample_with_edits(
     times: Tensor | Sequence[float],
     draw: Callable[[int], Tensor],
     *,
-    solver: str = "euler",
+    solver: str | Solver = "euler",
+    policy: StepPolicy | None = None,
     callback: StepCallback | None = None,
 ) -> Tensor:
     """Sample while given frames join late: a frame of edit ratio m stands still until t falls to m.
@@ -164,7 +167,8 @@ def sample_with_edits(
         edit_ratio: m, (B, T), in [0, 1].
         times: Falling flow times, (N + 1,).
         draw: Noise for the frames that join at step i = 0..N-1, like `latent`.
-        solver: Name of a registered solver.
+        solver: Name of a registered solver, or a solver object.
+        policy: Decides from where the rest is covered at once; None: every step is made.
         callback: Called as (steps done, N, x) after every step.
 
     Returns:
@@ -180,22 +184,21 @@ def sample_with_edits(
             f"edit_ratio must be (B, T) = {(latent.shape[0], latent.shape[2])} in [0, 1], "
             f"got shape {tuple(edit_ratio.shape)} with values {edit_ratio.tolist()}"
         )
-    step = get_solver(solver)
-    times = check_times(times).to(latent.device, torch.float32)
-    x, was_active = latent.float(), edit_ratio == 1
-    for i, (t, t_next) in enumerate(pairwise(times)):
-        active = edit_ratio >= t
-        joining = active & ~was_active
-        if bool(joining.any()):
-            noisy = flow.add_noise(x, draw(i).to(x), t.expand(x.shape[0]))
-            x = torch.where(flow.over_frames(joining), noisy, x)
-        if bool(t != t_next):  # a step of length zero does nothing
-            x = step(hold_clean(_bind(velocity_fn, active), active), x, t, t_next)
-        was_active = active
-        if callback is not None:
-            callback(i + 1, len(times) - 1, x)
-    return x
+    is_made = edit_ratio == 1
+    """Frames that are being made, (B, T); the others stand still."""
 
+    def join(index: int, t: Tensor, x: Tensor) -> Tensor:
+        nonlocal is_made
+        joining = (edit_ratio >= t) & ~is_made
+        is_made = edit_ratio >= t
+        if not bool(joining.any()):
+            return x
+        noisy = flow.add_noise(x, draw(index).to(x), t.expand(x.shape[0]))
+        return torch.where(flow.over_frames(joining), noisy, x)
 
-def _bind(velocity_fn: MaskedVelocityFn, frame_mask: Tensor) -> VelocityFn:
-    return lambda x, t: velocity_fn(x, t, frame_mask)
+    def held(x: Tensor, t: Tensor) -> Tensor:
+        velocity = velocity_fn(x, t, is_made)
+        return torch.where(flow.over_frames(is_made), velocity, torch.zeros_like(velocity))
+
+    times = check_times(times)
+    return integrate(held, latent, times, solver=solver, policy=policy, before_step=join, callback=callback)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from arlon.diffusion.samplers import VelocityFn
+from arlon.protocols import VelocityFn
 
 
 def guide(
@@ -27,11 +27,9 @@ def guide(
     """Bind a model to its conditions and guide it.
 
     Only the text differs between the halves: every other condition, injected features included, is in both.
-    Weights must not change between calls: without gradients, the text is prepared at the first of them.
 
     Args:
-        model: Called as model(latent, t, text, text_mask=..., **conditions) -> velocity, such as an STDiT3. If it has
-            `prepare_text`, it gets what that makes of text and mask in their place.
+        model: Called as model(latent, t, text, text_mask=..., **conditions) -> velocity, such as an STDiT3.
         text: Text features of the prompts, (B, L, E).
         null_text: Features to move away from, (L, E), (1, L, E) or (B, L, E): `STDiT3.null_text` or a negative prompt.
         guidance_scale: g. 1 is the conditional velocity itself, for half the work.
@@ -46,42 +44,61 @@ def guide(
     Raises:
         ValueError: If the two texts have not the same length and width, or a mask does not fit them.
     """
+    texts, masks = guided_texts(
+        text, null_text, guidance_scale=guidance_scale, text_mask=text_mask, null_mask=null_mask
+    )
+    halves = texts.shape[0] // text.shape[0]
+    repeated = {name: repeat_rows(value, text.shape[0], halves) for name, value in conditions.items()}
+
+    def velocity_fn(x: Tensor, t: Tensor) -> Tensor:
+        both = model(_repeat(x, halves), _repeat(t, halves), texts, text_mask=masks, **repeated)
+        return combine(both, guidance_scale)
+
+    return velocity_fn
+
+
+def guided_texts(
+    text: Tensor,
+    null_text: Tensor,
+    *,
+    guidance_scale: float,
+    text_mask: Tensor | None = None,
+    null_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Texts that one guided velocity needs, and their masks; arguments and errors as of `guide`.
+
+    Returns:
+        Text features (k B, L, E) and masks (k B, L) or None: k = 2, prompts before null texts; k = 1 without guidance.
+    """
     if guidance_scale == 1:
-        return _bind_text(model, text, text_mask, conditions)
+        return text, text_mask
     if null_text.shape[-2:] != text.shape[-2:]:
         raise ValueError(
             f"text and null text must agree in (L, E), got {tuple(text.shape[-2:])} and "
             f"{tuple(null_text.shape[-2:])}. Pad both to one length."
         )
-    batch = text.shape[0]
-    both_texts = torch.cat((text, _null_half("null_text", null_text.to(text), text.shape)))
-    both_masks = _both_masks(text_mask, null_mask, text)
-    doubled = {name: _twice(value, batch) for name, value in conditions.items()}
-    both_halves = _bind_text(model, both_texts, both_masks, doubled)
-
-    def velocity_fn(x: Tensor, t: Tensor) -> Tensor:
-        conditional, null = both_halves(torch.cat((x, x)), torch.cat((t, t))).chunk(2)
-        return null + guidance_scale * (conditional - null)
-
-    return velocity_fn
+    texts = torch.cat((text, _null_half("null_text", null_text.to(text), text.shape)))
+    return texts, _both_masks(text_mask, null_mask, text)
 
 
-def _bind_text(
-    model: Callable[..., Tensor], text: Tensor, text_mask: Tensor | None, conditions: dict[str, Any]
-) -> VelocityFn:
-    """The model as a function of x and t; its text is prepared once, but not where it should get gradients."""
-    prepare = getattr(model, "prepare_text", None)
-    prepared: Any = None
+def combine(velocities: Tensor, guidance_scale: float) -> Tensor:
+    """Guided velocity (B, ...) from those of `guided_texts`, (k B, ...)."""
+    if guidance_scale == 1:
+        return velocities
+    conditional, null = velocities.chunk(2)
+    return null + guidance_scale * (conditional - null)
 
-    def velocity_fn(x: Tensor, t: Tensor) -> Tensor:
-        nonlocal prepared
-        if prepare is None or torch.is_grad_enabled():
-            return model(x, t, text, text_mask=text_mask, **conditions)
-        if prepared is None:
-            prepared = prepare(text, text_mask)  # here and not before: under the autocast of the steps
-        return model(x, t, prepared, **conditions)
 
-    return velocity_fn
+def _repeat(value: Tensor, halves: int) -> Tensor:
+    """A tensor (B, ...) for every half of the batch, (k B, ...)."""
+    return value if halves == 1 else torch.cat((value,) * halves)
+
+
+def repeat_rows(value: Any, batch: int, halves: int) -> Any:
+    """A tensor with one row for each of `batch` samples, for every half; anything else unchanged."""
+    if isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == batch:
+        return _repeat(value, halves)
+    return value
 
 
 def _both_masks(text_mask: Tensor | None, null_mask: Tensor | None, text: Tensor) -> Tensor | None:
@@ -105,10 +122,3 @@ def _null_half(name: str, value: Tensor, shape: torch.Size) -> Tensor:
             f"{name} must be for one sample or for each of {shape[0]}: {expected}, got {tuple(value.shape)}"
         )
     return value.expand(shape)
-
-
-def _twice(value: Any, batch: int) -> Any:
-    """A tensor with one row a sample repeated for both halves; anything else unchanged."""
-    if isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == batch:
-        return torch.cat((value, value))
-    return value

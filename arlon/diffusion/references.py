@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,7 +69,8 @@ def _parse_group(group: str) -> Placement:
         if len(values) > len(names):
             raise ValueError(f"expected at most {len(names)} fields, got {len(values)}")
         pairs = zip(names, values, strict=False)
-        return Placement(**{name: float(value) if name == "edit_ratio" else int(value) for name, value in pairs})
+        numbers: dict[str, Any] = {name: float(v) if name == "edit_ratio" else int(v) for name, v in pairs}
+        return Placement(**numbers)
     except ValueError as error:
         expected = ", ".join(name.replace("_", " ") for name in names)
         raise ValueError(f"mask strategy group {group!r} must be numbers: {expected} ({error})") from None
@@ -169,41 +171,6 @@ def _resolve(start: int, num_frames: int, align: int | None, name: str) -> int:
         )
     index = start % num_frames
     return index if align is None else snap(index, align, num_frames)
-
-
-def carry_over(
-    latent: Tensor,
-    placements: Sequence[Placement],
-    references: Sequence[Tensor],
-    *,
-    segment: int,
-    overlap: int,
-    edit_ratio: float = 0.0,
-) -> tuple[tuple[Placement, ...], tuple[Tensor, ...]]:
-    """Let a segment start with the last latent frames of the one before.
-
-    What is given is not changed, so the next film begins with its own references alone; the original appends to the
-    caller's lists, and a second sample starts with the clips of the first.
-
-    Args:
-        latent: Of the segment before, or at least its end, (C, T, H, W).
-        placements: Groups so far.
-        references: References so far, each (C, T_ref, H, W).
-        segment: Index of the segment that is to start with it.
-        overlap: Latent frames carried over (`condition_frame_length` of the original).
-        edit_ratio: How much the carried frames may change (`condition_frame_edit`).
-
-    Returns:
-        Placements and references, one longer each.
-    """
-    carried = Placement(
-        segment=segment,
-        reference=len(references),
-        reference_start=-overlap,
-        length=overlap,
-        edit_ratio=edit_ratio,
-    )
-    return (*placements, carried), (*references, latent)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
-"""From noise to data: times as data, solvers as single steps, randomness by address.
+"""From noise to data and back: schedules as data, one loop over their steps, randomness by address.
 
-A solver is a function (velocity_fn, x, t, t_next) -> x at t_next; `SOLVERS` holds them by name and
-`register_solver` adds one.
+`sample` runs a schedule down from noise to data, `invert` the same schedule up from data to noise. A `Solver`
+(`arlon.diffusion.solvers`) says how a step is made, a `StepPolicy` (`arlon.diffusion.steps`) which steps are made.
 """
 
 from __future__ import annotations
@@ -10,63 +10,25 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-VelocityFn = Callable[[Tensor, Tensor], Tensor]
-"""(x (B, ...), t (B,)) -> d x / d t, like x."""
-SolverStep = Callable[[VelocityFn, Tensor, Tensor, Tensor], Tensor]
-"""(velocity_fn, x, t, t_next) -> x at t_next; t and t_next are scalar tensors."""
+from arlon.diffusion.solvers import SOLVERS, Solver
+from arlon.diffusion.steps import StepPolicy
+from arlon.protocols import VelocityFn
+
 StepCallback = Callable[[int, int, Tensor], None]
 """(steps done, steps in all, x) -> None, after every step."""
 
-SOLVERS: dict[str, SolverStep] = {}
 
+class BeforeStep(Protocol):
+    """Changes the state between two steps, for example where frames join that stood still."""
 
-def register_solver(name: str) -> Callable[[SolverStep], SolverStep]:
-    """Make a step function known to `sample` under `name`.
-
-    Raises:
-        ValueError: If the name is taken.
-    """
-    if name in SOLVERS:
-        raise ValueError(f"solver {name!r} is already registered")
-
-    def register(step: SolverStep) -> SolverStep:
-        SOLVERS[name] = step
-        return step
-
-    return register
-
-
-def get_solver(name: str) -> SolverStep:
-    """The step function of a solver.
-
-    Raises:
-        ValueError: If there is none of that name; the names there are, are listed.
-    """
-    if name not in SOLVERS:
-        raise ValueError(f"unknown solver {name!r}, choose from {', '.join(map(repr, sorted(SOLVERS)))}")
-    return SOLVERS[name]
-
-
-@register_solver("euler")
-def euler_step(velocity_fn: VelocityFn, x: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
-    """x + (t_next - t) v(x, t): first order, one evaluation."""
-    return x + (t_next - t) * velocity_at(velocity_fn, x, t)
-
-
-def velocity_at(velocity_fn: VelocityFn, x: Tensor, t: Tensor) -> Tensor:
-    """Velocity at x (B, ...) and a scalar time t, handed over as (B,), in float32.
-
-    Raises:
-        ValueError: If the velocity has not the shape of x.
-    """
-    velocity = velocity_fn(x, t.expand(x.shape[0]))
-    if velocity.shape != x.shape:
-        raise ValueError(f"velocity_fn must return the shape of x, {tuple(x.shape)}, got {tuple(velocity.shape)}")
-    return velocity.float()
+    def __call__(self, index: int, t: Tensor, x: Tensor) -> Tensor:
+        """State to make step `index` from: x itself, or another tensor."""
+        ...
 
 
 def make_times(num_steps: int, shift: Callable[[Tensor], Tensor] | None = None) -> Tensor:
@@ -99,51 +61,145 @@ def check_times(times: Tensor | Sequence[float]) -> Tensor:
     Raises:
         ValueError: If they are not at least two numbers in [0, 1] that never rise.
     """
+    times = check_schedule(times)
+    if float(times[0]) < float(times[-1]):
+        raise ValueError(f"times must fall from at most 1 to at least 0, got {times.tolist()}")
+    return times
+
+
+def check_schedule(times: Tensor | Sequence[float]) -> Tensor:
+    """Return times (N + 1,) that fall or rise as a floating-point tensor, otherwise unchanged.
+
+    Raises:
+        ValueError: If they are not at least two numbers in [0, 1], or change direction.
+    """
     times = torch.as_tensor(times)
     if not times.is_floating_point():
         times = times.float()
     if times.ndim != 1 or len(times) < 2:
         raise ValueError(f"times must be (N + 1,) with at least one step, got shape {tuple(times.shape)}")
-    falling = bool((times[1:] <= times[:-1]).all())
-    if not (falling and float(times[-1]) >= 0 and float(times[0]) <= 1):
+    lengths = times.diff()
+    one_way = bool((lengths <= 0).all()) or bool((lengths >= 0).all())  # not so if any time is NaN
+    if not (one_way and float(times.min()) >= 0 and float(times.max()) <= 1):
         raise ValueError(f"times must fall from at most 1 to at least 0, got {times.tolist()}")
     return times
 
 
 @torch.no_grad()
+def integrate(
+    velocity_fn: VelocityFn,
+    x: Tensor,
+    times: Tensor | Sequence[float],
+    *,
+    solver: str | Solver = "euler",
+    policy: StepPolicy | None = None,
+    before_step: BeforeStep | None = None,
+    callback: StepCallback | None = None,
+) -> Tensor:
+    """Integrate d x / d t = velocity along a schedule that falls or rises.
+
+    Args:
+        velocity_fn: (x (B, ...), t (B,)) -> velocity like x. x is float32, or float64 if the given state is.
+        x: State at times[0], (B, ...).
+        times: Flow times, (N + 1,), never changing direction. A step between equal times does nothing and asks for no
+            velocity.
+        solver: Name of a registered solver, or a solver object.
+        policy: Decides from where the rest is covered at once; None: every step is made.
+        before_step: Called before every step, those of length zero included; its result is the state to go on from.
+        callback: Called as (steps done, N, x) after every step.
+
+    Returns:
+        State at times[-1], (B, ...).
+
+    Raises:
+        ValueError: If the solver is unknown, or the times change direction or leave [0, 1].
+    """
+    solver = SOLVERS[solver]() if isinstance(solver, str) else solver
+    solver.reset()
+    x = x if x.dtype == torch.float64 else x.float()
+    times = check_schedule(times).to(x.device, x.dtype)
+    num_steps, lengths = len(times) - 1, times.diff().tolist()
+    has_leapt = torch.zeros(x.shape[0], dtype=torch.bool, device=x.device)
+    if policy is not None:
+        policy.begin(times, x.shape[0])
+    for index, (t, t_next) in enumerate(pairwise(times)):
+        if before_step is not None and (changed := before_step(index, t, x)) is not x:
+            solver.reset()  # earlier velocities belong to another state
+            x = changed
+        if lengths[index]:
+            velocity = solver.start_velocity(velocity_fn, x, t)
+            if policy is None:
+                x = solver.step(velocity_fn, x, t, t_next, velocity)
+            else:
+                leaping = policy.leaps(index, velocity) & ~has_leapt
+                x = torch.where(_over(leaping, x), x + (times[-1] - t) * velocity, x)
+                has_leapt |= leaping
+                if not bool(has_leapt.all()):
+                    x = torch.where(_over(has_leapt, x), x, solver.step(velocity_fn, x, t, t_next, velocity))
+        if callback is not None:
+            callback(index + 1, num_steps, x)
+        if policy is not None and bool(has_leapt.all()):
+            break
+    return x
+
+
+def _over(samples: Tensor, x: Tensor) -> Tensor:
+    """Flags (B,) with the axes of x (B, ...)."""
+    return samples.view(-1, *[1] * (x.ndim - 1))
+
+
 def sample(
     velocity_fn: VelocityFn,
     noise: Tensor,
     times: Tensor | Sequence[float],
-    solver: str = "euler",
+    solver: str | Solver = "euler",
     callback: StepCallback | None = None,
+    *,
+    policy: StepPolicy | None = None,
 ) -> Tensor:
-    """Integrate d x / d t = velocity along `times`.
+    """Integrate from noise to data.
 
     Args:
-        velocity_fn: (x (B, ...), t (B,)) -> velocity like x. x is float32.
+        velocity_fn: (x (B, ...), t (B,)) -> velocity like x. x is float32, or float64 if the noise is.
         noise: State at times[0], (B, ...).
         times: Falling flow times, (N + 1,), usually from 1 to 0; see `make_times`. A step between equal times does
             nothing and asks for no velocity.
-        solver: Name of a registered solver.
+        solver: Name of a registered solver, or a solver object.
         callback: Called as (steps done, N, x) after every step.
+        policy: Decides from where the rest is covered at once; None: every step is made.
 
     Returns:
-        State at times[-1], (B, ...), float32.
+        State at times[-1], (B, ...), float32, or float64 if the noise is.
 
     Raises:
         ValueError: If the solver is unknown or the times rise.
     """
-    step = get_solver(solver)
-    times = check_times(times).to(noise.device, torch.float32)
-    moves = times.diff().tolist()
-    x = noise.float()
-    for done, (t, t_next) in enumerate(pairwise(times), start=1):
-        if moves[done - 1]:
-            x = step(velocity_fn, x, t, t_next)
-        if callback is not None:
-            callback(done, len(times) - 1, x)
-    return x
+    return integrate(velocity_fn, noise, check_times(times), solver=solver, policy=policy, callback=callback)
+
+
+def invert(
+    velocity_fn: VelocityFn,
+    clean: Tensor,
+    times: Tensor | Sequence[float],
+    solver: str | Solver = "euler",
+    callback: StepCallback | None = None,
+) -> Tensor:
+    """Integrate from data to noise, along the schedule of `sample` run backwards.
+
+    Args:
+        velocity_fn: As of `sample`; usually without guidance (RF-Solver, arXiv:2411.04746).
+        clean: State at times[-1], (B, ...).
+        times: The same falling flow times as for `sample`, (N + 1,).
+        solver: Name of a registered solver, or a solver object.
+        callback: Called as (steps done, N, x) after every step.
+
+    Returns:
+        State at times[0], (B, ...), float32, or float64 if `clean` is.
+
+    Raises:
+        ValueError: If the solver is unknown or the times rise.
+    """
+    return integrate(velocity_fn, clean, check_times(times).flip(0), solver=solver, callback=callback)
 
 
 def address_seed(seed: int, *address: int | str) -> int:

@@ -67,14 +67,10 @@ def plan_storyboard(storyboard: Storyboard, geometry: ModelGeometry) -> Plan:
         StoryboardError: If the storyboard does not fit the model.
         UsageError: If it names an unknown solver.
     """
-    # Importing the samplers imports PyTorch, which `--help` has no time for.
-    from arlon.diffusion import samplers
+    from arlon.diffusion.solvers import SOLVERS  # imports PyTorch, for which `--help` has no time
 
     resolved = resolve_storyboard(with_frame_size(storyboard, geometry), geometry.defaults, random_seed())
-    try:
-        samplers.get_solver(resolved.solver)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
+    SOLVERS[resolved.solver]  # refuses an unknown name
     return make_plan(resolved, geometry)
 
 

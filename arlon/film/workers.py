@@ -25,8 +25,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from arlon.backbones import open_backbone
+from arlon.backbones.base import TimeShift
 from arlon.data.transforms import crop_centre
-from arlon.diffusion import conditioning, flow, guidance, samplers
+from arlon.diffusion import conditioning, samplers
+from arlon.diffusion.denoiser import Denoiser, GuidedPrompt
 from arlon.diffusion.references import condition_segment
 from arlon.files import hash_tensor
 from arlon.film.messages import (
@@ -45,8 +48,8 @@ from arlon.memory import give_back_memory
 from arlon.models.ar import CodeTransformer
 from arlon.models.code_sampling import CodeStream, PromptSpan, SamplingConfig
 from arlon.models.injection import SemanticInjection
-from arlon.models.stdit import STDiT3
 from arlon.models.video_vae import VideoVAE
+from arlon.protocols import VideoSize
 from arlon.text.encoders import TextEncoder, TextFeatures, load_text_encoder
 
 if TYPE_CHECKING:
@@ -158,7 +161,7 @@ class CodeWorker:
             return CodeResult(codes=torch.zeros(1, request.stop, 1, 1, dtype=torch.int64), elapsed_s=0.0)
         existing = request.given if request.before is None else request.before.codes
         frames = [] if existing is None else list(existing[0])
-        stream = self._stream_at(request, len(frames), existing)
+        stream = self._stream_at(self.model, request, len(frames), existing)
         frames += [next(stream) for _ in range(request.stop - len(frames))]
         codes = torch.stack(frames)[None]
         self._stream = (self._key(request, request.stop, codes), stream)
@@ -172,14 +175,16 @@ class CodeWorker:
     def _key(self, request: CodeRequest, frame: int, codes: Tensor | None) -> tuple[Any, ...]:
         return request.take, request.schedule, frame, None if codes is None else hash_tensor(codes)
 
-    def _stream_at(self, request: CodeRequest, frame: int, existing: Tensor | None) -> CodeStream:
+    def _stream_at(
+        self, model: CodeTransformer, request: CodeRequest, frame: int, existing: Tensor | None
+    ) -> CodeStream:
         if self._stream is not None and self._stream[0] == self._key(request, frame, existing):
             stream = self._stream[1]
             stream.schedule = self._spans(request)
             return stream
         settings = self.settings
         return CodeStream(
-            self.model,
+            model,
             self._spans(request),
             generator_for_frame=partial(_code_generator, request),
             sampling=SamplingConfig(
@@ -211,12 +216,13 @@ def _code_generator(request: CodeRequest, frame: int) -> torch.Generator:
 
 
 class RefineWorker:
-    """Makes the latent of a segment with the diffusion transformer: of coarse latents, or of noise alone."""
+    """Makes the latent of a segment with the diffusion transformer, steered by codes if the model has any."""
 
     def __init__(self, job: Job) -> None:
         self.settings, self.geometry = job.settings, job.plan.geometry
-        device = job.settings.device
-        self.dit = STDiT3.from_pretrained(job.component("dit")).to(device)
+        device, defaults = job.settings.device, self.geometry.defaults
+        shift = TimeShift(base_size=defaults.shift_base_size, scale=defaults.shift_scale)
+        self.backbone = open_backbone(job.component("dit"), device=device, shift=shift)
         self.vqvae: LatentVQVAE | None = None
         self.injection: SemanticInjection | None = None
         if self.geometry.has_codes:
@@ -227,24 +233,26 @@ class RefineWorker:
 
     @torch.inference_mode()
     def run(self, request: RefineRequest) -> RefineResult:
-        """Refine."""
+        """Sample the latent of a segment around the frames it is given."""
         started_s = time.perf_counter()
         assert request.codes is not None
         segment, device = request.segment, self.settings.device
         codes = request.codes.codes[:, : segment.num_code_frames]
-        coarse = None if self.vqvae is None else self._coarse_latent(codes.to(device), request)
-        carried = self._carried(request)
+        carried = _carried_latent(request)
         rows, columns = self.geometry.latent_size(request.height, request.width)
-        shape = (1, self.dit.config.in_channels, segment.num_latents, rows, columns)
+        shape = (1, self.backbone.spec.channels, segment.num_latents, rows, columns)
         noise = samplers.draw_noise(shape, request.seed, "dit", segment.index)
         given = condition_segment(
             shape, head=request.head if carried is None else carried, tail=request.tail, placed=request.placed
         )
+        denoiser = self.denoiser(request, codes)
+        # Every segment that carries frames over is sampled as a whole one, though fewer of its frames are new.
+        num_frames = self.geometry.grid.segment_frames if segment.overlap else segment.num_frames
         latent = conditioning.sample_with_edits(
-            self._velocity(request, coarse),
+            denoiser,
             conditioning.place_clean(noise, given.latent, given.is_free).to(device),
             given.edit_ratio.to(device),
-            self._times(request),
+            self.backbone.times(request.num_inference_steps, size=denoiser.size, num_frames=num_frames),
             lambda step: samplers.draw_noise(shape, request.seed, "dit", segment.index, "edit", step),
             solver=request.solver,
         ).cpu()
@@ -257,97 +265,59 @@ class RefineWorker:
             ended_s=time.time(),
         )
 
-    def _coarse_latent(self, codes: Tensor, request: RefineRequest) -> Tensor:
+    def denoiser(self, request: RefineRequest, codes: Tensor) -> Denoiser:
+        """Velocity of a segment under its prompts and codes (1, n, cH, cW)."""
+        inject = None
+        if self.injection is not None:
+            coarse = self.coarse_latent(codes, request)
+            with self._precision():
+                inject = self.injection.condition(coarse)
+        blend = request.blend
+        return Denoiser(
+            self.backbone,
+            self._guided_prompt(request, request.prompt),
+            size=VideoSize(height=float(request.height), width=float(request.width), fps=request.fps),
+            inject=inject,
+            old_prompt=None if blend is None else self._guided_prompt(request, blend.prompt),
+            new_share=None if blend is None else torch.tensor(blend.weights, device=self.settings.device),
+            precision=self._precision,
+        )
+
+    def coarse_latent(self, codes: Tensor, request: RefineRequest) -> Tensor:
         """Coarse latent (1, C, T, H, W) of a segment, from the codes (1, n, cH, cW) that matter for it."""
         segment, take = request.segment, request.take
-        ratio = self.geometry.code_ratio[0]
         is_whole = segment.num_code_frames == take.num_code_frames
         assert self.vqvae is not None
-        with _precision(self.settings):
+        with self._precision():
             coarse = self.vqvae.decode_frames(
-                codes,
+                codes.to(self.settings.device),
                 segment.start_latent,
                 segment.start_latent + segment.num_latents,
-                num_latent_frames=take.num_latents if is_whole else segment.num_code_frames * ratio,
+                # The last code frame of a take may cover latent frames behind its end.
+                num_latent_frames=take.num_latents
+                if is_whole
+                else segment.num_code_frames * self.geometry.code_ratio[0],
                 grid=self.geometry.latent_size(request.height, request.width),
             )
         return coarse.float()
 
-    def _carried(self, request: RefineRequest) -> Tensor | None:
-        """The latent frames carried over, (1, C, overlap, H, W)."""
-        if not request.segment.overlap:
-            return None
-        if request.before is None:
-            raise ValueError(f"segment {request.segment.index} needs the segment before it to go on from")
-        return request.before.latent[:, :, -request.segment.overlap :].contiguous()
-
-    def _times(self, request: RefineRequest) -> Tensor:
-        defaults, segment = self.geometry.defaults, request.segment
-        shift = partial(
-            flow.shift_times,
-            height=request.height,
-            width=request.width,
-            num_frames=self.geometry.grid.segment_frames if segment.overlap else segment.num_frames,
-            base_size=defaults.shift_base_size,
-            scale=defaults.shift_scale,
-        )
-        return samplers.make_times(request.num_inference_steps, shift)
-
-    def _velocity(self, request: RefineRequest, coarse: Tensor | None) -> conditioning.MaskedVelocityFn:
-        """Guided velocity of a segment; the coarse features are in both halves of the guidance."""
-        inject = None
-        if self.injection is not None and coarse is not None:
-            with _precision(self.settings):
-                inject = self.injection.condition(coarse)
-        under_mask: dict[tuple[bool, ...], samplers.VelocityFn] = {}
-
-        def velocity(x: Tensor, t: Tensor, frame_mask: Tensor) -> Tensor:
-            key = tuple(frame_mask[0].tolist())
-            if key not in under_mask:
-                under_mask.clear()  # masks only lose frames that stand still: an earlier one does not come back
-                under_mask[key] = self._under_mask(request, frame_mask, inject)
-            with _precision(self.settings):
-                return under_mask[key](x, t)
-
-        return velocity
-
-    def _under_mask(self, request: RefineRequest, frame_mask: Tensor, inject: Any) -> samplers.VelocityFn:
-        """Guided velocity while frames are kept by a mask (1, T); text is prepared once for it."""
-        velocity = self._guided(request, request.prompt, frame_mask, inject)
-        if request.blend is None:
-            return velocity
-        weights = torch.tensor(request.blend.weights, device=frame_mask.device)
-        return _blended(self._guided(request, request.blend.prompt, frame_mask, inject), velocity, weights)
-
-    def _guided(self, request: RefineRequest, prompt: str, frame_mask: Tensor, inject: Any) -> samplers.VelocityFn:
-        """Guided velocity under a prompt."""
+    def _guided_prompt(self, request: RefineRequest, prompt: str) -> GuidedPrompt:
         assert request.text is not None
-        device = self.settings.device
-        text = request.text.features[prompt].to(device)
-        negative = request.text.features[request.negative_prompt].to(device) if request.negative_prompt else None
-        return guidance.guide(
-            self.dit,
-            text.tokens,
-            self.dit.null_text(text.tokens.shape[1]) if negative is None else negative.tokens,
-            guidance_scale=request.guidance_scale,
-            text_mask=text.mask,
-            null_mask=None if negative is None else negative.mask,
-            frame_mask=frame_mask,
-            fps=request.fps,
-            height=float(request.height),
-            width=float(request.width),
-            inject=inject,
-        )
+        features, device = request.text.features, self.settings.device
+        negative = features[request.negative_prompt].to(device) if request.negative_prompt else None
+        return GuidedPrompt(text=features[prompt].to(device), negative=negative, guidance_scale=request.guidance_scale)
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        return precision_context(self.settings)
 
 
-def _blended(old: samplers.VelocityFn, new: samplers.VelocityFn, weights: Tensor) -> samplers.VelocityFn:
-    """Velocity between that of two prompts, by the share (T,) of the new one in each latent frame."""
-    share = weights[:, None, None]
-
-    def velocity_fn(x: Tensor, t: Tensor) -> Tensor:
-        return torch.lerp(old(x, t).float(), new(x, t).float(), share)
-
-    return velocity_fn
+def _carried_latent(request: RefineRequest) -> Tensor | None:
+    """Latent frames carried over from the segment before, (1, C, overlap, H, W); None if there are none."""
+    if not request.segment.overlap:
+        return None
+    if request.before is None:
+        raise ValueError(f"segment {request.segment.index} needs the segment before it to go on from")
+    return request.before.latent[:, :, -request.segment.overlap :].contiguous()
 
 
 def load_vae(job: Job) -> VideoVAE:
@@ -377,10 +347,11 @@ class DecodeWorker:
         if request.lead:
             if request.before is None:
                 raise ValueError("a segment that begins with frames of the one before it needs its latents")
-            chunk = self.vae.config.chunk_latents
-            latent = torch.cat([request.before.latent[:, :, -chunk:], latent], dim=2)
-            known = self.vae.config.micro_frame_size
-        with _precision(self.settings):
+            chunk, frames = self.vae.config.chunk_latents, self.vae.config.micro_frame_size
+            assert chunk is not None  # the plan refuses a VAE without chunks
+            assert frames is not None
+            latent, known = torch.cat([request.before.latent[:, :, -chunk:], latent], dim=2), frames
+        with precision_context(self.settings):
             video = self.vae.decode(
                 latent.to(self.settings.device),
                 known + request.num_frames,
@@ -404,7 +375,8 @@ def video_to_frames(video: Tensor) -> np.ndarray:
     return levels.permute(1, 2, 3, 0).contiguous().cpu().numpy()
 
 
-def _precision(settings: Settings) -> AbstractContextManager[Any]:
+def precision_context(settings: Settings) -> AbstractContextManager[Any]:
+    """Context that runs networks in the precision of the settings; a new one each time."""
     if settings.dtype == "float32":
         return nullcontext()
     return torch.autocast(torch.device(settings.device).type, dtype=torch.bfloat16)

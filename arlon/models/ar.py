@@ -28,8 +28,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from arlon.attention import AttentionLayer
 from arlon.components import Component
-from arlon.models.layers import attention
 
 NORM_EPS = 1e-6
 INIT_STD = 0.02
@@ -137,7 +137,7 @@ class KVCache:
     """Slots filled."""
 
 
-class Attention(nn.Module):
+class Attention(AttentionLayer):
     """Multi-head self-attention with normalised, rotated queries and keys."""
 
     def __init__(self, dim: int, num_heads: int) -> None:
@@ -174,7 +174,7 @@ class Attention(nn.Module):
             keys[:, :, start:stop] = k
             values[:, :, start:stop] = v
             k, v = keys[:, :, :stop], values[:, :, :stop]
-        y = attention(q, k, v, mask)
+        y = self.kernel(q, k, v, mask)
         return self.out(y.transpose(1, 2).flatten(2))
 
 

@@ -12,25 +12,18 @@ Dimension key
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from arlon.grids import ceil_div
+from arlon.attention import AttentionLayer
 from arlon.models.embeddings import ROPE_BASE
 
 NORM_EPS = 1e-6
-LONGEST_WRITTEN_OUT = 1024
-"""Keys up to which `attention` may hold all scores in memory."""
-CHUNK_VALUES = 400_000
-"""Values of the tokens that pass a block together on a CPU without gradients: all that a block makes of them, some ten
-times as much, stays in the cache."""
 GELU_SLOPE = 2 * math.sqrt(2 / math.pi)
 GELU_CUBE = 0.044715
 GELU_VALUES = 2**17
@@ -39,34 +32,9 @@ SHORT = 2**14
 """Values up to which a call costs more than the work in it."""
 
 
-Piece = tuple[slice, slice, slice]
-"""Samples, frames and places of tokens (B, nT, S, D)."""
-
-
 def layer_norm(x: Tensor) -> Tensor:
     """Normalise the last axis of x (..., D) to mean 0 and variance 1, without affine parameters."""
     return F.layer_norm(x, x.shape[-1:], eps=NORM_EPS)
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Softmax attention of q (..., n, d) over k, v (..., m, d), scaled by 1 / sqrt(d).
-
-    On a CPU the backward pass of PyTorch's fused kernel in bfloat16 is up to 12 times slower than the three steps
-    written out (many short rows, measured in docs/log.md), so training there takes the steps.
-
-    Args:
-        q: Queries.
-        k: Keys.
-        v: Values.
-        mask: Broadcastable to (..., n, m): bool (True = may see) or additive. None: sees all keys.
-    """
-    short = k.shape[-2] <= LONGEST_WRITTEN_OUT
-    if not (q.requires_grad and short and q.device.type == "cpu" and q.dtype == torch.bfloat16):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-    return scores.float().softmax(dim=-1).to(v.dtype) @ v
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -120,6 +88,8 @@ class CaptionEmbedder(nn.Module):
     `y_embedding` is a buffer: it is stored with the weights but not trained.
     """
 
+    y_embedding: Tensor
+
     def __init__(self, in_dim: int, dim: int, max_length: int) -> None:
         super().__init__()
         self.register_buffer("y_embedding", torch.randn(max_length, in_dim) / math.sqrt(in_dim))
@@ -167,10 +137,10 @@ def rotate_pairs(x: Tensor, rotation: Tensor) -> Tensor:
     return torch.view_as_real(pairs * rotation).flatten(-2)
 
 
-class SelfAttention(nn.Module):
+class SelfAttention(AttentionLayer):
     """Attention within a frame, or of every place along time, with RMS-normalised queries and keys.
 
-    Tokens are never brought in another order: heads and places are views of what the Linear wrote.
+    Tokens keep their order in memory: heads, frames and places are views of what the Linear wrote.
     """
 
     def __init__(self, dim: int, num_heads: int, qk_norm: bool, *, temporal: bool = False) -> None:
@@ -183,7 +153,7 @@ class SelfAttention(nn.Module):
         self.k_norm = nn.RMSNorm(dim // num_heads, eps=NORM_EPS) if qk_norm else None
 
     def forward(self, x: Tensor, rotation: Tensor | None = None) -> Tensor:
-        """Attend over S, or over nT if temporal.
+        """Attend over the S tokens of each frame, or over the nT frames of each place if temporal.
 
         Args:
             x: Tokens, (B, nT, S, D).
@@ -193,41 +163,57 @@ class SelfAttention(nn.Module):
             (B, nT, S, D).
         """
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)  # (B, nT, S, A, d) each
-        q, k = (self._turn(one, norm, rotation).to(v.dtype) for one, norm in ((q, self.q_norm), (k, self.k_norm)))
+        q = normalise_and_rotate(q, self.q_norm, rotation).to(v.dtype)
+        k = normalise_and_rotate(k, self.k_norm, rotation).to(v.dtype)
         if self.temporal and x.shape[0] == 1 and not torch.is_grad_enabled():
             q, k, v = (one[0].permute(1, 2, 0, 3) for one in (q, k, v))  # (S, A, nT, d)
-            return self.proj(attention(q, k, v).permute(2, 0, 1, 3).reshape(x.shape))
-        # (B nT, A, S, d), or (B, S A, nT, d): to the kernel, all places of the temporal attention are heads
+            return self.proj(self.kernel(q, k, v, None).permute(2, 0, 1, 3).reshape(x.shape))
+        # Spatial: (B nT, A, S, d). Temporal: (B, S A, nT, d), since only (S, A), not (B, S), folds without a copy.
         fold = (2, 3) if self.temporal else (0, 1)
         q, k, v = (one.flatten(*fold).transpose(1, 2) for one in (q, k, v))
-        return self.proj(attention(q, k, v).transpose(1, 2).reshape(x.shape))
+        return self.proj(self.kernel(q, k, v, None).transpose(1, 2).reshape(x.shape))
 
-    @staticmethod
-    def _turn(x: Tensor, norm: nn.RMSNorm | None, rotation: Tensor | None) -> Tensor:
-        """RMS norm of x (B, nT, S, A, d) over d, then its rotation, in float32; in place without gradients."""
-        if x.dtype == torch.float32 and not torch.is_grad_enabled():
-            return _turn_in_place(x, norm, rotation)
+
+def normalise_and_rotate(x: Tensor, norm: nn.RMSNorm | None, rotation: Tensor | None) -> Tensor:
+    """RMS norm over d, then the rotation of frames, in float32; without gradients a float32 x is overwritten.
+
+    Args:
+        x: Queries or keys, (B, nT, S, A, d).
+        norm: RMS norm over d; None: none.
+        rotation: Unit complex numbers (nT, 1, 1, d / 2); None: none.
+
+    Returns:
+        (B, nT, S, A, d), float32 if anything was applied.
+    """
+    if x.dtype == torch.float32 and not torch.is_grad_enabled():
         if norm is not None:
-            x = x.float()
-            square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square()
-            x = x * (torch.rsqrt(square / x.shape[-1] + NORM_EPS) * norm.weight.float())
-        return x if rotation is None else rotate_pairs(x.float(), rotation)
-
-
-def _turn_in_place(x: Tensor, norm: nn.RMSNorm | None, rotation: Tensor | None) -> Tensor:
-    """What `SelfAttention._turn` does, of a float32 view that nobody else reads."""
+            mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1])
+            x.mul_(mean_square.add_(NORM_EPS).rsqrt_())
+            # One multiplication of rows A d long is faster than one of rows d long.
+            x.flatten(-2).mul_(norm.weight.float().repeat(x.shape[-2]))
+        if rotation is not None:
+            torch.view_as_complex(x.unflatten(-1, (-1, 2))).mul_(rotation)
+        return x
     if norm is not None:
-        mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1])
-        x.mul_(mean_square.add_(NORM_EPS).rsqrt_())
-        x.flatten(-2).mul_(norm.weight.float().repeat(x.shape[-2]))  # one long row is faster than many short ones
-    if rotation is not None:
-        torch.view_as_complex(x.unflatten(-1, (-1, 2))).mul_(rotation)
-    return x
+        x = x.float()
+        square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square()
+        x = x * (torch.rsqrt(square / x.shape[-1] + NORM_EPS) * norm.weight.float())
+    return x if rotation is None else rotate_pairs(x.float(), rotation)
+
+
+@dataclass(frozen=True)
+class TextTokens:
+    """Projected text tokens, not yet turned into keys and values."""
+
+    tokens: Tensor
+    """(B, L, D)."""
+    mask: Tensor | None
+    """True where a token counts, (B, L). All count if None."""
 
 
 @dataclass(frozen=True)
 class TextKeys:
-    """What a cross-attention reads of a text. It does not depend on what attends, so it serves every step."""
+    """Keys and values that one cross-attention makes of a text; the same for every noisy latent and flow time."""
 
     keys: Tensor
     """(B, A, L, d)."""
@@ -237,12 +223,13 @@ class TextKeys:
     """True where a key counts, (B, 1, 1, L). All count if None."""
 
     def of(self, samples: slice) -> TextKeys:
-        """Those of some samples."""
-        return TextKeys(*(part if part is None else part[samples] for part in (self.keys, self.values, self.mask)))
+        """Keys and values of some samples of the batch."""
+        mask = None if self.mask is None else self.mask[samples]
+        return TextKeys(self.keys[samples], self.values[samples], mask)
 
 
-class CrossAttention(nn.Module):
-    """Attention of the tokens to the text; every sample sees only its own kept text tokens."""
+class CrossAttention(AttentionLayer):
+    """Attention of the tokens to the text; every sample sees only its own text tokens that count."""
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
@@ -251,33 +238,40 @@ class CrossAttention(nn.Module):
         self.kv_linear = nn.Linear(dim, 2 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def read(self, text: Tensor, text_mask: Tensor | None = None) -> TextKeys:
-        """Compute keys and values.
-
-        Args:
-            text: Projected text, (B, L, D).
-            text_mask: True where a text token counts, (B, L). All count if None. A sample without any text
-                token attends to nothing: its values are zero.
-        """
-        keys_values = self.kv_linear(text).unflatten(-1, (2, self.num_heads, -1))
+    def read(self, text: TextTokens) -> TextKeys:
+        """Compute keys and values. A sample without any text token attends to nothing: its values are zero."""
+        keys_values = self.kv_linear(text.tokens).unflatten(-1, (2, self.num_heads, -1))
         keys, values = keys_values.transpose(1, 3).unbind(2)
-        if text_mask is None:
+        if text.mask is None:
             return TextKeys(keys, values, None)
-        has_text = text_mask.any(dim=1)[:, None]
-        mask = text_mask | ~has_text  # a row without any key would be 0 / 0
+        has_text = text.mask.any(dim=1)[:, None]
+        mask = text.mask | ~has_text  # softmax over no key at all would be 0 / 0
         return TextKeys(keys, values * has_text[:, :, None, None], mask[:, None, None])
 
-    def forward(self, x: Tensor, text: Tensor | TextKeys, text_mask: Tensor | None = None) -> Tensor:
-        """Attend from tokens x (B, N, D) to a text, given as for `read` or as read before: (B, N, D)."""
-        if isinstance(text, Tensor):
-            text = self.read(text, text_mask)
+    def forward(self, x: Tensor, text: TextTokens | TextKeys) -> Tensor:
+        """Attend from tokens x (B, N, D) to a text: (B, N, D)."""
+        keys = text if isinstance(text, TextKeys) else self.read(text)
         q = self.q_linear(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, A, N, d)
-        y = attention(q, text.keys, text.values, text.mask)
+        y = self.kernel(q, keys.keys, keys.values, keys.mask)
         return self.proj(y.transpose(1, 2).flatten(2))
 
 
+class Modulation(NamedTuple):
+    """Shift, scale and gate of the two branches of a block, (B, nT or 1, 1, D) each."""
+
+    shift_attn: Tensor
+    scale_attn: Tensor
+    gate_attn: Tensor
+    shift_mlp: Tensor
+    scale_mlp: Tensor
+    gate_mlp: Tensor
+
+
 class STDiT3Block(nn.Module):
-    """Self-attention within a frame or along time, cross-attention to text, MLP; gated by the flow time."""
+    """Self-attention within a frame or along time, cross-attention to text, MLP; modulated by the flow time.
+
+    `forward` is `attend`, the injection, then `finish`; `arlon.models.chunking` runs the two halves piece by piece.
+    """
 
     def __init__(
         self,
@@ -299,8 +293,7 @@ class STDiT3Block(nn.Module):
         self,
         x: Tensor,
         time: Tensor,
-        text: Tensor | TextKeys,
-        text_mask: Tensor | None = None,
+        text: TextTokens | TextKeys,
         *,
         rotation: Tensor | None = None,
         inject: Callable[[Tensor], Tensor] | None = None,
@@ -311,8 +304,7 @@ class STDiT3Block(nn.Module):
         Args:
             x: Tokens, (B, nT, S, D).
             time: Six vectors of the flow time, (B, nT or 1, 6, D).
-            text: Projected text, (B, L, D), or what `cross_attn.read` made of it.
-            text_mask: True where a text token counts, (B, L).
+            text: Projected text, or the keys and values that `cross_attn.read` made of it.
             rotation: Rotations of the frames for the temporal attention; see `RotaryTime`.
             inject: Replaces the output of the self-attention, (B, N, D) -> (B, N, D), before its gate.
             keep: Factors of stochastic depth for the two gated branches, (2, B); 1 if None.
@@ -320,72 +312,33 @@ class STDiT3Block(nn.Module):
         Returns:
             (B, nT, S, D).
         """
-        six = (self.scale_shift_table + time).unsqueeze(2).unbind(-2)  # (B, nT or 1, 1, D) each
-        if keep is not None:
-            factors = (1, 1, keep[0].view(-1, 1, 1, 1), 1, 1, keep[1].view(-1, 1, 1, 1))
-            six = tuple(one * factor for one, factor in zip(six, factors, strict=True))
-        if isinstance(text, Tensor):
-            text = self.cross_attn.read(text, text_mask)
-        attend = partial(self._attend, x, six, rotation)
-        go_on = partial(self._go_on, x, six, text)
-        pieces = self._pieces(x)
-        if inject is None:
-            return _join(x, pieces, lambda at: go_on(attend(at), at))
-        y = _join(x, pieces, attend)
-        y = inject(y.flatten(1, 2)).view(x.shape)
-        return _join(x, pieces, lambda at: go_on(y[at], at))
+        modulation = self.modulation(time, keep)
+        y = self.attend(x, modulation, rotation)
+        if inject is not None:
+            y = inject(y.flatten(1, 2)).view(x.shape)
+        return self.finish(x, y, modulation, text)
 
-    def _attend(self, x: Tensor, six: Sequence[Tensor], rotation: Tensor | None, at: Piece) -> Tensor:
-        """Output of the self-attention for a piece of x."""
-        shift, scale, *_ = _vectors(six, at)
-        return self.attn(modulate(x[at], shift, scale), rotation)
+    def modulation(self, time: Tensor, keep: Tensor | None = None) -> Modulation:
+        """Modulation of the block from the flow time; arguments as of `forward`."""
+        m = Modulation(*(self.scale_shift_table + time).unsqueeze(2).unbind(-2))
+        if keep is None:
+            return m
+        attn, mlp = keep.view(2, -1, 1, 1, 1)
+        return m._replace(gate_attn=m.gate_attn * attn, gate_mlp=m.gate_mlp * mlp)
 
-    def _go_on(self, x: Tensor, six: Sequence[Tensor], text: TextKeys, y: Tensor, at: Piece) -> Tensor:
-        """What the block makes of a piece of x whose self-attention gave y."""
-        _, _, gate_a, shift, scale, gate_m = _vectors(six, at)
-        x = torch.addcmul(x[at], gate_a, y)
-        crossed = self.cross_attn(x.flatten(1, 2), text.of(at[0])).view(x.shape)
-        if torch.is_grad_enabled():
-            x = x + crossed
-            return torch.addcmul(x, gate_m, self.mlp(modulate(x, shift, scale)))
-        x += crossed
-        return x.addcmul_(gate_m, self.mlp(modulate(x, shift, scale)))
+    def read_text(self, text: TextTokens) -> TextKeys:
+        """Keys and values of the cross-attention; they serve any number of passes."""
+        return self.cross_attn.read(text)
 
-    def _pieces(self, x: Tensor) -> list[Piece]:
-        """Pieces of x (B, nT, S, D) that do not see each other: some frames, or places if temporal, of one sample.
+    def attend(self, x: Tensor, m: Modulation, rotation: Tensor | None) -> Tensor:
+        """Output of the self-attention, (B, nT, S, D)."""
+        return self.attn(modulate(x, m.shift_attn, m.scale_attn), rotation)
 
-        All of x is one piece where it is small, off the CPU, and with gradients.
-        """
-        everything = slice(None)
-        if torch.is_grad_enabled() or x.device.type != "cpu" or x[:1].numel() <= CHUNK_VALUES:
-            return [(everything, everything, everything)]
-        rows, length = (x.shape[2], x.shape[1]) if self.temporal else (x.shape[1], x.shape[2])
-        count = min(rows, ceil_div(rows * length * x.shape[3], CHUNK_VALUES))
-        starts = [rows * i // count for i in range(count + 1)]
-        parts = [slice(*ends) for ends in pairwise(starts)]
-        return [
-            (slice(b, b + 1), everything, part) if self.temporal else (slice(b, b + 1), part, everything)
-            for b in range(x.shape[0])
-            for part in parts
-        ]
-
-
-def _vectors(six: Sequence[Tensor], at: Piece) -> list[Tensor]:
-    """The six vectors of the flow time, (B, nT or 1, 1, D) each, that belong to a piece."""
-    samples, frames, _ = at
-    return [one[samples, frames if one.shape[1] > 1 else slice(None)] for one in six]
-
-
-def _join(x: Tensor, pieces: list[Piece], run: Callable[[Piece], Tensor]) -> Tensor:
-    """Results of all pieces in the places that the pieces have in x."""
-    if len(pieces) == 1:
-        return run(pieces[0])
-    first = run(pieces[0])
-    out = first.new_empty(x.shape)
-    out[pieces[0]] = first
-    for at in pieces[1:]:
-        out[at] = run(at)
-    return out
+    def finish(self, x: Tensor, y: Tensor, m: Modulation, text: TextTokens | TextKeys) -> Tensor:
+        """Add the self-attention's output y to x, then apply cross-attention and MLP."""
+        x = torch.addcmul(x, m.gate_attn, y)  # x + gate y
+        x = x + self.cross_attn(x.flatten(1, 2), text).view(x.shape)
+        return torch.addcmul(x, m.gate_mlp, self.mlp(modulate(x, m.shift_mlp, m.scale_mlp)))
 
 
 class FinalLayer(nn.Module):

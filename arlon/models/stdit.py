@@ -18,10 +18,10 @@ Dimension key
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from einops import rearrange
@@ -29,8 +29,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from arlon.components import Component
+from arlon.models.chunking import run_block
 from arlon.models.embeddings import PatchEmbed, ScalarEmbedder, patch_grid, spatial_position
-from arlon.models.layers import CaptionEmbedder, FinalLayer, RotaryTime, STDiT3Block, TextKeys
+from arlon.models.layers import CaptionEmbedder, FinalLayer, RotaryTime, STDiT3Block, TextKeys, TextTokens
 
 TIME_SCALE = 1000.0
 """Released weights embed times between 0 and 1000."""
@@ -52,25 +53,24 @@ Inject = Callable[[int, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class BlockInputs:
-    """What the blocks begin with: for an injection that needs more than the output of a self-attention."""
+    """What the first block is given in one pass, for injections that need more than the output of a self-attention."""
 
     tokens: Tensor
     """(B, nT, S, D)."""
     time: Tensor
     """Six vectors of the flow time, (B, nT or 1, 6, D)."""
-    text: Tensor
-    """Projected text, (B, L, D)."""
-    text_mask: Tensor | None
-    """True = real text token, (B, L); all are real if None."""
+    text: TextTokens
+    """Projected text."""
     rotation: Tensor
     """Rotations of the frames for temporal attention."""
 
 
-class StartedInject(Protocol):
-    """An injection that is started with the inputs of the blocks in every pass."""
+@runtime_checkable
+class Injection(Protocol):
+    """An injection that needs the inputs of every pass, such as a ControlNet; others are plain `Inject` functions."""
 
-    def start(self, inputs: BlockInputs) -> Inject:
-        """Give the `Inject` of this pass."""
+    def begin(self, inputs: BlockInputs) -> Inject:
+        """Give the function to inject with in this pass."""
         ...
 
 
@@ -80,19 +80,22 @@ Generators = torch.Generator | Sequence[torch.Generator] | None
 
 @dataclass(frozen=True)
 class PreparedText:
-    """A text as the cross-attentions of one model read it, with its weights of that moment; see `prepare_text`."""
+    """A text as the cross-attentions of one model read it; see `STDiT3.prepare_text`."""
 
-    blocks: tuple[tuple[TextKeys, TextKeys], ...]
-    """What spatial and temporal block i read."""
-    projected: Tensor
-    """Projected text, (B, L, D)."""
-    mask: Tensor | None
-    """True = real text token, (B, L); all are real if None."""
+    projected: TextTokens
+    """Projected text."""
+    keys: tuple[tuple[TextKeys, TextKeys], ...] = ()
+    """Keys and values of spatial and temporal block i. Empty: every block computes its own, as in training, where its
+    weights may be sharded and whole only while it runs."""
 
     @property
     def batch_size(self) -> int:
         """Samples B."""
-        return self.blocks[0][0].keys.shape[0]
+        return self.projected.tokens.shape[0]
+
+    def of_block(self, i: int) -> tuple[TextTokens | TextKeys, TextTokens | TextKeys]:
+        """What spatial and temporal block i are given."""
+        return self.keys[i] if self.keys else (self.projected, self.projected)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,6 +180,9 @@ class STDiT3(Component):
 
     Attributes:
         gradient_checkpointing: Recompute every block in the backward pass instead of keeping its parts.
+        run_block: Runs one block, with the arguments of `STDiT3Block.forward` behind the block. Whatever concerns how a
+            block runs, not what it computes, can be put here: pieces that fit in a cache (the default), weights that
+            are loaded for the block and freed behind it.
     """
 
     config_class = STDiT3Config
@@ -185,6 +191,7 @@ class STDiT3(Component):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False
+        self.run_block: Callable[..., Tensor] = run_block
         dim = config.hidden_size
         self.rope = RotaryTime(dim // config.num_heads)
         self.x_embedder = PatchEmbed(config.in_channels, config.patch_size, dim)
@@ -213,17 +220,17 @@ class STDiT3(Component):
         return self.y_embedder.y_embedding[:length]
 
     def prepare_text(self, text: Tensor, text_mask: Tensor | None = None) -> PreparedText:
-        """Do once what does not depend on latent or time: project a text, and make keys and values of it.
+        """Project a text and compute its keys and values for every block, which serve any latent and flow time.
 
-        Tokens that do not count are left out, so that the attention has no more keys than the longest text of the
-        batch. No caption is dropped, in training neither.
+        Text tokens that do not count are left out, so that attention has no more keys than the longest text of the
+        batch. No caption is dropped, not even in training.
 
         Args:
             text: Text features, (B, L, E); (B, L, D) if the config says `skip_y_embedder`.
             text_mask: True = real text token, (B, L). All are real if None.
 
         Returns:
-            What `forward` takes in place of text and mask, as often as wanted until weights change.
+            What `forward` takes in place of text and mask, any number of times while the weights stay the same.
 
         Raises:
             ValueError: If shapes do not fit the config or each other.
@@ -231,16 +238,16 @@ class STDiT3(Component):
         self._check_text(text, text_mask, text.shape[0])
         if text_mask is not None:
             text, text_mask = keep_tokens(text, text_mask)
-        projected = self._project_text(text.to(self.x_embedder.proj.weight.dtype))
-        pairs = zip(self.spatial_blocks, self.temporal_blocks, strict=True)
-        return PreparedText(
-            tuple(
-                (spatial.cross_attn.read(projected, text_mask), temporal.cross_attn.read(projected, text_mask))
-                for spatial, temporal in pairs
-            ),
-            projected,
-            text_mask,
-        )
+        projected = TextTokens(self._project_text(text.to(self.x_embedder.proj.weight.dtype)), text_mask)
+        keys = ((spatial.read_text(projected), temporal.read_text(projected)) for spatial, temporal in self.blocks())
+        return PreparedText(projected, tuple(keys))
+
+    def blocks(self) -> Iterator[tuple[STDiT3Block, STDiT3Block]]:
+        """Pairs of a spatial block and the temporal block that follows it, in order."""
+        for spatial, temporal in zip(self.spatial_blocks, self.temporal_blocks, strict=True):
+            assert isinstance(spatial, STDiT3Block)
+            assert isinstance(temporal, STDiT3Block)
+            yield spatial, temporal
 
     def forward(
         self,
@@ -253,7 +260,7 @@ class STDiT3(Component):
         fps: Tensor | float,
         height: Tensor | float,
         width: Tensor | float,
-        inject: Inject | StartedInject | None = None,
+        inject: Inject | Injection | None = None,
         generator: Generators = None,
     ) -> Tensor:
         """Predict the velocity d noisy / dt = noise - clean.
@@ -269,9 +276,9 @@ class STDiT3(Component):
             fps: Frames a second, (B,) or a number.
             height: Height of the video in pixels, (B,) or a number.
             width: Width of the video in pixels, (B,) or a number.
-            inject: Called in temporal block i on the output y (B, N, D) of its self-attention, tokens in
-                order of time, row, column; what it returns goes on to the gate and the residual. What has a method
-                `start` is given the inputs of the blocks first, and returns what is called.
+            inject: Called as inject(i, y) in temporal block i on the output y (B, N, D) of its self-attention, tokens
+                in order of time, row, column; its result goes on to the gate and the residual. An `Injection` is begun
+                with the inputs of this pass first.
             generator: Draws which captions and branches are dropped, in training only: one generator, or one for
                 each sample. The global one if None.
 
@@ -291,8 +298,16 @@ class STDiT3(Component):
         x = x + position.to(dtype).unsqueeze(1)
         time, clean_time, six = self._embed_time(t, fps, frame_mask)
         if isinstance(text, Tensor):
-            text = self._embed_text(text.to(dtype), generator)
-        x = self._run_blocks(x, six, text, text_mask, inject, generator)
+            text = PreparedText(TextTokens(self._embed_text(text.to(dtype), generator), text_mask))
+        rotation = self.rope(x.shape[1])
+        if isinstance(inject, Injection):
+            inject = inject.begin(BlockInputs(x, six, text.projected, rotation))
+        for i, (spatial, temporal) in enumerate(self.blocks()):
+            spatial_text, temporal_text = text.of_block(i)
+            x = self._run(spatial, x, six, spatial_text, keep=self._draw_keep(i, x, generator))
+            hook = None if inject is None else partial(inject, i)
+            keep = self._draw_keep(i, x, generator)
+            x = self._run(temporal, x, six, temporal_text, rotation=rotation, inject=hook, keep=keep)
         patches = self.final_layer(x, time, clean_time, frame_mask)
         return -self._unpatchify(patches, grid, latent.shape[2:]).float()
 
@@ -318,32 +333,11 @@ class STDiT3(Component):
         """Text (B, L, E) as (B, L, D)."""
         return text if self.config.skip_y_embedder else self.y_embedder(text)
 
-    def _run_blocks(
-        self,
-        x: Tensor,
-        six: Tensor,
-        text: Tensor | PreparedText,
-        text_mask: Tensor | None,
-        inject: Inject | StartedInject | None,
-        generator: Generators,
-    ) -> Tensor:
-        """Tokens (B, nT, S, D) through spatial block 0, temporal block 0, spatial block 1, ..."""
-        rotation = self.rope(x.shape[1])
-        start = getattr(inject, "start", None)
-        if start is not None:
-            words = (text.projected, text.mask) if isinstance(text, PreparedText) else (text, text_mask)
-            inject = start(BlockInputs(x, six, *words, rotation))
-        for i in range(self.config.depth):
-            hook = None if inject is None else partial(inject, i)
-            texts = text.blocks[i] if isinstance(text, PreparedText) else (text, text)
-            for block, its_text in zip((self.spatial_blocks[i], self.temporal_blocks[i]), texts, strict=True):
-                extra = {"rotation": rotation, "inject": hook} if block.temporal else {}
-                extra["keep"] = self._draw_keep(i, x, generator)
-                if self.gradient_checkpointing and torch.is_grad_enabled():
-                    x = checkpoint(block, x, six, its_text, text_mask, use_reentrant=False, **extra)
-                else:
-                    x = block(x, six, its_text, text_mask, **extra)
-        return x
+    def _run(self, block: nn.Module, x: Tensor, *inputs: Any, **options: Any) -> Tensor:
+        """Run one block; with gradient checkpointing it runs again in the backward pass."""
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(self.run_block, block, x, *inputs, use_reentrant=False, **options)
+        return self.run_block(block, x, *inputs, **options)
 
     def _draw_keep(self, i: int, x: Tensor, generator: Generators) -> Tensor | None:
         """Stochastic depth of block i: 0 for a skipped branch, else 1 / probability of keeping it, (2, B)."""
@@ -375,8 +369,8 @@ class STDiT3(Component):
                     nn.init.zeros_(module.weight)
             elif isinstance(module, STDiT3Block | FinalLayer):
                 nn.init.normal_(module.scale_shift_table, std=std)
-        nn.init.normal_(self.fps_embedder.mlp[0].weight, std=0.02)
-        nn.init.zeros_(self.fps_embedder.mlp[2].weight)
+        nn.init.normal_(self.fps_embedder.get_parameter("mlp.0.weight"), std=0.02)
+        nn.init.zeros_(self.fps_embedder.get_parameter("mlp.2.weight"))
 
     def _freeze(self) -> None:
         """Freeze what the config says."""

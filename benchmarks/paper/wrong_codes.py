@@ -32,6 +32,7 @@ from arlon.film.messages import CodeResult
 from arlon.film.schedule import film_requests, text_request
 from arlon.film.workers import RefineWorker, TextWorker, torch_threads
 from arlon.models.injection import SemanticInjection
+from arlon.protocols import VideoSize
 from benchmarks.paper.conditions import flip_codes
 from benchmarks.paper.experiments import EXPERIMENTS
 from benchmarks.paper.tables import PARTIAL_TABLES, TABLES
@@ -78,16 +79,13 @@ class LossWorker(RefineWorker):
         text = request.text.features[request.prompt]
         found = {}
         for name, given in codes.items():
-            inject = None if given is None else self.injection.condition(self._coarse_latent(given, request))
-            velocity = self.dit(
-                flow.add_noise(clean, noise, t),
-                t,
-                text.tokens.expand(NUM_TIMES, -1, -1),
-                text.mask.expand(NUM_TIMES, -1),
-                fps=request.fps,
-                height=float(request.height),
-                width=float(request.width),
-                inject=inject,
+            inject = None if given is None else self.injection.condition(self.coarse_latent(given, request))
+            prepared = self.backbone.prepare_text(
+                text.tokens.expand(NUM_TIMES, -1, -1), text.mask.expand(NUM_TIMES, -1)
+            )
+            size = VideoSize(height=float(request.height), width=float(request.width), fps=request.fps)
+            velocity = self.backbone.velocity(
+                flow.add_noise(clean, noise, t), t, prepared, size=size, frame_mask=None, inject=inject
             )
             found[name] = float(flow.flow_loss(velocity, flow.velocity_target(clean, noise)).mean())
         return found

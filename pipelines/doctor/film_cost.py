@@ -19,7 +19,7 @@ import torch
 
 from arlon import cost
 from arlon.cost import Cost
-from arlon.diffusion import samplers
+from arlon.diffusion.solvers import SOLVERS
 from arlon.film.geometry import GenerationDefaults, ModelConfigs, read_configs
 from arlon.film.plan import Plan
 from arlon.film.prompt_schedule import code_schedule, segment_blend
@@ -179,7 +179,7 @@ class _Estimate:
             scales[film.guidance_scale_of(segment.shot)] += 2 if is_blended else 1
         is_guided = set(scales) != {1}
         passes = sum(count * (1.0 if scale != 1 or not is_guided else 0.5) for scale, count in scales.items())
-        evaluations = film.num_inference_steps * solver_evaluations(film.solver)
+        evaluations = SOLVERS[film.solver].evaluations(film.num_inference_steps)
         once = cost.dit_cost(
             self.configs.dit,
             self._segment_size,
@@ -253,19 +253,6 @@ class _Estimate:
             working_bytes=once.working_bytes + once.num_parameters * copy_bytes,
             flops=round(once.flops * calls),
         )
-
-
-def solver_evaluations(solver: str) -> int:
-    """Passes through the network that one step of a solver makes."""
-    calls = 0
-
-    def velocity(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        nonlocal calls
-        calls += 1
-        return torch.zeros_like(x)
-
-    samplers.sample(velocity, torch.zeros(1, 1), torch.tensor([1.0, 0.0]), solver)
-    return calls
 
 
 def cost_lines(film: FilmCost) -> list[str]:

@@ -56,7 +56,7 @@ def fake_training(command: tuple[str, ...], check: bool) -> None:
     torch.manual_seed(settings.train.max_steps)
     model = SemanticInjection(settings.injection)
     model.init_from(STDiT3.from_pretrained(settings.dit))
-    for linear in model._last_linears():
+    for linear in model.design.output_layers():
         torch.nn.init.normal_(linear.weight, std=0.1)
     model.save_pretrained(output / "export")
 

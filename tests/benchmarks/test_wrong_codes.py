@@ -52,7 +52,7 @@ def silent(model: Path, folder: Path) -> Path:
     """The model with an injection of nothing."""
     shutil.copytree(model, folder)
     injection = SemanticInjection.from_pretrained(folder / "injection")
-    names = {name for name, module in injection.named_modules() if module in injection._last_linears()}
+    names = {name for name, module in injection.named_modules() if module in injection.design.output_layers()}
     weights = folder / "injection" / "model.safetensors"
     tensors = {
         key: torch.zeros_like(value) if key.rpartition(".")[0] in names else value
@@ -91,7 +91,7 @@ def test_losses_are_those_of_every_time_by_itself(tiny_model: Path, tmp_path: Pa
     dit = STDiT3.from_pretrained(tiny_model / "dit")
     errors = []
     with torch.inference_mode():
-        inject = worker.injection.condition(worker._coarse_latent(codes, request))
+        inject = worker.injection.condition(worker.coarse_latent(codes, request))
         for row in range(wrong_codes.NUM_TIMES):
             t = (row + 0.5) / wrong_codes.NUM_TIMES
             t = shift * t / (1 + (shift - 1) * t)

@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from arlon.diffusion.denoiser import Denoiser, GuidedPrompt
 from arlon.film.messages import Job, TextRequest
 from arlon.film.schedule import film_requests
 from arlon.film.storyboard import StoryboardError, parse_storyboard
-from arlon.film.workers import RefineWorker, TextWorker, guidance
+from arlon.film.workers import RefineWorker, TextWorker
 from arlon.models.ar import CodeTransformer
 from pipelines.executors.local import run_local
 from pipelines.runs.edit import begin_change, change_run, with_shot_changed
@@ -39,20 +40,20 @@ class Seen:
         """Of each time the code model read its context anew: codes in it, the text, the logits that came out."""
         self.texts: list[Tensor] = []
         """Of each segment, the text the diffusion transformer got."""
-        prefill, guide = CodeTransformer.prefill, guidance.guide
+        prefill, make = CodeTransformer.prefill, Denoiser.__init__
 
         def seen_prefill(model: CodeTransformer, codes: Tensor, text: Tensor, *rest: Any, **options: Any) -> Any:
             logits, cache = prefill(model, codes, text, *rest, **options)
             self.reads.append((codes.shape[1], text[0].clone(), logits[0].clone()))
             return logits, cache
 
-        def seen_guide(dit: Any, text: Tensor, *rest: Any, **options: Any) -> Any:
-            self.texts.append(text.clone())
-            return guide(dit, text, *rest, **options)
+        def seen_denoiser(denoiser: Denoiser, backbone: Any, prompt: GuidedPrompt, **options: Any) -> None:
+            self.texts.append(prompt.text.tokens.clone())
+            make(denoiser, backbone, prompt, **options)
 
         with monkeypatch.context() as patch:
             patch.setattr(CodeTransformer, "prefill", seen_prefill)
-            patch.setattr(guidance, "guide", seen_guide)
+            patch.setattr(Denoiser, "__init__", seen_denoiser)
             folder.mkdir(parents=True)
             RunFolder(prepared.paths.run_dir).start({})
             for _ in run_local(self.job, prepared.output):
@@ -116,11 +117,12 @@ def test_velocity_of_a_blended_segment_lies_between_that_of_both_prompts(tiny_mo
     request = list(film_requests(job))[1].refine
     worker, features = RefineWorker(job), TextWorker(job).run(TextRequest(prompts=(FIRST, SECOND)))
     generator = torch.Generator().manual_seed(0)
-    latent, coarse = (torch.randn(1, 4, 15, 4, 6, generator=generator) for _ in range(2))
+    latent = torch.randn(1, 4, 15, 4, 6, generator=generator)
+    codes = torch.randint(0, 32, (1, request.segment.num_code_frames, 2, 3), generator=generator)
     mask, t = torch.ones(1, 15, dtype=torch.bool), torch.full((1,), 0.7)
     with torch.inference_mode():
         between, old, new = (
-            worker._velocity(replace(request, text=features, prompt=prompt, blend=blend), coarse)(latent, t, mask)
+            worker.denoiser(replace(request, text=features, prompt=prompt, blend=blend), codes)(latent, t, mask)
             for prompt, blend in ((SECOND, request.blend), (FIRST, None), (SECOND, None))
         )
     assert not old.equal(new)

@@ -17,7 +17,6 @@ from arlon.data.video_io import VideoWriter, read_video
 from arlon.diffusion.guidance import guide
 from arlon.diffusion.references import parse_mask_strategy
 from arlon.diffusion.samplers import draw_noise
-from arlon.diffusion.take import sample_take
 from arlon.film.encode_media import encode_references
 from arlon.film.media import check_references
 from arlon.film.prepare import plan_film
@@ -28,6 +27,7 @@ from arlon.film.workers import RefineWorker
 from arlon.models.stdit import STDiT3
 from arlon.models.video_vae import VideoVAE
 from arlon.models.vqvae import LatentVQVAE
+from arlon.protocols import VideoSize
 from arlon.text.encoders import load_text_encoder
 from pipelines.executors.ray_graph import GraphConfig
 from pipelines.runs.edit import begin_change, change_run, fork_run, with_shot_changed, with_shots_added
@@ -37,6 +37,7 @@ from pipelines.runs.verify import replay_segment, verify_run
 from pipelines.store.media import read_media
 from pipelines.store.run_folder import REFERENCES_NAME, RunFolder, RunFolderError
 from tests.closeness import assert_close_to_scale
+from tests.opensora_loop import sample_take
 from tests.pipelines.tiny_model import FPS, HEIGHT, WIDTH
 
 PROMPT = {"prompt": "a red circle moves left", "duration": "85f"}
@@ -386,8 +387,10 @@ def test_a_mask_strategy_films_what_the_loop_of_the_original_samples(
 
     expected, media = [], read_media(RunFolder(prepared.paths.run_dir), prepared.plan)
     for number in range(2):  # times are shifted by the frames of a segment, which is the same for both
-        worker = RefineWorker(prepared.job)
-        times = worker._times(next(r.refine for r in film_requests(prepared.job, media) if r.segment.index == number))
+        request = next(r.refine for r in film_requests(prepared.job, media) if r.segment.index == number)
+        size = VideoSize(height=request.height, width=request.width, fps=request.fps)
+        backbone = RefineWorker(prepared.job).backbone
+        times = backbone.times(request.num_inference_steps, size=size, num_frames=51)
         expected.append(times)
     assert torch.equal(*expected)
     taken = list(

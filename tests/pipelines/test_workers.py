@@ -125,24 +125,6 @@ def test_one_frame_is_made_at_the_rate_of_pictures(tiny_model: Path, tmp_path: P
         assert (request.refine.fps, request.write.inputs.fps, job.plan.fps) == (fps, fps, tiny.FPS)
 
 
-def test_text_is_prepared_for_one_mask_at_a_time(
-    chain: Chain, refine_worker: RefineWorker, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    held: list[weakref.ref[Any]] = []
-    under_mask = refine_worker._under_mask
-
-    def keep(*given: Any) -> Any:
-        held.append(weakref.ref(made := under_mask(*given)))
-        return made
-
-    monkeypatch.setattr(refine_worker, "_under_mask", keep)
-    velocity = refine_worker._velocity(replace(chain.requests[0].refine, text=chain.text), None)
-    x, t = torch.zeros(1, 4, 3, 4, 6), torch.ones(1)
-    for mask in ([False, False, True], [False, True, True], [False, True, True], [True, True, True]):
-        velocity(x, t, torch.tensor([mask]))
-    assert [ref() is not None for ref in held] == [False, False, True]
-
-
 def test_every_prompt_is_encoded_once_and_alone(chain: Chain) -> None:
     assert list(chain.text.features) == [
         "a red circle moves left",
@@ -447,7 +429,7 @@ def test_bfloat16_stays_near_float32(chain: Chain, tiny_model: Path, tmp_path: P
 
 def test_bfloat16_keeps_state_and_weights_in_float32(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
     worker = RefineWorker(replace(chain.job, settings=replace(chain.job.settings, dtype="bfloat16")))
-    assert {weight.dtype for weight in worker.dit.parameters()} == {torch.float32}
+    assert {weight.dtype for weight in worker.backbone.dit.parameters()} == {torch.float32}
     states: list[Tensor] = []
     forward = STDiT3.forward
     monkeypatch.setattr(

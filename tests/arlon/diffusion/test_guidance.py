@@ -84,31 +84,6 @@ def test_other_conditions_are_in_both_halves():
     assert call["inject"] is inject
 
 
-@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
-def test_a_text_is_prepared_once_and_only_without_gradients(guidance_scale: float):
-    class Preparing(Recorder):
-        def __init__(self) -> None:
-            super().__init__()
-            self.prepared: list[tuple] = []
-
-        def prepare_text(self, text: Tensor, text_mask: Tensor | None) -> Tensor:
-            self.prepared.append((text, text_mask))
-            return text * text_mask[..., None]
-
-    model = Preparing()
-    velocity = guide(model, TEXT, NULL, guidance_scale=guidance_scale, text_mask=MASK)
-    assert not model.prepared
-    expected = velocity(X, T)
-    assert not model.prepared
-    assert model.calls[0]["text_mask"] is not None
-    with torch.no_grad():
-        for _ in range(3):
-            torch.testing.assert_close(velocity(X, T), expected)
-    assert len(model.prepared) == 1
-    assert len(model.prepared[0][0]) == (2 if guidance_scale == 1 else 4)
-    assert all(call["text_mask"] is None for call in model.calls[1:])
-
-
 def test_texts_of_two_lengths_are_refused():
     with pytest.raises(ValueError, match="Pad both to one length"):
         guide(Recorder(), TEXT, NULL[:3], guidance_scale=2.0)

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from arlon.checkpoint import resolve_model
 from arlon.diffusion import references
-from arlon.diffusion.references import GivenSpan, Placement, carry_over, parse_mask_strategy, place_references, snap
+from arlon.diffusion.references import GivenSpan, Placement, parse_mask_strategy, place_references, snap
 from arlon.grids import SegmentGrid, num_latent_frames, num_pixel_frames
 from arlon.models.video_vae import VideoVAE
 from arlon.shapes.world import render_scene, sample_scene
+from tests.opensora_loop import carry_over
 
 DATA = Path(__file__).parents[2] / "data"
 GOLDEN = json.loads((DATA / "mask_strategy.json").read_text())

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
-from arlon.models import layers
-from arlon.models.layers import RotaryTime, STDiT3Block, gelu_
+from arlon.models import chunking, layers
+from arlon.models.chunking import plan_pieces, run_block
+from arlon.models.layers import RotaryTime, STDiT3Block, TextTokens, gelu_
 from tests.closeness import assert_close_to_scale
 
 B, FRAMES, PLACES, DIM = 2, 5, 7, 16
@@ -21,20 +24,19 @@ def make_block(temporal: bool) -> STDiT3Block:
     return block
 
 
-def make_inputs(temporal: bool, time_rows: int, masked: bool) -> dict[str, Tensor | None]:
+def make_inputs(temporal: bool, time_rows: int, masked: bool) -> dict[str, Any]:
     torch.manual_seed(1)
     mask = torch.tensor([[True, True, False], [False, False, False]]) if masked else None
     return {
         "x": torch.randn(B, FRAMES, PLACES, DIM),
         "time": torch.randn(B, time_rows, 6, DIM),
-        "text": torch.randn(B, 3, DIM),
-        "text_mask": mask,
+        "text": TextTokens(torch.randn(B, 3, DIM), mask),
         "rotation": RotaryTime(DIM // 2)(FRAMES).detach() if temporal else None,
     }
 
 
 def small_pieces(monkeypatch: pytest.MonkeyPatch, rows: int, temporal: bool) -> None:
-    monkeypatch.setattr(layers, "CHUNK_VALUES", rows * DIM * (FRAMES if temporal else PLACES))
+    monkeypatch.setattr(chunking, "CHUNK_VALUES", rows * DIM * (FRAMES if temporal else PLACES))
     monkeypatch.setattr(layers, "SHORT", 0)
     monkeypatch.setattr(layers, "GELU_VALUES", 50)
 
@@ -47,18 +49,18 @@ def test_pieces_give_what_one_piece_gives(
     temporal: bool, time_rows: int, masked: bool, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     block, inputs = make_block(temporal), make_inputs(temporal, time_rows, masked)
-    before = {name: value.clone() for name, value in inputs.items() if value is not None}
+    before = {name: value.clone() for name, value in inputs.items() if isinstance(value, Tensor)}
     expected = block(**inputs)
     small_pieces(monkeypatch, rows, temporal)
     with torch.no_grad():
-        pieces = block._pieces(inputs["x"])
-        got = block(**inputs)
+        pieces = plan_pieces(inputs["x"], temporal=temporal)
+        got = run_block(block, **inputs)
     if rows == 100:
         assert len(pieces) == 1
     else:
         assert len(pieces) == B * -(-(PLACES if temporal else FRAMES) // rows)
     assert_close_to_scale(got, expected.detach())
-    assert all(torch.equal(value, before[name]) for name, value in inputs.items() if value is not None)
+    assert all(torch.equal(value, before[name]) for name, value in inputs.items() if name in before)
 
 
 def test_an_injection_sees_whole_tokens_and_the_identity_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,9 +70,9 @@ def test_an_injection_sees_whole_tokens_and_the_identity_changes_no_bit(monkeypa
     small_pieces(monkeypatch, 2, temporal=True)
     seen = []
     with torch.no_grad():
-        plain = block(**inputs)
-        same = block(**inputs, inject=lambda y: seen.append(y) or y)
-        other = block(**inputs, inject=lambda y: y + torch.eye(FRAMES * PLACES)[:, 8:9])  # frame 1, place 1
+        plain = run_block(block, **inputs)
+        same = run_block(block, **inputs, inject=lambda y: seen.append(y) or y)
+        other = run_block(block, **inputs, inject=lambda y: y + torch.eye(FRAMES * PLACES)[:, 8:9])  # frame 1, place 1
     assert len(seen) == 1
     assert_close_to_scale(seen[0], with_gradients[0])
     assert torch.equal(same, plain)
@@ -82,9 +84,9 @@ def test_an_injection_sees_whole_tokens_and_the_identity_changes_no_bit(monkeypa
 def test_gradients_keep_everything_in_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
     small_pieces(monkeypatch, 1, temporal=False)
     block, inputs = make_block(temporal=False), make_inputs(False, 1, masked=False)
-    assert len(block._pieces(inputs["x"])) == 1
-    assert len(block._pieces(inputs["x"].to("meta"))) == 1
-    block(**inputs).square().sum().backward()
+    assert len(plan_pieces(inputs["x"], temporal=False)) == 1
+    assert len(plan_pieces(inputs["x"].to("meta"), temporal=False)) == 1
+    run_block(block, **inputs).square().sum().backward()
     assert all(parameter.grad is not None for parameter in block.parameters())
 
 

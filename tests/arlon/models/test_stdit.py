@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from arlon.attention import automatic
 from arlon.diffusion import flow
-from arlon.models.layers import CrossAttention, Mlp, RotaryTime, SelfAttention, attention, rotate_pairs
+from arlon.models.layers import CrossAttention, Mlp, RotaryTime, SelfAttention, TextTokens, rotate_pairs
 from arlon.models.stdit import STDiT3, STDiT3Config, keep_tokens
 from tests.closeness import assert_close_to_scale
 
@@ -246,9 +247,9 @@ def test_cross_attention_equals_attention_to_the_kept_tokens():
     attention = CrossAttention(8, 2)
     x, text = torch.randn(2, 6, 8), torch.randn(2, 5, 8)
     mask = torch.tensor([[True, False, True, False, False], [False, True, True, True, True]])
-    both = attention(x, text, mask)
+    both = attention(x, TextTokens(text, mask))
     for row in range(2):
-        alone = attention(x[row : row + 1], text[row : row + 1, mask[row]])
+        alone = attention(x[row : row + 1], TextTokens(text[row : row + 1, mask[row]], None))
         torch.testing.assert_close(both[row : row + 1], alone)
 
 
@@ -281,15 +282,15 @@ def test_prepared_text_gives_the_same_velocity(mask_kind: str):
             got = dit(**inputs | {"t": t, "text": prepared, "text_mask": None})
             expected = dit(**inputs | {"t": t})
             assert_close_to_scale(got, expected)
-    keys = prepared.blocks[0][0]
+    keys = prepared.keys[0][0]
     assert keys.keys.shape[2] == {"none": 5, "uneven": 4, "even": 2, "empty": 1}[mask_kind]
     assert (keys.mask is None) == (mask_kind in ("none", "even"))
 
 
 def test_preparing_a_text_drops_no_caption():
     dit, inputs = make_dit(class_dropout_prob=1.0), make_inputs()
-    expected = dit.prepare_text(inputs["text"]).blocks[1][1]
-    got = dit.train().prepare_text(inputs["text"]).blocks[1][1]
+    expected = dit.prepare_text(inputs["text"]).keys[1][1]
+    got = dit.train().prepare_text(inputs["text"]).keys[1][1]
     torch.testing.assert_close(got.values, expected.values, rtol=0, atol=0)
     assert (expected.values[0] - expected.values[1]).abs().max() > 1e-3
 
@@ -481,7 +482,7 @@ def test_attention_written_out_equals_the_fused_kernel(mask_kind: str) -> None:
     expected = torch.nn.functional.scaled_dot_product_attention(*full, attn_mask=mask)
     expected.square().sum().backward()
     half = [part.bfloat16().requires_grad_() for part in (q, k, v)]
-    got = attention(*half, mask if mask is None or mask.dtype == torch.bool else mask.bfloat16())
+    got = automatic(*half, mask if mask is None or mask.dtype == torch.bool else mask.bfloat16())
     assert got.dtype == torch.bfloat16
     torch.testing.assert_close(got.float(), expected, rtol=0.03, atol=0.03)
     got.float().square().sum().backward()

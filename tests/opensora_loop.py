@@ -1,7 +1,6 @@
-"""A take from the base model alone: segment after segment, each going on from the last frames of the one before.
+"""Open-Sora v1.2's loop over segments, written out on latents: the truth that films with references are held against.
 
-Source: the loop of Open-Sora v1.2 (`loop`, `condition_frame_length`, `condition_frame_edit`), on latents. What decodes,
-encodes and chooses prompts is the caller's.
+Source: Open-Sora v1.2 (`loop`, `condition_frame_length`, `condition_frame_edit`).
 """
 
 from __future__ import annotations
@@ -13,11 +12,46 @@ from torch import Tensor
 
 from arlon.diffusion.conditioning import MaskedVelocityFn, sample_with_edits
 from arlon.diffusion.flow import LATENTS_PER_CHUNK
-from arlon.diffusion.references import Placement, carry_over, place_references
+from arlon.diffusion.references import Placement, place_references
 from arlon.diffusion.samplers import StepCallback
 
 DrawFn = Callable[[int, int], Tensor]
 """(segment k, draw j) -> noise (B, C, T, H, W); draw 0 starts the segment, draw i + 1 is for step i."""
+
+
+def carry_over(
+    latent: Tensor,
+    placements: Sequence[Placement],
+    references: Sequence[Tensor],
+    *,
+    segment: int,
+    overlap: int,
+    edit_ratio: float = 0.0,
+) -> tuple[tuple[Placement, ...], tuple[Tensor, ...]]:
+    """Let a segment start with the last latent frames of the one before.
+
+    What is given is not changed, so the next film begins with its own references alone; the original appends to the
+    caller's lists, and a second sample starts with the clips of the first.
+
+    Args:
+        latent: Of the segment before, or at least its end, (C, T, H, W).
+        placements: Groups so far.
+        references: References so far, each (C, T_ref, H, W).
+        segment: Index of the segment that is to start with it.
+        overlap: Latent frames carried over (`condition_frame_length` of the original).
+        edit_ratio: How much the carried frames may change (`condition_frame_edit`).
+
+    Returns:
+        Placements and references, one longer each.
+    """
+    carried = Placement(
+        segment=segment,
+        reference=len(references),
+        reference_start=-overlap,
+        length=overlap,
+        edit_ratio=edit_ratio,
+    )
+    return (*placements, carried), (*references, latent)
 
 
 def sample_take(
