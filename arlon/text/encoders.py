@@ -1,7 +1,8 @@
-"""Text encoders: prompts to token features, one protocol for every encoder.
+"""The text encoders that come with Arlon, and loading any encoder from its component folder.
 
-T5 (v1.1-XXL with the released weights, 4096 wide, 300 tokens; Open-Sora v1.2) and all-MiniLM-L6-v2 (384 wide,
-the small default). Both are frozen and give the last hidden state, right-padded to a fixed length.
+T5 (v1.1-XXL with the released weights, 4096 wide, 300 tokens; Open-Sora v1.2) and all-MiniLM-L6-v2 (384 wide, the
+small default). Both are frozen and give the last hidden state, right-padded to a fixed length. Other packages add their
+own with `register_text_encoder`.
 
 A prompt's features do not depend on what else is encoded with it: padding is always to `max_length`, padded
 positions are zero, and prompts go through the network one at a time unless `batch_size` says otherwise.
@@ -14,88 +15,21 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from arlon.components import CONFIG_NAME, FORMAT, check_precisions, component_config, find_weights, read_json
 from arlon.config import config_from_dict, config_to_dict
-from arlon.errors import one_line, shorten_list
+from arlon.errors import ConfigError, one_line, shorten_list
 from arlon.files import make_folder, write_json
 from arlon.memory import align_weights
 from arlon.text.cleaning import clean_caption
-from arlon.text.sources import MINILM_DIM, T5_DIM, find_minilm, find_t5, tokenizer_folder
-
-
-@dataclass(frozen=True)
-class TextFeatures:
-    """What a text encoder says about prompts.
-
-    Attributes:
-        tokens: Last hidden state, (B, L, E), zero where padded.
-        mask: (B, L) bool, True = real token. Every prompt has at least one.
-        pooled: Mean over the real tokens, (B, E).
-    """
-
-    tokens: Tensor
-    mask: Tensor
-    pooled: Tensor
-
-    def __len__(self) -> int:
-        return self.tokens.shape[0]
-
-    def __getitem__(self, index: int | slice | Sequence[int] | Tensor) -> TextFeatures:
-        """Some of the prompts; the batch axis stays, also for a single integer."""
-        if isinstance(index, int):
-            index = [index]
-        return TextFeatures(self.tokens[index], self.mask[index], self.pooled[index])
-
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> TextFeatures:
-        """The same features on another device or in another floating-point type; the mask stays bool."""
-        return TextFeatures(
-            self.tokens.to(device=device, dtype=dtype),
-            self.mask.to(device=device),
-            self.pooled.to(device=device, dtype=dtype),
-        )
-
-    @staticmethod
-    def cat(parts: Sequence[TextFeatures]) -> TextFeatures:
-        """Join along the batch axis."""
-        return TextFeatures(
-            torch.cat([part.tokens for part in parts]),
-            torch.cat([part.mask for part in parts]),
-            torch.cat([part.pooled for part in parts]),
-        )
-
-
-class TextEncoder(Protocol):
-    """Anything that turns prompts into features of a fixed width and length."""
-
-    dim: int
-    max_length: int
-
-    def encode(self, prompts: Sequence[str], *, batch_size: int = 1) -> TextFeatures:
-        """Encode B prompts; a prompt of more than `max_length` tokens is cut."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TextEncoderConfig:
-    """Contents of `text_encoder/config.json`: which encoder a model was trained with."""
-
-    kind: Literal["minilm", "t5"] = "minilm"
-    source: str | None = None
-    """Folder (absolute, or inside the component folder) or hub id; None: where the kind is usually found."""
-    max_length: int = 48
-    dim: int = MINILM_DIM
-    clean: bool = False
-    """Pass prompts through `arlon.text.cleaning`, as the released base was trained with."""
-
-    def __post_init__(self) -> None:
-        if not 2 <= self.max_length <= 512:
-            raise ValueError(f"max_length must be from 2 to 512 tokens, got {self.max_length}")
+from arlon.text.interface import MINILM_DIM, TextEncoder, TextEncoderConfig, TextFeatures, text_encoder_loader
+from arlon.text.interface import register_text_encoder as register_text_encoder  # the place to look for it
+from arlon.text.sources import T5_DIM, find_minilm, find_t5, tokenizer_folder
 
 
 class _TransformerEncoder:
@@ -184,6 +118,13 @@ class MiniLMEncoder(_TransformerEncoder):
             network = BertModel.from_pretrained(folder, local_files_only=True, dtype=dtype, use_safetensors=True)
         super().__init__(tokenizer, network.to(device), dim=MINILM_DIM, max_length=max_length, clean=clean)
 
+    @staticmethod
+    def network(config: TextEncoderConfig) -> tuple[type, Any]:
+        """Class and config of the network."""
+        from transformers import BertConfig, BertModel
+
+        return BertModel, BertConfig(hidden_size=MINILM_DIM, num_hidden_layers=6, intermediate_size=1536)
+
 
 class T5Encoder(_TransformerEncoder):
     """The encoder half of T5; `attention_mask` is used inside it, as in Open-Sora v1.2."""
@@ -221,6 +162,17 @@ class T5Encoder(_TransformerEncoder):
         _refuse_misfits(folder, info)
         super().__init__(tokenizer, network.to(device), dim=network.config.d_model, max_length=max_length, clean=clean)
 
+    @staticmethod
+    def network(config: TextEncoderConfig) -> tuple[type, Any]:
+        """Class and config of the network: of the files in a local folder, else those of the v1.1-XXL."""
+        from transformers import T5Config, T5EncoderModel
+
+        if config.source is not None and (Path(config.source) / CONFIG_NAME).is_file():
+            return T5EncoderModel, T5Config(**component_config(config.source))
+        return T5EncoderModel, T5Config(
+            d_model=T5_DIM, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu"
+        )
+
 
 def save_text_encoder(folder: str | Path, config: TextEncoderConfig) -> Path:
     """Write the component folder that names an encoder; its weights are not copied."""
@@ -241,7 +193,8 @@ def t5_component(source: str | Path) -> dict[str, Any]:
 
 
 def _component_values(config: TextEncoderConfig) -> dict[str, Any]:
-    name = {"minilm": MiniLMEncoder, "t5": T5Encoder}[config.kind].__name__
+    load = text_encoder_loader(config.kind)
+    name = getattr(load, "__name__", type(load).__name__)
     return {"_class_name": name, "_format": FORMAT, **config_to_dict(config)}
 
 
@@ -261,8 +214,7 @@ def load_text_encoder(
     """
     config = read_text_config(folder)
     options = {"max_length": config.max_length, "clean": config.clean, "device": device, "dtype": dtype}
-    kind = MiniLMEncoder if config.kind == "minilm" else T5Encoder
-    encoder = kind(config.source, **options)
+    encoder = text_encoder_loader(config.kind)(config.source, **options)
     if encoder.dim != config.dim:
         raise ValueError(f"{str(folder)!r} states a width of {config.dim}, but its encoder has {encoder.dim}")
     return encoder
@@ -279,23 +231,28 @@ def read_text_config(folder: str | Path) -> TextEncoderConfig:
     if read_json(folder / CONFIG_NAME, "a text encoder folder").get("model_type") == "t5":
         values = {name: value for name, value in t5_component(folder).items() if not name.startswith("_")}
         return config_from_dict(TextEncoderConfig, values)
-    config = config_from_dict(TextEncoderConfig, component_config(folder))
+    try:
+        config = config_from_dict(TextEncoderConfig, component_config(folder))
+    except ValueError as error:
+        raise ConfigError(f"{str(folder / CONFIG_NAME)!r}: {error}") from error
     if config.source is not None and (folder / config.source).is_dir():
         return replace(config, source=str(folder / config.source))
     return config
 
 
 def network_config(config: TextEncoderConfig) -> tuple[type, Any]:
-    """Class and config of the network of an encoder, from its files if they are there, without any weights."""
-    from transformers import BertConfig, BertModel, T5Config, T5EncoderModel
+    """Class and config of the network of an encoder, from its files if they are there, without any weights.
 
-    if config.kind == "minilm":
-        return BertModel, BertConfig(hidden_size=MINILM_DIM, num_hidden_layers=6, intermediate_size=1536)
-    if config.source is not None and (Path(config.source) / CONFIG_NAME).is_file():
-        return T5EncoderModel, T5Config(**component_config(config.source))
-    return T5EncoderModel, T5Config(
-        d_model=T5_DIM, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu"
-    )
+    Raises:
+        ValueError: If its kind does not tell them.
+    """
+    network = getattr(text_encoder_loader(config.kind), "network", None)
+    if network is None:
+        raise ValueError(
+            f"what a text encoder of the kind {config.kind!r} costs is not known: its class has no function 'network', "
+            "see arlon.text.interface.TextEncoderLoader"
+        )
+    return network(config)
 
 
 def _from_pretrained(kind: Any, folder: Path, **options: Any) -> Any:

