@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import functools
 import ipaddress
 import os
 import random
@@ -22,20 +24,61 @@ torch.set_num_threads(1)
 OBJECT_STORE_BYTES = 200 * 2**20
 
 
+@functools.cache
+def marked_tests(path: Path, mark: str) -> frozenset[str]:
+    """Names of the test functions of a file that have a mark, by themselves or with the whole file."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    wanted = f"pytest.mark.{mark}"
+    whole_file = any(
+        isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "pytestmark" and wanted in ast.unparse(node)
+        for node in tree.body
+    )
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+    return frozenset(
+        function.name
+        for function in functions
+        if whole_file or any(wanted in ast.unparse(decorator) for decorator in function.decorator_list)
+    )
+
+
+@functools.cache
+def has_shared_fixtures(path: Path) -> bool:
+    """Whether tests of a file share something that takes time to make."""
+    return 'scope="module"' in path.read_text(encoding="utf-8")
+
+
+def work_unit(root: Path, nodeid: str) -> tuple[str, int]:
+    """What has to run in one process with a test, and how much the test weighs among others.
+
+    All tests that use Ray are one unit, so that Ray is started once. Tests of a file stay together, but slow ones that
+    share nothing with others are units of their own: whichever process is free takes them.
+    """
+    file, name = nodeid.split("[")[0].split("::")[:2]
+    path = root / file
+    if name in marked_tests(path, "ray"):
+        return "ray", 1000
+    if name in marked_tests(path, "slow"):
+        return file if has_shared_fixtures(path) else nodeid, 50
+    return file, 1
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With `--dist loadfile`: one process runs all files with tests that use Ray, so that Ray is started once."""
+    """With `--dist loadfile`: give the heaviest unit of work out first, so that no process is left alone at the end."""
     if config.getoption("dist") != "loadfile":
         return None
-    from xdist.scheduler import LoadFileScheduling
+    from xdist.scheduler import LoadScopeScheduling
 
-    files = Path(__file__).parent.rglob("test_*.py")
-    with_ray = {path.name for path in files if "mark.ray" in path.read_text(encoding="utf-8")}
-
-    class Scheduling(LoadFileScheduling):
+    class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            scope = super()._split_scope(nodeid)
-            return "ray" if Path(scope).name in with_ray else scope
+            return work_unit(config.rootpath, nodeid)[0]
+
+        def _assign_work_unit(self, node: Any) -> None:
+            def weight(unit: str) -> int:
+                return sum(work_unit(config.rootpath, nodeid)[1] for nodeid in self.workqueue[unit])
+
+            self.workqueue.move_to_end(max(self.workqueue, key=weight), last=False)
+            super()._assign_work_unit(node)
 
     return Scheduling(config, log)
 
