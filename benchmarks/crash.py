@@ -159,7 +159,7 @@ def actors() -> list[int]:
         if folder.name.isdecimal():
             with suppress(OSError):
                 parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-                if (folder / "cmdline").read_bytes().startswith(b"ray::_Actor"):
+                if (folder / "cmdline").read_bytes().startswith(b"ray::RoleActor"):
                     found.append(int(folder.name))
 
     def is_ours(process: int) -> bool:

@@ -19,7 +19,7 @@ from pipelines.executors.local import KeptWorkers
 from pipelines.executors.ray_graph import ray_session
 
 
-class _Pipeline:
+class FilmPipeline:
     """Makes films, one after another, in a process of its own; only the end of the process ends it."""
 
     def __init__(self, options: BatchOptions) -> None:
@@ -79,7 +79,7 @@ def run_batch_graph(
 
 def _start_pipeline(ray: Any, needs: dict[str, int], options: BatchOptions) -> Any:
     return (
-        ray.remote(_Pipeline)
+        ray.remote(FilmPipeline)
         .options(
             num_cpus=needs.get("CPU", 0),
             num_gpus=needs.get("GPU", 0),

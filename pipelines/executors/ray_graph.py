@@ -94,7 +94,7 @@ class GraphConfig:
             raise ValueError(f"max_in_flight must be 1 or more, got {self.max_in_flight}")
 
 
-class _Actor:
+class RoleActor:
     """One worker in a process of its own. It is built by `start`, whose errors reach the caller as they are."""
 
     def __init__(self, role: str, job: Job, output: FilmOutput, holder: str, prompts: tuple[str, ...] = ()) -> None:
@@ -184,7 +184,7 @@ def run_graph(
             _check_room(ray, job, config)
             for role in WORKER_OF_ROLE:
                 replicas = getattr(config, role).replicas if role != "write" else 1
-                crew[role] = [_start_actor(ray, role, job, output, config, prompts) for _ in range(replicas)]
+                crew[role] = [start_actor(ray, role, job, output, config, prompts) for _ in range(replicas)]
             ray.get([actor.start.remote() for actors in crew.values() for actor in actors])
             yield from _Film(ray, job, RunFolder(output.paths.run_dir), committed, crew, config).make()
             ray.get(crew["write"][0].close.remote())
@@ -205,7 +205,7 @@ def _check_room(ray: Any, job: Job, config: GraphConfig) -> None:
             raise UsageError(f"the actors need {number:g} {kind}, the cluster has {there.get(kind, 0):g}")
 
 
-def _start_actor(
+def start_actor(
     ray: Any, role: str, job: Job, output: FilmOutput, config: GraphConfig, prompts: tuple[str, ...]
 ) -> Any:
     """An actor of a role; the writer stays on the node of the caller, whose disk it writes.
@@ -223,7 +223,7 @@ def _start_actor(
         if job.settings.device.startswith("cuda"):
             options["num_gpus"] = getattr(config, role).num_gpus
     return (
-        ray.remote(_Actor)
+        ray.remote(RoleActor)
         .options(**options)
         .remote(role, job, output, holder_mark(output.paths.run_dir), prompts if role == "text" else ())
     )

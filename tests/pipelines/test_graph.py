@@ -37,13 +37,13 @@ def film(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> FilmResu
 def actors(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Every actor that is started."""
     started: list[Any] = []
-    start = graph._start_actor
+    start = graph.start_actor
 
     def remembered(*arguments: Any) -> Any:
         started.append(start(*arguments))
         return started[-1]
 
-    monkeypatch.setattr(graph, "_start_actor", remembered)
+    monkeypatch.setattr(graph, "start_actor", remembered)
     return started
 
 
@@ -59,7 +59,7 @@ def commits(run_dir: Path) -> Counter[int]:
     return Counter(event["segment"] for event in RunFolder(run_dir).events() if event["event"] == "commit")
 
 
-def test_graph_equals_local_bit_for_bit(
+def test_graph_equals_local_bit_for_bit_and_notes_the_depth_of_its_queues(
     ray_session: Any, actors: list[Any], film: FilmResult, tiny_model: Path, tmp_path: Path
 ) -> None:
     done: list[int] = []
@@ -77,6 +77,11 @@ def test_graph_equals_local_bit_for_bit(
     first, second = (folder.read_codes() for folder in folders)
     assert all(first[take].equal(second[take]) for take in (0, 1))
     assert_all_ended(ray_session, actors)
+    events = list(folders[1].events())
+    depths = [event for event in events if event["event"] == "queue"]
+    assert [sum(event[role] for role in ("refine", "decode", "write")) for event in depths] == [2, 1, 0]
+    steps = [event for event in events if event["event"] == "step"]
+    assert all(event["time"] - 60 < event["ended"] <= event["time"] + 1 for event in steps)
 
 
 def test_error_of_a_worker_arrives_as_it_was_raised(
@@ -99,27 +104,34 @@ def _without_component(prepared: Prepared, folder: Path, model: Path) -> Prepare
     return replace(prepared, job=replace(prepared.job, model_path=str(folder)))
 
 
-def test_two_replicas_of_every_role_make_the_same_film(
-    ray_session: Any, actors: list[Any], film: FilmResult, tiny_model: Path, tmp_path: Path
+def test_two_replicas_of_every_role_make_the_same_film_with_blended_prompts_and_borders(
+    ray_session: Any, actors: list[Any], tiny_model: Path, tmp_path: Path
 ) -> None:
-    two = Role(replicas=2)
-    done: list[int] = []
+    shots = (
+        {"prompt": "a red circle", "duration": "51f"},
+        {"prompt": "a blue square", "duration": "51f", "blend": 2},
+        {"prompt": "a green circle", "duration": "51f", "transition": "cut"},
+        {"prompt": "a red square", "duration": "34f", "blend": 1},
+    )
+    settings, done, two = {"vae_blend_frames": 2}, list[int](), Role(replicas=2)
+    local = generate(prepared_film(tiny_model, tmp_path / "local.mp4", *shots, settings=settings))
     made = generate(
-        prepared_film(tiny_model, tmp_path / "graph.mp4"),
+        prepared_film(tiny_model, tmp_path / "graph.mp4", *shots, settings=settings),
         executor="ray",
         graph=GraphConfig(text=two, code=two, refine=two, decode=two, max_in_flight=1),
         on_progress=lambda progress: done.append(progress.result.segment.index),
     )
-    assert sorted(done) == [0, 1, 2]
-    assert done.index(0) < done.index(1)
-    assert made.film_hash == film.film_hash
+    assert made.film.read_bytes() == local.film.read_bytes()
+    takes = [[segment.index for segment in open_run(made.run_dir).plan.segments if segment.take == t] for t in (0, 1)]
+    assert sorted(done) == sorted(takes[0] + takes[1])
+    assert all([index for index in done if index in take] == take for take in takes)
     assert_all_ended(ray_session, actors, 9)
 
 
 def test_an_actor_that_dies_is_started_again_and_does_only_its_segment_again(
     ray_session: Any, film: FilmResult, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(graph, "_Actor", mortal_actor(tmp_path / "calls", deaths=1))
+    monkeypatch.setattr(graph, "RoleActor", mortal_actor(tmp_path / "calls", deaths=1))
     made = generate(prepared_film(tiny_model, tmp_path / "graph.mp4"), executor="ray")
     assert made.film_hash == film.film_hash
     assert commits(made.run_dir) == {0: 1, 1: 1, 2: 1}
@@ -145,7 +157,7 @@ def test_a_film_whose_actor_dies_every_time_ends_and_can_go_on(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(graph, "_Actor", mortal_actor(tmp_path / "calls", deaths=99, roles=("refine",)))
+    monkeypatch.setattr(graph, "RoleActor", mortal_actor(tmp_path / "calls", deaths=99, roles=("refine",)))
     monkeypatch.setattr(graph, "MAX_RESTARTS", 0)
     prepared = prepared_film(tiny_model, tmp_path / "graph.mp4")
     with pytest.raises(RuntimeError, match="a worker process died"):
@@ -166,7 +178,7 @@ def mortal_actor(log: Path, *, deaths: int, roles: tuple[str, ...] = tuple(graph
     """
     path = str(log)
 
-    class Mortal(graph._Actor):
+    class Mortal(graph.RoleActor):
         def run(self, request: Any, **results: Any) -> Any:
             key, is_fatal = self.asked(request)
             with open(path, "a") as file:
@@ -224,9 +236,9 @@ def test_graph_is_read_from_a_file(tmp_path: Path) -> None:
 def test_a_batch_outlives_a_bad_storyboard_and_a_killed_pipeline(
     ray_session: Any, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(batch_graph, "_Pipeline", mortal_pipeline(tmp_path / "died"))
+    monkeypatch.setattr(batch_graph, "FilmPipeline", mortal_pipeline(tmp_path / "died"))
     board = {"shots": [{"prompt": "a red circle", "duration": "85f"}]}
-    lines = [{"name": f"film {number}", "seed": number, **board} for number in range(11)]
+    lines = [{"name": f"film {number}", "seed": number, **board} for number in range(6)]
     path = tmp_path / "films.jsonl"
     path.write_text("\n".join(map(json.dumps, [*lines, {"name": "bad", "shots": [{"duration": 3}]}])))
     options = ("--threads", "1", "--executor", "ray", "--pipelines", "2", "--json")
@@ -234,7 +246,7 @@ def test_a_batch_outlives_a_bad_storyboard_and_a_killed_pipeline(
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 1, result.stderr
     told = json.loads(result.stdout)
-    assert (told["done"], told["skipped"], told["failed"]) == (11, 0, 1)
+    assert (told["done"], told["skipped"], told["failed"]) == (6, 0, 1)
     assert told["films"][-1]["error"] == "storyboard: shots[0].prompt is missing"
     assert [film["num_attempts"] for film in told["films"]].count(2) == 1
     (again,) = (film for film in told["films"] if film["num_attempts"] == 2)
@@ -244,14 +256,14 @@ def test_a_batch_outlives_a_bad_storyboard_and_a_killed_pipeline(
     alone = prepared_film(tiny_model, tmp_path / "alone.mp4", shot, seed=int(again["name"].split()[1]))
     assert generate(alone).film.read_bytes() == Path(again["film"]).read_bytes()
     result = CliRunner().invoke(app, command)
-    assert json.loads(result.stdout)["skipped"] == 11
+    assert json.loads(result.stdout)["skipped"] == 6
 
 
 def mortal_pipeline(marker: Path) -> type:
     """Pipelines of which the first to decode a second segment dies of it."""
     path = str(marker)
 
-    class Mortal(batch_graph._Pipeline):
+    class Mortal(batch_graph.FilmPipeline):
         def make(self, task: Any) -> Any:
             from arlon.film.workers import DecodeWorker
 
@@ -299,28 +311,3 @@ def test_workers_of_a_ray_for_one_film_have_the_priority_of_the_command(monkeypa
     with graph.ray_session(None):
         pass
     assert seen == ["0", None, "7"]
-
-
-def test_depth_of_queues_is_noted(ray_session: Any, film: FilmResult, tiny_model: Path, tmp_path: Path) -> None:
-    made = generate(prepared_film(tiny_model, tmp_path / "film.mp4"), executor="ray")
-    assert made.film_hash == film.film_hash
-    events = list(RunFolder(made.run_dir).events())
-    depths = [event for event in events if event["event"] == "queue"]
-    assert [sum(event[role] for role in ("refine", "decode", "write")) for event in depths] == [2, 1, 0]
-    steps = [event for event in events if event["event"] == "step"]
-    assert all(event["time"] - 60 < event["ended"] <= event["time"] + 1 for event in steps)
-
-
-def test_blended_film_is_the_same_with_two_actors_a_role(ray_session: Any, tiny_model: Path, tmp_path: Path) -> None:
-    shots = (
-        {"prompt": "a red circle", "duration": "51f"},
-        {"prompt": "a blue square", "duration": "51f", "blend": 2},
-        {"prompt": "a green circle", "duration": "51f", "transition": "cut"},
-        {"prompt": "a red square", "duration": "34f", "blend": 1},
-    )
-    settings = {"vae_blend_frames": 2}
-    local = generate(prepared_film(tiny_model, tmp_path / "local.mp4", *shots, settings=settings))
-    config = GraphConfig(code=Role(replicas=2), refine=Role(replicas=2))
-    prepared = prepared_film(tiny_model, tmp_path / "ray.mp4", *shots, settings=settings)
-    ray_made = generate(prepared, executor="ray", graph=config)
-    assert ray_made.film.read_bytes() == local.film.read_bytes()

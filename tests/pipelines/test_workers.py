@@ -224,7 +224,7 @@ def test_films_have_the_same_bits_where_the_text_encoder_works_first(
 
 def test_an_actor_for_text_lets_its_encoder_go(chain: Chain, loads: list[weakref.ref[TextEncoder]]) -> None:
     output = FilmOutput(paths=OutputPaths(film=Path("film.mp4"), run_dir=Path("film.run")))
-    actor = graph._Actor("text", chain.job, output, "", ("a red circle", "a blue square"))
+    actor = graph.RoleActor("text", chain.job, output, "", ("a red circle", "a blue square"))
     actor.start()
     assert actor.run(TextRequest(prompts=("a blue square",))).features
     assert [load() for load in loads] == [None]
