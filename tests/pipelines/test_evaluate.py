@@ -110,11 +110,11 @@ def test_no_path_of_the_machine_is_written(measured, films):
         assert str(films) not in file.read_text()
 
 
-def test_films_are_measured_once(films, measured, monkeypatch):
+def test_films_are_measured_once(films, measured):
     before = measured.result.read_bytes(), measured.page.read_bytes()
-    monkeypatch.setattr(evaluation, "_measure", None)  # would fail if it were called
-    again = evaluate([films], measured.result.parent)
-    assert again.num_reused == 3
+    progress: list[evaluation.Progress] = []
+    again = evaluate([films], measured.result.parent, on_progress=progress.append)
+    assert (again.num_reused, progress) == (3, [])
     assert (again.result.read_bytes(), again.page.read_bytes()) == before
 
 
@@ -191,14 +191,13 @@ def test_a_film_that_ends_its_process_is_the_only_one_that_is_not_measured(films
     folder = tmp_path / "films"
     shutil.copytree(films, folder)
     shutil.copy(folder / "a.mp4", folder / "killer.mp4")
-    measure = evaluation._measure
 
-    def deadly(task, backbones):
-        if task.film.name == "killer.mp4":
+    def deadly(path):
+        if path.name == "killer.mp4":
             os.kill(os.getpid(), signal.SIGKILL)
-        return measure(task, backbones)
+        return read_video(path)
 
-    monkeypatch.setattr(evaluation, "_measure", deadly)
+    monkeypatch.setattr(evaluation, "read_video", deadly)
     monkeypatch.setattr(evaluation, "film_key", lambda film, backbones: film.path.stem + film.path.parent.name)
     context = multiprocessing.get_context("fork")  # so that the processes have the function of above
     monkeypatch.setattr(evaluation.multiprocessing, "get_context", lambda kind: context)
