@@ -29,7 +29,7 @@ from arlon.models.vqvae import LatentVQVAE
 from stages.common import Stage, StageParts, init_model, mix_in, window_parts
 from stages.config import DataConfig, OptimConfig, RunConfig
 from stages.data import data_facts, load_codes, load_data, load_frozen, trim_text
-from stages.dit import picture_of_pairs
+from stages.pictures import picture_of_pairs
 from stages.record import TrainingFacts
 
 NUM_PICTURES = 3

@@ -6,7 +6,6 @@ resumed run does the same things at the same steps as an uninterrupted one.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import signal
@@ -19,15 +18,16 @@ from time import monotonic
 from typing import Any
 
 import lightning as L
-import numpy as np
 import torch
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from arlon.files import append_line, make_folder, publish, temporary_beside
 from stages.config import OptimConfig, RunConfig
 from stages.parallel import any_says, first_says, placed_like, whole_tensor
+from stages.pictures import write_png
 
 LAST_CHECKPOINT = Path("checkpoints") / "last.ckpt"
 
@@ -239,12 +239,14 @@ class Checkpoints(L.Callback):
             return
         # The export comes first: a checkpoint that has reached the end of a run then means that its export is complete.
         self._export(pl_module, trainer.global_step)
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}.tmp")
+        make_folder(self._path.parent)
+        temporary = temporary_beside(self._path)
         try:
             trainer.save_checkpoint(temporary)  # all processes take part, the first writes
             if trainer.is_global_zero:
-                temporary.replace(self._path)
+                with temporary.open("rb+") as file:
+                    os.fsync(file.fileno())
+                publish(temporary, self._path)
         finally:
             temporary.unlink(missing_ok=True)
         self._saved_s, self._saved_step = monotonic(), trainer.global_step
@@ -347,19 +349,5 @@ class JsonLinesLogger(Logger):
         """Append one line."""
         line = {"step": step, **{name: float(value) for name, value in metrics.items() if name != "epoch"}}
         if len(line) > 1:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.open("a") as file:
-                file.write(json.dumps(line) + "\n")
-
-
-def write_png(path: Path, picture: np.ndarray) -> None:
-    """Write a picture (pH, pW, 3) uint8 that appears complete or not at all."""
-    from PIL import Image
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp.png")
-    try:
-        Image.fromarray(picture).save(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+            make_folder(self._path.parent)
+            append_line(self._path, line)

@@ -1,4 +1,4 @@
-"""What all stages share: the base module, the trainer, the export and pictures."""
+"""What all stages share: the base module, the trainer and the export."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from typing import Any, ClassVar
 import lightning as L
 import numpy as np
 import torch
-import torch.nn.functional as F
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 
@@ -277,17 +276,3 @@ def _loggers(run_dir: Path) -> list[Any]:
     except ModuleNotFoundError:
         log.warning("tensorboard is not installed: figures and pictures go to files only")
     return loggers
-
-
-def picture_of_videos(videos: Tensor, *, columns: int = 8, gap: int = 2) -> np.ndarray:
-    """Contact sheet: one row a video (n, 3, pT, pH, pW) in [-1, 1], `columns` frames spread evenly over it.
-
-    Returns:
-        (pH', pW', 3) uint8, with `gap` dark pixels between frames.
-    """
-    chosen = torch.linspace(0, videos.shape[2] - 1, min(columns, videos.shape[2])).round().long()
-    frames = ((videos[:, :, chosen].float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
-    frames = F.pad(frames, (0, gap, 0, gap), value=24)  # (n, 3, k, pH + gap, pW + gap)
-    n, _, k, height, width = frames.shape
-    sheet = frames.permute(0, 3, 2, 4, 1).reshape(n * height, k * width, 3)
-    return sheet[: n * height - gap, : k * width - gap].numpy()

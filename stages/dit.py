@@ -28,19 +28,18 @@ from arlon.data.samples import (
     MaskSampler,
     Sample,
     WindowConfig,
-    stack_samples,
 )
 from arlon.diffusion.conditioning import sample_frame_masks
 from arlon.models import pixart
 from arlon.models.stdit import STDiT3, STDiT3Config
 from arlon.models.video_vae import VideoVAE
-from stages.common import Stage, StageParts, init_model, mix_in, picture_of_videos, window_parts
+from stages.common import Stage, StageParts, init_model, mix_in, window_parts
 from stages.config import DataConfig, FlowConfig, OptimConfig, RunConfig
 from stages.data import data_facts, fill_texts, load_data, load_encoder, load_frozen, open_texts, trim_text
 from stages.flow_matching import draw_times, even_times, flow_losses, grid_times, sample_latents, shift_for
+from stages.pictures import NUM_EXAMPLES, example_batch, picture_of_pairs
 from stages.record import TrainingFacts
 
-NUM_PICTURES = 4
 log = logging.getLogger(__name__)
 TRAINING_FIELDS = (
     "input_size",
@@ -156,13 +155,6 @@ class DiTStage(Stage):
         return flow_losses(self.model, batch, t, generators=generators)
 
 
-def picture_of_pairs(vae: VideoVAE, truth: Tensor, made: Tensor) -> np.ndarray:
-    """Contact sheet of latents (n, C, T, H, W): a row of `truth`, then the row of `made` beside it."""
-    pairs = torch.stack([truth, made.to(truth)], dim=1).flatten(0, 1)
-    with torch.no_grad():
-        return picture_of_videos(vae.decode(pairs))
-
-
 def build(config: DiTStageConfig) -> StageParts:
     """Load the data and make the stage."""
     return _build_buckets(config) if config.data.buckets else _build_windows(config)
@@ -229,7 +221,7 @@ def _build_buckets(config: DiTStageConfig) -> StageParts:
     val = sort(clips[-data.val_clips :], "validation (data.val_clips, the last ones)")
     with torch.inference_mode():
         fill_texts(texts, data, [clip.text for clip in clips])
-    stage = DiTStage(config, _make_model(config), encoder.vae, val.examples(NUM_PICTURES))
+    stage = DiTStage(config, _make_model(config), encoder.vae, val.examples(NUM_EXAMPLES))
     return StageParts(stage, train, FixedClips(val, config.train.val_batches))
 
 
@@ -251,8 +243,3 @@ def _make_model(config: DiTStageConfig) -> STDiT3:
         model = init_model(model, config.train, free=TRAINING_FIELDS)
     model.gradient_checkpointing = config.gradient_checkpointing
     return model
-
-
-def example_batch(samples: LatentWindows) -> Sample:
-    """The first few samples of a set, for pictures."""
-    return stack_samples([samples.sample(number) for number in range(NUM_PICTURES)])

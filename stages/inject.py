@@ -22,8 +22,8 @@ from arlon.models.vqvae import LatentVQVAE
 from stages.common import Stage, StageParts, init_model, window_parts
 from stages.config import DataConfig, FlowConfig, OptimConfig, RunConfig
 from stages.data import CachedData, data_facts, load_codes, load_data, load_frozen, trim_text
-from stages.dit import example_batch, picture_of_pairs
 from stages.flow_matching import draw_times, even_times, flow_losses, sample_latents, shift_for
+from stages.pictures import example_batch, picture_of_pairs
 from stages.record import TrainingFacts
 
 CoarseSource = Literal["coarser", "fine", "mix"]

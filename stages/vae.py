@@ -19,34 +19,18 @@ from typing import ClassVar, Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from arlon.data.samples import BatchStream, FixedBatches, Sample, VideoWindows
 from arlon.grids import CHUNK_FRAMES
-from arlon.models.video_vae import Posterior, VideoVAE, VideoVAEConfig, latent_statistics
-from stages.common import Stage, StageParts, init_model, picture_of_videos, window_parts
+from arlon.models.video_vae import VideoVAE, VideoVAEConfig, latent_statistics
+from stages.common import Stage, StageParts, init_model, window_parts
 from stages.config import DataConfig, OptimConfig, RunConfig
 from stages.data import make_sources
+from stages.pictures import picture_of_videos
+from stages.vae_objectives import OBJECTIVES, VAELossConfig
 
 STATISTICS_BATCHES = 8
-
-
-@dataclass(frozen=True, kw_only=True)
-class VAELossConfig:
-    """Weights of the terms of the loss."""
-
-    l1: float = 1.0
-    """Mean absolute error of pixels in [-1, 1]."""
-    mse: float = 2.0
-    """Mean squared error."""
-    chroma: float = 1.0
-    """Mean squared error of what is left when the mean of the three channels is taken away, on top of `mse`."""
-    latent_l1: float = 0.2
-    """Mean absolute error of per-frame latents, beside their squared error; part=temporal has these two alone."""
-    kl: float = 1e-3
-    """KL divergence from a unit Gaussian, in nats a latent value; part=decoder has none."""
-    latent_noise: float = 0.0
-    """part=decoder: spread tau of the noise on normalised latents, whose level is |N(0, tau^2)| for each clip."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,30 +81,24 @@ class VAEStage(Stage):
     config: VAEStageConfig
 
     def __init__(self, config: VAEStageConfig, model: VideoVAE, examples: list[Sample]) -> None:
-        """Set up the stage; `examples` are batches for pictures and for the statistics of the latents."""
+        """Set up the stage.
+
+        Args:
+            config: Its settings.
+            model: What is trained; the modules that `config.part` does not train are frozen here.
+            examples: Batches for pictures and for the statistics of the latents.
+        """
         super().__init__(config, model)
+        self.objective = OBJECTIVES[config.part](model, config.loss, config.loss_frames)
         self._examples = examples
+        model.requires_grad_(False)
+        for module in self.objective.trained_modules():
+            module.requires_grad_(True)
 
     def training_step(self, batch: Sample, batch_idx: int) -> Tensor:
-        """Reconstruction from a sampled latent, and KL."""
-        video = batch["video"]
-        generator = self.step_generator()
-        frames, posterior = self._encode(video)
-        latent = posterior.sample(generator)
-        if self.config.part == "decoder":
-            latent = latent + self._latent_noise(latent, generator)
-        made_frames = self._decode_latent(latent, video.shape[2])
-        if self.config.part == "temporal":
-            error = made_frames.float() - frames
-            terms = {"latent": error.square().mean(), "latent_l1": error.abs().mean()}
-        else:
-            if self.config.loss_frames is not None:
-                chosen = torch.randperm(video.shape[2], generator=generator)[: self.config.loss_frames]
-                made_frames, video = made_frames[:, :, chosen], video[:, :, chosen]
-            terms = pixel_errors(self.model.decode_frames(made_frames).float(), video)
-        if self.config.part != "decoder":
-            terms["kl"] = posterior.kl().sum() / posterior.mean.numel()
-        loss = sum(getattr(self.config.loss, name, 1.0) * value for name, value in terms.items())
+        """Weighted sum of the terms of the part's objective."""
+        terms = self.objective.terms(batch["video"], self.step_generator())
+        loss = self.objective.total(terms)
         self.log_figures(loss=loss, **terms)
         return loss
 
@@ -129,7 +107,7 @@ class VAEStage(Stage):
         squared, absolute = [], []
         for batch in batches:
             video = batch["video"].to(self.device)
-            error = self._reconstruct(video).clamp(-1, 1) - video
+            error = self.objective.reconstruct(video).clamp(-1, 1) - video
             squared.append(float((error / 2).square().mean()))
             absolute.append(float(error.abs().mean()))
         return {"psnr": -10 * float(np.log10(np.mean(squared) + 1e-12)), "l1": float(np.mean(absolute))}
@@ -137,7 +115,7 @@ class VAEStage(Stage):
     def sample_picture(self) -> np.ndarray:
         """Rows in pairs: a validation clip, and its reconstruction."""
         video = self._examples[0]["video"][:4].to(self.device)
-        return picture_of_videos(torch.stack([video, self._reconstruct(video)], dim=1).flatten(0, 1))
+        return picture_of_videos(torch.stack([video, self.objective.reconstruct(video)], dim=1).flatten(0, 1))
 
     def before_export(self) -> None:
         """Measure `shift` and `scale`, so that exported latents have mean 0 and spread 1 a channel; or keep them."""
@@ -158,51 +136,6 @@ class VAEStage(Stage):
         stated = () if form is None else getattr(form.config, name)
         return stated if torch.equal(torch.tensor(stated), buffer) else tuple(buffer.tolist())
 
-    def _latent_noise(self, latent: Tensor, generator: torch.Generator) -> Tensor:
-        """Noise for latents that are not normalised yet."""
-        level = self.config.loss.latent_noise * torch.randn(len(latent), 1, 1, 1, 1, generator=generator).abs()
-        return (level * torch.randn(latent.shape, generator=generator)).to(latent) * self.model.scale
-
-    def _reconstruct(self, video: Tensor) -> Tensor:
-        latent = self._encode(video)[1].mean
-        return self.model.decode_frames(self._decode_latent(latent, video.shape[2])).float()
-
-    def _encode(self, video: Tensor) -> tuple[Tensor, Posterior]:
-        """Per-frame latents (B, F, pT, H, W), and the posterior to sample: theirs, or the chunk's."""
-        module = self.model.spatial_vae.module
-        if self.config.part == "spatial":
-            flat = video.transpose(1, 2).flatten(0, 1)
-            moments = module.quant_conv(module.encoder(flat)).unflatten(0, (video.shape[0], video.shape[2]))
-            posterior = Posterior.from_moments(moments.transpose(1, 2))
-            return posterior.mean * self.model.config.spatial.scaling_factor, posterior
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.part == "all"):
-            frames = self.model.encode_frames(video)
-        return frames, self.model.temporal_vae.encode(frames)
-
-    def _decode_latent(self, latent: Tensor, num_frames: int) -> Tensor:
-        """Per-frame latents of what was sampled."""
-        if self.config.part == "spatial":
-            return latent * self.model.config.spatial.scaling_factor
-        return self.model.temporal_vae.decode(latent, num_frames)
-
-
-def pixel_errors(made: Tensor, video: Tensor) -> dict[str, Tensor]:
-    """Terms `l1`, `mse` and `chroma` of the loss, for videos (B, 3, pT, pH, pW)."""
-    error = made - video
-    chroma = error - error.mean(dim=1, keepdim=True)
-    return {"l1": error.abs().mean(), "mse": error.square().mean(), "chroma": chroma.square().mean()}
-
-
-def trained_parts(model: VideoVAE, part: str) -> tuple[nn.Module, ...]:
-    """The modules that a part of the training changes."""
-    spatial, temporal = model.spatial_vae.module, model.temporal_vae
-    return {
-        "spatial": (spatial,),
-        "temporal": (temporal,),
-        "all": (spatial, temporal),
-        "decoder": (spatial.post_quant_conv, spatial.decoder, temporal.post_quant_conv, temporal.decoder),
-    }[part]
-
 
 def build(config: VAEStageConfig) -> StageParts:
     """Make the sources and the stage."""
@@ -211,8 +144,6 @@ def build(config: VAEStageConfig) -> StageParts:
         for source in make_sources(config.data)
     )
     torch.manual_seed(config.train.seed)
-    model = init_model(VideoVAE(config.vae), config.train, free=("shift", "scale")).requires_grad_(False)
-    for part in trained_parts(model, config.part):
-        part.requires_grad_(True)
+    model = init_model(VideoVAE(config.vae), config.train, free=("shift", "scale"))
     examples = list(BatchStream(FixedBatches(val, config.train.batch_size), num_batches=STATISTICS_BATCHES))
     return window_parts(VAEStage(config, model, examples), train, val, config.train)

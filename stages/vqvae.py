@@ -19,7 +19,7 @@ from arlon.models.vqvae import LatentVQVAE, LatentVQVAEConfig, codebook_usage
 from stages.common import Stage, StageParts, init_model, window_parts
 from stages.config import DataConfig, OptimConfig, RunConfig
 from stages.data import data_facts, load_data, load_frozen
-from stages.dit import example_batch, picture_of_pairs
+from stages.pictures import example_batch, picture_of_pairs
 from stages.record import TrainingFacts
 
 

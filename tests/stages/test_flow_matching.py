@@ -6,9 +6,9 @@ from torch import Tensor
 from arlon.models.video_vae import VideoVAE
 from arlon.models.vqvae import LatentVQVAE, LatentVQVAEConfig
 from stages.config import FlowConfig
-from stages.dit import picture_of_pairs
 from stages.flow_matching import draw_times, flow_losses, grid_times, shift_for
 from stages.inject import InjectStage
+from stages.pictures import picture_of_pairs
 
 
 class Recorder:
