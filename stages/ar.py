@@ -92,6 +92,7 @@ class ARStage(Stage):
     """Trains a CodeTransformer."""
 
     stage_name: ClassVar[str] = "ar"
+    adamw_layers = ("text_proj", "head")
     config: ARStageConfig
 
     def __init__(

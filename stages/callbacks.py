@@ -6,7 +6,6 @@ resumed run does the same things at the same steps as an uninterrupted one.
 
 from __future__ import annotations
 
-import math
 import os
 import signal
 import sys
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from arlon.files import append_line, make_folder, publish, temporary_beside
-from stages.config import OptimConfig, RunConfig
+from stages.config import RunConfig
 from stages.parallel import any_says, first_says, placed_like, whole_tensor
 from stages.pictures import write_png
 
@@ -33,10 +32,10 @@ LAST_CHECKPOINT = Path("checkpoints") / "last.ckpt"
 
 
 class RunClock(L.Callback):
-    """Counts training time over all resumptions; sets the learning rate by the run's progress."""
+    """Counts training time over all resumptions, and ends the run when its minutes are over."""
 
-    def __init__(self, optim: OptimConfig, run: RunConfig) -> None:
-        self._optim, self._run = optim, run
+    def __init__(self, run: RunConfig) -> None:
+        self._run = run
         self._before_s = 0.0
         self._started_s: float | None = None
 
@@ -54,16 +53,6 @@ class RunClock(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._started_s = monotonic()
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        progress = self.progress(trainer.global_step)
-        if self._run.max_minutes is not None:
-            progress = first_says(trainer, progress)
-        factor = lr_factor(self._optim, step=trainer.global_step, progress=progress)
-        for group in trainer.optimizers[0].param_groups:
-            group["lr"] = group["peak_lr"] * factor
-
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -78,20 +67,12 @@ class RunClock(L.Callback):
         self._before_s = float(state_dict["elapsed_s"])
 
 
-def lr_factor(optim: OptimConfig, *, step: int, progress: float) -> float:
-    """Learning rate of step `step` (from 0) over its peak: linear warm-up, then constant or half a cosine."""
-    warmup = min(1.0, (step + 1) / (optim.warmup_steps + 1))
-    if optim.schedule == "constant":
-        return warmup
-    low = optim.min_lr_ratio
-    return warmup * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress)))
-
-
 class WeightAverage(L.Callback):
     """Exponential moving average of `pl_module.model`, in float32, stored in checkpoints.
 
-    After n steps the decay is min(decay, (1 + n) / (10 + n)), so that the start is forgotten soon. Buffers
-    are taken over as they are.
+    After n steps the decay is min(decay, (1 + n) / (10 + n)), so that the start is forgotten soon. Buffers are not
+    averaged. Lightning's `EMAWeightAveraging` is not used: it does not work with sharded models, keeps a copy of frozen
+    weights too, and ends a training by overwriting the trained weights, so that none could be trained further.
     """
 
     def __init__(self, decay: float) -> None:
@@ -286,6 +267,11 @@ class ProgressLine(L.Callback):
         )
         self._samples, self._first_s = 0, monotonic()
 
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._lr = trainer.optimizers[0].param_groups[0]["lr"]  # at the end of the batch it is that of the next one
+
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -303,7 +289,7 @@ class ProgressLine(L.Callback):
             self._bar.set_postfix(fields, refresh=False)
             metrics = {
                 "train/samples_per_s": samples,
-                "train/lr": trainer.optimizers[0].param_groups[0]["lr"],
+                "train/lr": self._lr,
                 "train/elapsed_min": self._clock.elapsed_s / 60,
             }
             for logger in trainer.loggers:

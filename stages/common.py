@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from arlon.checkpoint import load_component, save_component
 from arlon.config import config_to_dict
@@ -31,8 +32,8 @@ from stages.callbacks import (
     WeightAverage,
 )
 from stages.config import OptimConfig, RunConfig
-from stages.optim import make_optimizer
-from stages.parallel import gathered, make_strategy, shard_model
+from stages.optim import lr_factor, make_optimizer
+from stages.parallel import first_says, gathered, make_strategy, shard_model
 from stages.record import TrainingFacts, write_record
 
 EXPORT_DIR = "export"
@@ -48,6 +49,9 @@ class Stage(L.LightningModule):
     """
 
     stage_name: ClassVar[str]
+    adamw_layers: Sequence[str] = ()
+    """Modules of `model` that AdamW takes although Muon could: those that read an input, embed a condition or write the
+    output; see `stages.optim.hidden_matrices`."""
 
     def __init__(self, config: Any, model: nn.Module, frozen: Mapping[str, nn.Module] | None = None) -> None:
         """Set up a stage.
@@ -60,6 +64,8 @@ class Stage(L.LightningModule):
         super().__init__()
         self.save_hyperparameters({"config": config_to_dict(config)})
         self.config, self.model, self.frozen = config, model, dict(frozen or {})
+        self.progress: Callable[[int], float] = lambda step: min(1.0, step / config.train.max_steps)
+        """Share of the run that is done when a step begins; `make_training` also counts time."""
 
     def configure_model(self) -> None:
         """Shard the model where the strategy does: every block by itself, then what is left."""
@@ -71,7 +77,23 @@ class Stage(L.LightningModule):
             network.to(self.device)
 
     def configure_optimizers(self) -> Any:
-        return make_optimizer(self.model, self.config.optim)
+        optimizer = make_optimizer(self.model, self.config.optim, self.adamw_layers)
+        self._settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+        schedule = LambdaLR(optimizer, lambda step: self.lr_factor(step))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def lr_factor(self, step: int) -> float:
+        """Learning rate of a step over its peak."""
+        return lr_factor(self.config.optim, step=step, progress=self.progress(step))
+
+    def on_train_start(self) -> None:
+        """Apply the configured rates and decays: a checkpoint brings those that it was written with."""
+        optimizer, schedule = self.optimizers(use_pl_optimizer=False), self.lr_schedulers()
+        schedule.last_epoch = self.global_step
+        schedule.base_lrs = [settings["lr"] for settings in self._settings]
+        factor = self.lr_factor(self.global_step)
+        for group, settings in zip(optimizer.param_groups, self._settings, strict=True):
+            group.update(settings, lr=settings["lr"] * factor)
 
     def on_train_batch_start(self, batch: Sample, batch_idx: int) -> None:
         address = ("global", self.global_step, self.global_rank)
@@ -197,7 +219,7 @@ def make_training(
         run_dir: Folder of checkpoints, figures, pictures and the export.
         extra: More callbacks, run after the others.
     """
-    average, clock = WeightAverage(run.ema_decay), RunClock(optim, run)
+    average, clock = WeightAverage(run.ema_decay), RunClock(run)
     checkpoints = Checkpoints(run, run_dir, lambda stage, step: export_run(stage, average, run_dir, step))
     callbacks = [
         clock,
@@ -229,6 +251,7 @@ def make_training(
             use_distributed_sampler=False,
             default_root_dir=run_dir,
         )
+    parts.stage.progress = lambda step: first_says(trainer, clock.progress(step)) if step else 0.0
     stream = BatchStream(
         parts.train,
         first_batch=lambda: trainer.global_step,

@@ -109,6 +109,7 @@ class DiTStage(Stage):
     """Trains an STDiT3 to predict the velocity of noisy latents."""
 
     stage_name: ClassVar[str] = "dit"
+    adamw_layers = ("x_embedder", "t_embedder", "fps_embedder", "y_embedder", "t_block", "final_layer")
     config: DiTStageConfig
 
     def __init__(self, config: DiTStageConfig, model: STDiT3, vae: VideoVAE, examples: Sample) -> None:

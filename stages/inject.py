@@ -88,6 +88,8 @@ class InjectStage(Stage):
             examples: Clips of the pictures.
         """
         super().__init__(config, model, {"dit": dit, "vae": vae, **vqvaes})
+        is_adaptive_norm = config.injection.design == "adaptive_norm"
+        self.adamw_layers = ("projection", *(("to_modulation",) if is_adaptive_norm else ()))
         self._take_latents, self._examples = take_latents, examples
 
     def training_step(self, batch: Sample, batch_idx: int) -> Tensor:

@@ -1,100 +1,84 @@
-"""Optimizers of the stages: AdamW, or Muon for hidden matrices and kernels beside AdamW for the rest."""
+"""Optimizer and learning rate of the stages: AdamW, or Muon for hidden matrices and kernels and AdamW for the rest."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable
-from typing import Any
+import math
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from stages.config import OptimConfig
-from stages.muon import Muon
+from stages.muon import MuonWithAdamW
 
 SMALLEST_HIDDEN = 16
 """Rows and columns from which a weight counts as a hidden matrix."""
-ADAMW_LAYERS = ("conv_in", "embed", "head", "final_layer", "t_block", "modulation", "projection", "text_proj")
-"""Layers whose name holds one of these words read or write the network: AdamW takes them."""
 
 
-class OptimizerPair:
-    """Two optimizers over disjoint parameters that step as one."""
+def make_optimizer(model: nn.Module, config: OptimConfig, adamw_layers: Sequence[str] = ()) -> torch.optim.Optimizer:
+    """Optimizer of the trainable parameters of `model`, each group with its peak learning rate.
 
-    def __init__(self, first: torch.optim.Optimizer, second: torch.optim.Optimizer) -> None:
-        self._parts = (first, second)
+    Args:
+        model: What is trained.
+        config: Settings; `name` says whether Muon takes the hidden matrices.
+        adamw_layers: Modules that read or write the network; see `hidden_matrices`.
 
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """Groups of both; writing to one, such as its `lr`, reaches the optimizer it belongs to."""
-        return [group for part in self._parts for group in part.param_groups]
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """Defaults of the first."""
-        return self._parts[0].defaults
-
-    @property
-    def state(self) -> defaultdict[Tensor, Any]:
-        """State by parameter, of both."""
-        merged: defaultdict[Tensor, Any] = defaultdict(dict)
-        for part in self._parts:
-            merged.update(part.state)
-        return merged
-
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Compute the gradients once, then update both sets of parameters."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for part in self._parts:
-            part.step()
-        return loss
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop the gradients of both."""
-        for part in self._parts:
-            part.zero_grad(set_to_none)
-
-    def state_dict(self) -> dict[str, Any]:
-        """State of both, in order."""
-        return {"parts": [part.state_dict() for part in self._parts]}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what `state_dict` gave."""
-        for part, state in zip(self._parts, state_dict["parts"], strict=True):
-            part.load_state_dict(state)
-
-
-def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer | OptimizerPair:
-    """Optimizer of the trainable parameters of `model`; each group carries its `peak_lr` for the schedule."""
-    hidden = hidden_matrices(model) if config.name == "muon" else []
+    Raises:
+        ValueError: If a name in `adamw_layers` is no module of the model.
+    """
+    hidden = hidden_matrices(model, adamw_layers) if config.name == "muon" else []
     taken = {id(parameter) for parameter in hidden}
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in taken]
+    matrices, vectors = [p for p in rest if p.ndim >= 2], [p for p in rest if p.ndim < 2]
     groups = [
-        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
+        {"params": parameters, "weight_decay": decay}
+        for parameters, decay in ((matrices, config.weight_decay), (vectors, 0.0))
+        if parameters
     ]
-    adamw = torch.optim.AdamW(
-        [{**group, "peak_lr": config.lr} for group in groups if group["params"]],
-        lr=config.lr,
-        betas=config.betas,
-        eps=config.eps,
-    )
     if not hidden:
-        return adamw
-    muon = Muon([{"params": hidden, "peak_lr": config.muon_lr}], lr=config.muon_lr, weight_decay=config.weight_decay)
-    return OptimizerPair(muon, adamw)
+        return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+    muon = {"params": hidden, "lr": config.muon_lr, "weight_decay": config.weight_decay}
+    return MuonWithAdamW(
+        [muon, *({**group, "use_muon": False} for group in groups)], lr=config.lr, betas=config.betas, eps=config.eps
+    )
 
 
-def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
-    """Trainable weights of the linear layers and convolutions inside the network, not those at its ends."""
+def hidden_matrices(model: nn.Module, adamw_layers: Sequence[str] = ()) -> list[nn.Parameter]:
+    """Trainable weights of the linear layers and convolutions inside a network, which Muon takes.
+
+    Muon is for maps from features to features. Layers that read an input, embed a condition or write the output are
+    left to AdamW, and so are weights of fewer than `SMALLEST_HIDDEN` rows or columns.
+
+    Args:
+        model: The network.
+        adamw_layers: Dotted names of the modules at its ends; everything inside them counts.
+
+    Raises:
+        ValueError: If a name is no module of the model: its weights would go to Muon without a word.
+    """
+    modules = dict(model.named_modules())
+    if unknown := [name for name in adamw_layers if name not in modules]:
+        raise ValueError(f"adamw_layers: {type(model).__name__} has no module {', '.join(map(repr, unknown))}")
     return [
         module.weight
-        for name, module in model.named_modules()
+        for name, module in modules.items()
         if isinstance(module, nn.Linear | nn.Conv2d | nn.Conv3d)
         and module.weight.requires_grad
         and min(module.weight.shape[0], module.weight[0].numel()) >= SMALLEST_HIDDEN
-        and not any(word in name for word in ADAMW_LAYERS)
+        and not any(name == layer or name.startswith(f"{layer}.") for layer in adamw_layers)
     ]
+
+
+def lr_factor(config: OptimConfig, *, step: int, progress: float) -> float:
+    """Learning rate of a step over its peak: linear warm-up, then constant or half a cosine.
+
+    Args:
+        config: Settings of the schedule.
+        step: The step, counted from 0.
+        progress: Share of the run that is done, in [0, 1].
+    """
+    warmup = min(1.0, (step + 1) / (config.warmup_steps + 1))
+    if config.schedule == "constant":
+        return warmup
+    low = config.min_lr_ratio
+    return warmup * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress)))

@@ -78,6 +78,11 @@ class VAEStage(Stage):
     """Trains a VideoVAE."""
 
     stage_name: ClassVar[str] = "vae"
+    adamw_layers = (
+        "spatial_vae.module.encoder.conv_in",
+        "spatial_vae.module.decoder.conv_in",
+        "temporal_vae.encoder.conv_in",
+    )
     config: VAEStageConfig
 
     def __init__(self, config: VAEStageConfig, model: VideoVAE, examples: list[Sample]) -> None:

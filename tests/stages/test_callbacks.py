@@ -1,24 +1,17 @@
-"""Schedule, average and optimizers against closed forms."""
+"""Schedule and average against closed forms."""
 
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from arlon.models.stdit import STDiT3, STDiT3Config
-from arlon.models.video_vae import VideoVAE
-from stages.callbacks import WeightAverage, lr_factor
+from stages.callbacks import WeightAverage
 from stages.config import OptimConfig, RunConfig
-from stages.muon import Muon
-from stages.optim import OptimizerPair, hidden_matrices, make_optimizer
-from stages.train import load_stage_config
-
-SHAPES = Path(__file__).parents[2] / "configs" / "shapes"
+from stages.optim import lr_factor
 
 
 def test_learning_rate_follows_its_closed_form() -> None:
@@ -48,70 +41,6 @@ def test_average_equals_the_sum_it_stands_for() -> None:
         assert not module.model.training
     assert weight.tolist() == [[0.5, 0.5]]
     assert module.model.training
-
-
-def test_muon_takes_hidden_matrices_only() -> None:
-    dit = STDiT3(STDiT3Config(in_channels=2, hidden_size=16, depth=1, num_heads=2, caption_channels=4))
-    chosen = {id(p) for p in hidden_matrices(dit)}
-    names = {name for name, p in dit.named_parameters() if id(p) in chosen}
-    inner = (
-        "attn.qkv",
-        "attn.proj",
-        "cross_attn.q_linear",
-        "cross_attn.kv_linear",
-        "cross_attn.proj",
-        "mlp.fc1",
-        "mlp.fc2",
-    )
-    assert names == {f"{kind}_blocks.0.{layer}.weight" for kind in ("spatial", "temporal") for layer in inner}
-
-
-def test_muon_takes_the_kernels_of_the_vae_but_not_its_ends() -> None:
-    vae = VideoVAE(load_stage_config("vae", [SHAPES / "vae.yaml"], []).vae)
-    chosen = {id(p) for p in hidden_matrices(vae)}
-    names = {name for name, p in vae.named_parameters() if id(p) in chosen}
-    assert "temporal_vae.decoder.res_blocks.0.conv1.conv.weight" in names
-    assert "spatial_vae.module.encoder.down_blocks.0.resnets.0.conv1.weight" in names
-    assert not any("conv_in" in name or name.endswith("bias") for name in names)
-    assert "spatial_vae.module.decoder.conv_out.weight" not in names
-
-
-def test_pair_steps_as_its_parts_would_alone() -> None:
-    def make() -> nn.Sequential:
-        torch.manual_seed(0)
-        return nn.Sequential(nn.Linear(16, 20), nn.Linear(20, 16))
-
-    config = OptimConfig(name="muon", lr=1e-2, muon_lr=3e-2, weight_decay=0.1)
-    together, apart = make(), make()
-    pair = make_optimizer(together, config)
-    assert isinstance(pair, OptimizerPair)
-    matrices = [layer.weight for layer in apart]
-    vectors = [layer.bias for layer in apart]
-    parts = [
-        Muon(matrices, lr=3e-2, weight_decay=0.1),
-        torch.optim.AdamW(vectors, lr=1e-2, betas=config.betas, eps=config.eps, weight_decay=0.0),
-    ]
-    x = torch.randn(5, 16)
-    for step in range(4):
-        for model, optimizers in ((together, [pair]), (apart, parts)):
-            model.zero_grad()
-            (model(x) - x).square().mean().backward()
-            for optimizer in optimizers:
-                optimizer.step()
-        if step == 1:
-            state = pair.state_dict()
-            pair = make_optimizer(together, config)
-            pair.load_state_dict(state)
-    for a, b in zip(together.parameters(), apart.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=0)
-
-
-def test_every_parameter_has_one_optimizer() -> None:
-    model = STDiT3(STDiT3Config(in_channels=2, hidden_size=16, depth=1, num_heads=2, caption_channels=4))
-    groups = make_optimizer(model, OptimConfig(name="muon")).param_groups
-    held = [id(p) for group in groups for p in group["params"]]
-    assert sorted(held) == sorted(id(p) for p in model.parameters() if p.requires_grad)
-    assert all("peak_lr" in group for group in groups)
 
 
 def test_settings_out_of_range_are_listed_together() -> None:

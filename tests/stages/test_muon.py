@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from stages.muon import Muon, orthogonalize
+from stages.muon import MuonWithAdamW, orthogonalize
 
 
 @pytest.mark.parametrize("shape", [(12, 40), (40, 12), (7, 7)])
@@ -19,7 +19,7 @@ def test_orthogonal_factor_keeps_the_singular_vectors(shape: tuple[int, int]) ->
 def test_update_has_the_size_of_adamw() -> None:
     weight = nn.Parameter(torch.zeros(32, 16, 3, 3))
     weight.grad = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
-    Muon([weight], lr=0.1).step()
+    MuonWithAdamW([weight], lr=0.1).step()
     assert weight.detach().square().mean().sqrt() == pytest.approx(0.1 * 0.2, rel=0.3)
 
 
@@ -27,14 +27,14 @@ def test_kernels_are_seen_as_matrices() -> None:
     gradient = torch.randn(8, 4, 3, 3, generator=torch.Generator().manual_seed(2))
     kernel, matrix = nn.Parameter(torch.zeros(8, 4, 3, 3)), nn.Parameter(torch.zeros(8, 36))
     kernel.grad, matrix.grad = gradient.clone(), gradient.flatten(1).clone()
-    Muon([kernel, matrix], lr=0.1).step()
+    MuonWithAdamW([kernel, matrix], lr=0.1).step()
     assert torch.equal(kernel.flatten(1), matrix)
 
 
 def test_matrices_equal_torch_muon() -> None:
     start = torch.randn(24, 10, generator=torch.Generator().manual_seed(3))
     ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
-    mine = Muon([ours], lr=0.02, weight_decay=0.1)
+    mine = MuonWithAdamW([ours], lr=0.02, weight_decay=0.1)
     torch_muon = torch.optim.Muon([theirs], lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     for step in range(4):
         gradient = torch.randn(start.shape, generator=torch.Generator().manual_seed(step))
@@ -47,4 +47,4 @@ def test_matrices_equal_torch_muon() -> None:
 
 def test_vectors_are_refused() -> None:
     with pytest.raises(ValueError, match=r"got parameters of shapes \[\(5,\)\]"):
-        Muon([nn.Parameter(torch.zeros(5))])
+        MuonWithAdamW([nn.Parameter(torch.zeros(5))])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import json
+import math
 import os
 import signal
 from dataclasses import replace
@@ -73,24 +74,34 @@ def test_resumed_training_equals_uninterrupted(stage: str, stage_config: Any, tm
     assert all(torch.equal(exported[name], resumed[name]) for name in exported)
 
 
-@pytest.mark.parametrize("stage", [pytest.param("vae", marks=pytest.mark.slow), *STAGES[1:]])
-def test_loss_of_one_batch_falls(stage: str, stage_config: Any, tmp_path: Path) -> None:
+OVERFIT = {"vae": (20, 0.35), "vqvae": (60, 0.5), "ar": (60, 0.07), "dit": (60, 0.15), "inject": (40, 0.85)}
+"""Steps on one batch with the same draws, and the share of the first loss that is left at most. The injection cannot go
+far, as the base that it steers is frozen and random."""
+
+
+@pytest.mark.parametrize(
+    "stage", [stage if stage == "ar" else pytest.param(stage, marks=pytest.mark.slow) for stage in STAGES]
+)
+def test_one_batch_is_learned_by_heart(stage: str, stage_config: Any) -> None:
     parts = build(stage, stage_config(stage))
     batch = FixedBatches(parts.train.samples, 2).batch(0)
-    stage_module = parts.stage
-    stage_module.log_figures = lambda **figures: None
-    stage_module.step_generator = lambda: torch.Generator().manual_seed(1)
-    stage_module.row_generators = lambda count: [torch.Generator().manual_seed(1 + row) for row in range(count)]
-    optimizer = stage_module.configure_optimizers()
+    module = parts.stage
+    module.log_figures = lambda **figures: None
+    module.step_generator = lambda: torch.Generator().manual_seed(1)
+    module.row_generators = lambda count: [torch.Generator().manual_seed(1 + row) for row in range(count)]
+    optimizer = module.configure_optimizers()["optimizer"]
+    steps, share = OVERFIT[stage]
     losses = []
-    for _ in range(12):
+    for _ in range(steps):
         torch.manual_seed(0)
-        loss = stage_module.training_step(batch, 0)
+        loss = module.training_step(batch, 0)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(float(loss.detach()))
-    assert losses[-1] < 0.995 * losses[0], losses
+    assert losses[-1] < share * losses[0], losses
+    if stage == "ar":
+        assert losses[0] == pytest.approx(math.log(16), rel=0.05), "an untrained model knows nothing of 16 codes"
 
 
 @pytest.mark.slow
