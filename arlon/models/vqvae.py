@@ -20,10 +20,8 @@ Inside, features are (B, T, H, W, D): channels last, the fast layout of convolut
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -32,13 +30,8 @@ from torch import Tensor
 
 from arlon.components import Component
 from arlon.grids import ceil_div, code_grid
+from arlon.models.codebook import Codebook
 from arlon.models.vqvae_layers import Levels, build_decoder, build_encoder
-
-if TYPE_CHECKING:
-    from vector_quantize_pytorch import VectorQuantize
-
-LOOKUP_ROWS = 4096
-"""Positions compared with the codebook at a time: bounds the similarity matrix of a long film."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,7 +158,7 @@ class LatentVQVAE(Component):
         levels = Levels(config.ratio, config.hidden_dim)
         sizes = {"code_dim": config.code_dim, "num_res_blocks": config.num_res_blocks}
         self.encoder = build_encoder(config.latent_channels, levels, **sizes)
-        self.quantizer = _build_quantizer(config)
+        self.quantizer = Codebook(config)
         self.decoder = build_decoder(config.latent_channels, levels, **sizes)
 
     @property
@@ -188,11 +181,11 @@ class LatentVQVAE(Component):
         """
         z = self._encode(latent)
         with _full_precision(z.device):
-            quantized, codes, commitment = self._quantize(z.float(), generator)
-        reconstruction = self._decode(quantized.to(z.dtype), latent.shape[2:])
+            vectors, codes, commitment = self.quantizer(z.float().flatten(0, 3), generator)
+        reconstruction = self._decode(vectors.to(z.dtype).view(z.shape), latent.shape[2:])
         error = (reconstruction.float() - latent.float()).square().mean()
         loss = error + self.config.commitment_weight * commitment
-        return VQVAEOutput(reconstruction, codes, loss, error, commitment)
+        return VQVAEOutput(reconstruction, codes.view(z.shape[:-1]), loss, error, commitment)
 
     @torch.no_grad()
     def encode(self, latent: Tensor) -> Tensor:
@@ -203,7 +196,7 @@ class LatentVQVAE(Component):
         """
         z = self._encode(latent)
         with _full_precision(z.device):
-            return self._nearest(z.float())
+            return self.quantizer.nearest(z.float())
 
     def decode(
         self, codes: Tensor, num_latent_frames: int | None = None, *, grid: tuple[int, int] | None = None
@@ -302,31 +295,9 @@ class LatentVQVAE(Component):
         x = self.decoder(quantized)[:, :num_frames, :height, :width]
         return rearrange(x, "b t h w c -> b c t h w")
 
-    def _quantize(self, z: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Code vectors of z (B, cT, cH, cW, d) with gradients passed through, codes, commitment loss."""
-        if not self.training:
-            codes = self._nearest(z)
-            quantized = self.quantizer.codebook[codes]
-            return quantized, codes, (self._compared(z) - quantized).square().mean()
-        with _global_generator_from(generator):
-            quantized, codes, commitment = self.quantizer(z.flatten(1, 3))
-        return quantized.view(z.shape), codes.view(z.shape[:-1]), commitment
-
-    def _nearest(self, z: Tensor) -> Tensor:
-        """Codes of z (..., d): as the quantizer's own look-up gives, without its memory and effects."""
-        codebook = self.quantizer.codebook.float()
-        bias = None if self.config.use_cosine_sim else -0.5 * codebook.square().sum(-1)
-        rows = self._compared(z).flatten(0, -2).split(LOOKUP_ROWS)
-        codes = torch.cat([F.linear(chunk, codebook, bias).argmax(-1) for chunk in rows])
-        return codes.view(z.shape[:-1])
-
-    def _compared(self, z: Tensor) -> Tensor:
-        """The form of z in which it is compared with codes: on the unit sphere for cosine similarity."""
-        return F.normalize(z, dim=-1) if self.config.use_cosine_sim else z
-
     def _look_up(self, codes: Tensor) -> Tensor:
         """Code vectors (B, cT, cH, cW, d) of codes (B, cT, cH, cW)."""
-        return self.quantizer.codebook[codes]
+        return self.quantizer.vectors[codes]
 
     def _latent_size(
         self, codes: Tensor, num_latent_frames: int | None, grid: tuple[int, int] | None
@@ -352,21 +323,6 @@ def _full_precision(device: torch.device) -> AbstractContextManager[None]:
     return torch.autocast(device.type, enabled=False)
 
 
-@contextmanager
-def _global_generator_from(generator: torch.Generator | None) -> Iterator[None]:
-    """Inside, the global generators are seeded from `generator`; afterwards as before. None: no change.
-
-    The quantizer draws from the global generators and takes no other.
-    """
-    if generator is None:
-        yield
-        return
-    seed = int(torch.randint(2**62, (), generator=generator))
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        yield
-
-
 def _check_codes(codes: Tensor, codebook_size: int) -> None:
     """Refuse codes that are not int64 in [0, codebook_size); ranges are not read on the meta device."""
     if codes.dtype != torch.int64:
@@ -376,20 +332,3 @@ def _check_codes(codes: Tensor, codebook_size: int) -> None:
     low, high = codes.aminmax()
     if low < 0 or high >= codebook_size:
         raise ValueError(f"codes must lie in [0, {codebook_size}), got {int(low)}..{int(high)}")
-
-
-def _build_quantizer(config: LatentVQVAEConfig) -> VectorQuantize:
-    """The codebook; its commitment term is left unweighted."""
-    from vector_quantize_pytorch import VectorQuantize  # takes seconds to import, and a config needs none of it
-
-    return VectorQuantize(
-        dim=config.code_dim,
-        codebook_size=config.codebook_size,
-        decay=config.decay,
-        commitment_weight=1.0,
-        use_cosine_sim=config.use_cosine_sim,
-        threshold_ema_dead_code=config.dead_code_threshold,
-        kmeans_init=config.kmeans_init,
-        kmeans_iters=config.kmeans_iters,
-        rotation_trick=config.rotation_trick,
-    )
