@@ -6,7 +6,6 @@ resumed run does the same things at the same steps as an uninterrupted one.
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 import threading
@@ -23,7 +22,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from arlon.files import append_line, make_folder, publish, temporary_beside
+from arlon.files import append_line, make_folder, publish, sync_file, temporary_beside
 from stages.config import RunConfig
 from stages.parallel import any_says, first_says, placed_like, whole_tensor
 from stages.pictures import write_png
@@ -225,8 +224,7 @@ class Checkpoints(L.Callback):
         try:
             trainer.save_checkpoint(temporary)  # all processes take part, the first writes
             if trainer.is_global_zero:
-                with temporary.open("rb+") as file:
-                    os.fsync(file.fileno())
+                sync_file(temporary)
                 publish(temporary, self._path)
         finally:
             temporary.unlink(missing_ok=True)

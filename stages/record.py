@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from arlon.components import read_json
-from arlon.config import ConfigError, config_from_dict
+from arlon.config import config_from_dict
+from arlon.errors import ConfigError
 from arlon.files import write_json
 
 RECORD_NAME = "export.json"
