@@ -72,7 +72,7 @@ def count_results(folder: Path, size: tuple[int, int], options: Sequence[str], s
         threads: Threads of PyTorch.
     """
     from arlon.checkpoint import load_component
-    from arlon.film.workers import video_to_frames
+    from arlon.data.transforms import video_to_frames
     from arlon.models.video_vae import VideoVAE
 
     torch.set_num_threads(threads)

@@ -99,8 +99,7 @@ def _job(case: Case, mode: Mode, model: Model, start: np.ndarray, folder: Path) 
 
 @torch.inference_mode()
 def _through_vae(job: Job, frames: np.ndarray) -> np.ndarray:
-    from arlon.data.transforms import resize_and_crop
-    from arlon.film.workers import video_to_frames
+    from arlon.data.transforms import resize_and_crop, video_to_frames
     from arlon.models.video_vae import VideoVAE
 
     vae = VideoVAE.from_pretrained(job.component("vae"))

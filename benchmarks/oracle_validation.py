@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from scipy import ndimage
 
-from arlon.data.datasets import frames_to_video
+from arlon.data.transforms import frames_to_video, video_to_frames
 from arlon.models.video_vae import VideoVAE
 from arlon.shapes import oracle, world
 
@@ -132,7 +132,7 @@ class Tally:
 def through_vae(vae: VideoVAE, frames: np.ndarray) -> np.ndarray:
     """Frames (F, pH, pW, 3) uint8 encoded and decoded again."""
     video = vae.decode(vae.encode(frames_to_video(frames)[None]), num_frames=len(frames))
-    return ((video[0].clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0).numpy()
+    return video_to_frames(video[0])
 
 
 def validate(

@@ -21,6 +21,7 @@ from arlon.data.datasets import ShapesTakesConfig
 from arlon.data.latent_cache import CodeCache, LatentCache, TextCache
 from arlon.data.samples import CodeWindows, FixedBatches, Sample
 from arlon.diffusion.samplers import address_seed
+from arlon.evaluation.metrics import unigram_entropy
 from arlon.grids import ceil_div, num_latent_frames
 from arlon.models.ar import CodeTransformer, CodeTransformerConfig, code_loss
 from arlon.models.code_sampling import PromptSpan, SamplingConfig, generate_codes
@@ -184,12 +185,6 @@ def replace_codes(codes: Tensor, share: float, codebook_size: int, generator: to
     chosen = torch.rand(codes.shape, generator=generator) < share
     others = torch.randint(codebook_size, codes.shape, generator=generator)
     return torch.where(chosen.to(codes.device), others.to(codes.device), codes)
-
-
-def unigram_entropy(codes: Tensor) -> float:
-    """Entropy in nats of the frequencies of codes (any shape, int64)."""
-    share = torch.bincount(codes.flatten()).double() / codes.numel()
-    return float(-torch.special.xlogy(share, share).sum())
 
 
 def span_schedule(cache: LatentCache, index: int, texts: TextCache, *, num_frames: int, ratio: int) -> list[PromptSpan]:

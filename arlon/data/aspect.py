@@ -154,15 +154,6 @@ def frame_size(resolution: str, aspect: str) -> tuple[int, int]:
     return sizes[_nearest(ratio, sizes)]
 
 
-def nearest_ratio(height: int, width: int, resolution: str) -> str:
-    """Key of the entry of `SIZE_TABLES[resolution]` whose proportions are nearest to (height, width).
-
-    Raises:
-        ValueError: If the resolution is unknown.
-    """
-    return _nearest(height / width, _sizes(resolution))
-
-
 def _nearest(ratio: float, sizes: Sizes) -> str:
     return min(sizes, key=lambda key: abs(float(key) - ratio))
 

@@ -13,9 +13,9 @@ from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 from torch import Tensor
 
+from arlon.data.transforms import frames_to_video, video_to_frames
 from arlon.errors import did_you_mean
 from arlon.grids import CHUNK_FRAMES
 from arlon.shapes import captions
@@ -115,7 +115,7 @@ class ShapesTakes:
         digest = hashlib.sha256()
         for index in range(3):
             take = self.take(index)
-            digest.update(_to_pixels(take.video).tobytes())
+            digest.update(np.moveaxis(video_to_frames(take.video), -1, 0).tobytes())  # colour by colour
             digest.update("\n".join(text for span in take.spans for text in span.captions).encode())
         return {"kind": "shapes_world", **settings, "fingerprint": digest.hexdigest()[:16]}
 
@@ -187,12 +187,3 @@ class VideoTakes:
         sample = self._dataset[index]
         span = CaptionSpan(start_frame=0, captions=(str(sample["caption"]),))
         return Take(video=sample["video"], spans=(span,), fps=float(sample["fps"]))
-
-
-def frames_to_video(frames: np.ndarray) -> Tensor:
-    """uint8 frames (pT, pH, pW, 3) -> video (3, pT, pH, pW) float32 in [-1, 1]."""
-    return torch.from_numpy(frames).permute(3, 0, 1, 2).to(torch.float32) / 127.5 - 1
-
-
-def _to_pixels(video: Tensor) -> np.ndarray:
-    return ((video + 1) * 127.5).round().to(torch.uint8).numpy()

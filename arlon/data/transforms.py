@@ -1,4 +1,7 @@
-"""From decoded frames of any size to videos of one size, proportions kept."""
+"""Between decoded frames and videos: conversion of pixel values, and resizing with proportions kept.
+
+*Frames* are what files hold, (pT, pH, pW, 3) uint8; a *video* is what networks see, (3, pT, pH, pW) float in [-1, 1].
+"""
 
 from __future__ import annotations
 
@@ -51,6 +54,17 @@ def cover_size(size: Size, target: Size) -> Size:
     """Smallest (height, width) of the proportions of `size` that covers `target`, rounded to whole pixels."""
     scale = max(target[0] / size[0], target[1] / size[1])
     return max(target[0], round(size[0] * scale)), max(target[1], round(size[1] * scale))
+
+
+def frames_to_video(frames: np.ndarray) -> Tensor:
+    """Video (3, pT, pH, pW) float32 in [-1, 1] of frames (pT, pH, pW, 3) uint8, as a view of new memory."""
+    return torch.from_numpy(np.ascontiguousarray(frames)).permute(3, 0, 1, 2).to(torch.float32) / 127.5 - 1
+
+
+def video_to_frames(video: Tensor) -> np.ndarray:
+    """Frames (pT, pH, pW, 3) uint8 of a video (3, pT, pH, pW) in [-1, 1]; values outside are clipped."""
+    levels = ((video.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return levels.permute(1, 2, 3, 0).contiguous().cpu().numpy()
 
 
 def resize_and_crop(frames: np.ndarray, *, height: int, width: int, filter: Filter = "bilinear") -> Tensor:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from arlon.data.transforms import frames_to_video
 from arlon.evaluation import cases as suite
 from arlon.evaluation import metrics
 from arlon.evaluation.metric_table import FIGURES
@@ -138,7 +139,7 @@ class _Film:
             names = ("temporal_flickering", "drift_colour", "drift_contrast", "drift_sharpness")
             self.skip("the film has one frame", *names, "seam_strength", "seam_strength_switch")
             return
-        drift = metrics.drift_of(statistics, window=max(1, int(DRIFT_SHARE * num_frames)))
+        drift = metrics.film_drift(statistics, window=max(1, int(DRIFT_SHARE * num_frames)))
         self.values |= {f"drift_{name}": value for name, value in asdict(drift).items()}
         steps = torch.cat([metrics.frame_differences(video) for video in _videos(self.frames, overlap=1)])
         self.values["temporal_flickering"] = 1 - steps.mean().item()
@@ -383,8 +384,7 @@ def _videos(frames: np.ndarray, *, overlap: int) -> Iterator[Tensor]:
     """A film in pieces (3, pT, pH, pW) float32 in [-1, 1], each with `overlap` frames of the next."""
     count = min(CHUNK_FRAMES, max(1, CHUNK_PIXELS // math.prod(frames.shape[1:3])))
     for start in range(0, max(1, len(frames) - overlap), count):
-        piece = torch.from_numpy(np.ascontiguousarray(frames[start : start + count + overlap]))
-        yield piece.permute(3, 0, 1, 2).float() / 127.5 - 1
+        yield frames_to_video(frames[start : start + count + overlap])
 
 
 def _pairs(frames: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:

@@ -92,7 +92,7 @@ FIGURES: Mapping[str, Figure] = {
     "overall_consistency": Figure(
         group="vbench",
         meaning="Cosine of the embeddings of prompt and of eight frames; with several shots their mean.",
-        backbone="ViCLIP",
+        backbone="CLIP",
     ),
     "dynamic_degree_lk": Figure(
         group="motion",

@@ -98,14 +98,13 @@ def r_squared(latent: Tensor, reconstruction: Tensor) -> float:
     Raises:
         ValueError: If the shapes differ or there is no channel axis.
     """
-    error, variance = _channel_errors(latent, reconstruction)
-    return (1 - error.sum() / variance.sum()).item() if variance.sum() > 0 else math.nan
-
-
-def r_squared_by_channel(latent: Tensor, reconstruction: Tensor) -> list[float]:
-    """`r_squared` of each channel by itself, C values; NaN for a constant channel."""
-    error, variance = _channel_errors(latent, reconstruction)
-    return torch.where(variance > 0, 1 - error / variance, math.nan).tolist()
+    _check_pair(latent, reconstruction, "r_squared")
+    if latent.ndim < 2:
+        raise ValueError(f"r_squared needs a latent (B, C, ...), got {tuple(latent.shape)}")
+    target, guess = (a.double().movedim(1, 0).flatten(1) for a in (latent, reconstruction))  # (C, all other axes)
+    error = (guess - target).square().sum(1).sum()
+    variance = (target - target.mean(1, keepdim=True)).square().sum(1).sum()
+    return (1 - error / variance).item() if variance > 0 else math.nan
 
 
 def temporal_flickering(video: Tensor) -> float:
@@ -219,8 +218,11 @@ def frame_statistics(video: Tensor) -> FrameStatistics:
 
 
 @dataclass(frozen=True)
-class Drift:
-    """How far the end of a film has moved from its start, in units of the full range of a pixel."""
+class FilmDrift:
+    """How far the last frames of a film are from its first, in units of the full range of a pixel.
+
+    `arlon.film.appearance.Drift` is another figure: of a segment against the first of its shot, in levels of 0 to 255.
+    """
 
     colour: float
     """Euclidean distance of the mean (red, green, blue) of the two ends, [0, sqrt 3]."""
@@ -230,20 +232,7 @@ class Drift:
     """Mean sharpness of a frame at the end minus that at the start; negative = blurred."""
 
 
-def start_end_drift(video: Tensor, *, window: int | None = None) -> Drift:
-    """Compare colour, contrast and sharpness of the first and the last frames.
-
-    Args:
-        video: (..., 3, pT, pH, pW) in [-1, 1].
-        window: See `drift_of`.
-
-    Raises:
-        ValueError: If the two windows would overlap.
-    """
-    return drift_of(frame_statistics(video), window=window)
-
-
-def drift_of(statistics: FrameStatistics, *, window: int | None = None) -> Drift:
+def film_drift(statistics: FrameStatistics, *, window: int | None = None) -> FilmDrift:
     """Compare the means of the first and the last frames.
 
     Args:
@@ -261,7 +250,7 @@ def drift_of(statistics: FrameStatistics, *, window: int | None = None) -> Drift
     def change(values: Tensor) -> Tensor:
         return values[-window:].mean(0) - values[:window].mean(0)
 
-    return Drift(
+    return FilmDrift(
         colour=change(statistics.colour).norm().item(),
         contrast=change(statistics.contrast).item(),
         sharpness=change(statistics.sharpness).item(),
@@ -279,21 +268,11 @@ def unigram_entropy(codes: Tensor) -> float:
     Raises:
         ValueError: If there are no codes, or they are not integers.
     """
-    counts = _code_counts(codes).double()
+    if codes.numel() == 0 or codes.is_floating_point() or codes.is_complex() or codes.min() < 0:
+        raise ValueError(f"codes must be integers >= 0, at least one, got {codes.dtype} of shape {tuple(codes.shape)}")
+    counts = torch.bincount(codes.flatten().long()).double()
     share = counts[counts > 0] / counts.sum()
     return max(0.0, -(share * share.log()).sum().item())
-
-
-def codebook_usage(codes: Tensor, codebook_size: int) -> float:
-    """Fraction of the codebook that occurs in `codes`, (0, 1].
-
-    Raises:
-        ValueError: If there are no codes, or one is outside [0, codebook_size).
-    """
-    counts = _code_counts(codes)
-    if len(counts) > codebook_size:
-        raise ValueError(f"codes must be below the codebook size {codebook_size}, got {len(counts) - 1}")
-    return (counts > 0).sum().item() / codebook_size
 
 
 def _check_pair(a: Tensor, b: Tensor, name: str) -> None:
@@ -308,23 +287,6 @@ def _check_video(video: Tensor) -> None:
         raise ValueError(f"expected a video (..., 3, pT, pH, pW) with values in [-1, 1], got {tuple(video.shape)}")
 
 
-def _channel_errors(latent: Tensor, reconstruction: Tensor) -> tuple[Tensor, Tensor]:
-    """Squared error and squared deviation from the mean, summed per channel, both (C,) float64."""
-    _check_pair(latent, reconstruction, "r_squared")
-    if latent.ndim < 2:
-        raise ValueError(f"r_squared needs a latent (B, C, ...), got {tuple(latent.shape)}")
-    target, guess = (a.double().movedim(1, 0).flatten(1) for a in (latent, reconstruction))
-    deviation = target - target.mean(1, keepdim=True)
-    return (guess - target).square().sum(1), deviation.square().sum(1)
-
-
 def _by_frame(values: Tensor) -> Tensor:
     """Values (..., pT) averaged to (pT,)."""
     return values.reshape(-1, values.shape[-1]).mean(0)
-
-
-def _code_counts(codes: Tensor) -> Tensor:
-    """Occurrences of 0, 1, ... up to the largest code."""
-    if codes.numel() == 0 or codes.is_floating_point() or codes.is_complex() or codes.min() < 0:
-        raise ValueError(f"codes must be integers >= 0, at least one, got {codes.dtype} of shape {tuple(codes.shape)}")
-    return torch.bincount(codes.flatten().long())

@@ -21,13 +21,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from arlon.backbones import open_backbone
 from arlon.backbones.base import TimeShift
-from arlon.data.transforms import crop_centre
+from arlon.data.transforms import crop_centre, video_to_frames
 from arlon.diffusion import conditioning, samplers
 from arlon.diffusion.denoiser import Denoiser, GuidedPrompt
 from arlon.diffusion.references import condition_segment
@@ -367,12 +366,6 @@ class DecodeWorker:
             memory_bytes=process_memory_bytes(),
             ended_s=time.time(),
         )
-
-
-def video_to_frames(video: Tensor) -> np.ndarray:
-    """Frames (pT, pH, pW, 3) uint8 of one video (3, pT, pH, pW) in [-1, 1]; values outside are clipped."""
-    levels = ((video.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-    return levels.permute(1, 2, 3, 0).contiguous().cpu().numpy()
 
 
 def precision_context(settings: Settings) -> AbstractContextManager[Any]:

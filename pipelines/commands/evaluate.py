@@ -53,7 +53,7 @@ def evaluate(
             "--backbone",
             metavar="DIMENSION=MODEL",
             help="Folder or hub id of the network of subject_consistency (DINO), background_consistency (CLIP), "
-            "aesthetic_quality (CLIP and head) or overall_consistency (ViCLIP, or a CLIP); file of the weights of "
+            "aesthetic_quality (CLIP and head) or overall_consistency (CLIP); file of the weights of "
             "dynamic_degree (torchvision's RAFT) or imaging_quality (pyiqa's MUSIQ).",
         ),
     ] = None,

@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 from arlon.checkpoint import read_json, write_model_index
+from arlon.data.transforms import video_to_frames
 from arlon.evaluation import cases as suite
 from arlon.film.storyboard import parse_storyboard
-from arlon.film.workers import video_to_frames
 from arlon.models.injection import SemanticInjection
 from arlon.models.video_vae import VideoVAE
 from benchmarks import prompt_accuracy as bench

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from arlon.data.transforms import video_to_frames
 from arlon.diffusion import flow, samplers
 from arlon.film import workers
 from arlon.film.messages import (
@@ -26,7 +27,7 @@ from arlon.film.messages import (
 )
 from arlon.film.schedule import film_requests, prompts_to_encode, text_request
 from arlon.film.storyboard import parse_storyboard
-from arlon.film.workers import CodeWorker, DecodeWorker, RefineWorker, TextWorker, video_to_frames
+from arlon.film.workers import CodeWorker, DecodeWorker, RefineWorker, TextWorker
 from arlon.models.code_sampling import PromptSpan, SamplingConfig, generate_codes
 from arlon.models.injection import SemanticInjection
 from arlon.models.stdit import STDiT3

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from arlon.checkpoint import read_json
 from arlon.errors import one_line
+from arlon.files import hash_file
 
 
 def check_kind(folder: Path, kind: str, wanted: str) -> None:
@@ -41,7 +42,7 @@ def describe(folder: Path) -> str:
     sizes = config.get("vision_config", config)
     digest = hashlib.sha256()
     for file in sorted(folder.glob("*.safetensors")):
-        digest.update(hashlib.sha256(file.read_bytes()).digest())
+        digest.update(bytes.fromhex(hash_file(file)))
     names = ("num_hidden_layers", "hidden_size", "patch_size")
     layers, width, patch = (sizes.get(name, "?") for name in names)
     return f"{config['model_type']}, {layers} layers of {width}, patch {patch}, weights {digest.hexdigest()[:12]}"
@@ -127,8 +128,6 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
             tensors = torch.load(file, map_location="cpu", weights_only=True)
     except (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise ValueError(f"'{file}' is damaged, or holds more than weights: {short_message(error)}") from error
-    if isinstance(tensors, dict) and isinstance(tensors.get("model"), dict):  # as ViCLIP's are stored
-        tensors = tensors["model"]
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise ValueError(f"'{file}' must hold tensors by name, and nothing else")
     return tensors
@@ -136,9 +135,9 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 
 def short_hash(file: Path) -> str:
     """First 12 digits of the SHA-256 of a file."""
-    return hashlib.sha256(file.read_bytes()).hexdigest()[:12]
+    return hash_file(file)[:12]
 
 
 def short_message(error: Exception) -> str:
-    """What an error says, in one line of at most 200 characters."""
+    """The whole message of an error in one line of at most 200 characters; details often stand in later lines."""
     return " ".join(str(error).split())[:200]

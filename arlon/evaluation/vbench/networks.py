@@ -1,7 +1,6 @@
 """The networks behind VBench.
 
-A backbone is a folder or hub id in the layout of transformers; RAFT and MUSIQ are files of weights, ViCLIP a
-folder with its file of weights and a tokenizer.
+A backbone is a folder or hub id in the layout of transformers; RAFT and MUSIQ are files of weights.
 """
 
 from __future__ import annotations
@@ -41,7 +40,6 @@ from arlon.evaluation.vbench.rules import (
     prepare_for_prompt,
     prepare_pictures,
 )
-from arlon.evaluation.vbench.viclip import ViCLIP
 
 BATCH_SIZE = 16
 AESTHETIC_HEAD = "aesthetic_head.safetensors"
@@ -241,37 +239,8 @@ class MusiqBackbone(Backbone):
         return total / len(frames) / MUSIQ_SCALE
 
 
-class ViclipBackbone(PromptBackbone):
-    """ViCLIP: a file of its weights beside the files of CLIP's tokenizer."""
-
-    def __init__(self, folder: Path, device: str) -> None:
-        if not folder.is_dir():
-            raise ValueError(f"'{folder}' is a file: name the folder with the weights and CLIP's tokenizer")
-        file = weight_file(folder)
-        tensors = read_tensors(file)
-        try:
-            self._model = ViCLIP(tensors)
-        except ValueError as error:
-            raise ValueError(f"'{file}': {error}") from error
-        self._model = self._model.eval().requires_grad_(False).to(device)
-        self._tokenizer = load_tokenizer(folder, self._model.num_words)
-        self._device = device
-        self.description = f"viclip, weights {short_hash(file)}"
-
-    @torch.inference_mode()
-    def agreement(self, frames: np.ndarray, prompt: str) -> float:
-        """Cosine of both embeddings."""
-        model = self._model
-        pictures = prepare_for_prompt(frames, model.num_frames, model.image_size).to(self._device)
-        tokens = torch.zeros(1, model.num_tokens, dtype=torch.long)
-        words = tokens_of(self._tokenizer, prompt, model.num_tokens)
-        tokens[0, : len(words)] = torch.tensor(words)
-        video, text = model.embed_videos(pictures.transpose(0, 1)[None]), model.embed_texts(tokens.to(self._device))
-        return F.cosine_similarity(video.float(), text.float()).item()
-
-
 class ClipPromptBackbone(PromptBackbone):
-    """A CLIP in place of ViCLIP: the mean of the embeddings of single frames, which knows nothing of motion."""
+    """CLIP in place of VBench's ViCLIP: the mean of the embeddings of single frames, which knows nothing of motion."""
 
     def __init__(self, folder: Path, device: str) -> None:
         from transformers import CLIPTextModelWithProjection
@@ -292,19 +261,13 @@ class ClipPromptBackbone(PromptBackbone):
         return F.cosine_similarity(video, text, dim=0).item()
 
 
-def _prompt_backbone(source: Path, device: str) -> PromptBackbone:
-    """ViCLIP, or a CLIP if the folder says that it holds one."""
-    is_clip = source.is_dir() and (source / "config.json").is_file()
-    return ClipPromptBackbone(source, device) if is_clip else ViclipBackbone(source, device)
-
-
 BACKBONE_KINDS: Mapping[str, Callable[[Path, str], Backbone]] = {
     "subject_consistency": DinoBackbone,
     "background_consistency": ClipBackbone,
     "aesthetic_quality": AestheticBackbone,
     "dynamic_degree": RaftBackbone,
     "imaging_quality": MusiqBackbone,
-    "overall_consistency": _prompt_backbone,
+    "overall_consistency": ClipPromptBackbone,
 }
 """The dimensions for which a backbone can be given."""
 NO_ARCHITECTURE: Mapping[str, str] = {

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from arlon.data import aspect
-from arlon.data.aspect import fit_frame, frame_size, nearest_ratio
+from arlon.data.aspect import fit_frame, frame_size
 
 DATA = Path(__file__).parents[2] / "data"
 GOLDEN = json.loads((DATA / "buckets.json").read_text())
@@ -27,8 +27,13 @@ def test_sizes_by_name_equal_the_released_code(names: str, size: list[int]):
 
 
 def test_nearest_ratio_equals_the_released_code():
+    table = aspect.SIZE_TABLES["480p"]
     for height, width, ratio in GOLDEN["closest_ratio_480p"]:
-        assert nearest_ratio(height, width, "480p") == ratio
+        if not min(map(float, table)) <= height / width <= max(map(float, table)):  # there the released code stretches
+            with pytest.raises(ValueError, match="480p"):
+                frame_size("480p", f"{height}:{width}")
+        else:
+            assert frame_size("480p", f"{height}:{width}") == table[ratio]
 
 
 def test_portrait_is_landscape_turned():

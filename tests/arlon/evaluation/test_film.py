@@ -152,7 +152,7 @@ def test_without_prompts_of_the_world_the_picture_is_still_measured(switch, prom
 def test_flicker_and_drift_are_those_of_the_whole_video(switch):
     figures = measure_film(switch, outline("", length=48), fps=FPS)["figures"]
     video = metrics.torch.from_numpy(switch).permute(3, 0, 1, 2).float() / 127.5 - 1
-    drift = metrics.start_end_drift(video, window=7)  # 15 % of 48
+    drift = metrics.film_drift(metrics.frame_statistics(video), window=7)  # 15 % of 48
     assert figures["temporal_flickering"] == pytest.approx(metrics.temporal_flickering(video))
     assert figures["drift_colour"] == pytest.approx(drift.colour)
     assert figures["drift_sharpness"] == pytest.approx(drift.sharpness)
