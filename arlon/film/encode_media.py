@@ -140,11 +140,13 @@ def _kept_head(plan: Plan, shot: int, latents: Mapping[str, Tensor]) -> Tensor |
 
 def _read_pixels(reference: Reference, plan: Plan) -> Tensor:
     """Pixels (3, pT, pH, pW) in [-1, 1] of the part of a file that is used, at the size of computed frames."""
-    size = {"height": plan.frame_fit.made_height, "width": plan.frame_fit.made_width}
+    height, width = plan.frame_fit.made_height, plan.frame_fit.made_width
     if not reference.is_video:
-        return resize_and_crop(read_picture(reference.path), **size, filter="bicubic")
+        return resize_and_crop(read_picture(reference.path), height=height, width=width, filter="bicubic")
     if reference.kind == "references":
-        return resize_and_crop(read_video(reference.path, fps=plan.fps)[: reference.num_frames], **size)
-    needed = given_span(reference.num_frames, plan.geometry.grid).frames
-    start = max(0, reference.num_frames - needed - MARGIN_FRAMES)
-    return resize_and_crop(read_video(reference.path, start=start, fps=plan.fps)[-needed:], **size)
+        frames = read_video(reference.path, fps=plan.fps)[: reference.num_frames]
+    else:
+        needed = given_span(reference.num_frames, plan.geometry.grid).frames
+        start = max(0, reference.num_frames - needed - MARGIN_FRAMES)
+        frames = read_video(reference.path, start=start, fps=plan.fps)[-needed:]
+    return resize_and_crop(frames, height=height, width=width)

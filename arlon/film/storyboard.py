@@ -28,7 +28,7 @@ import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar, get_args
 
 from arlon.errors import StoryboardError
 from arlon.errors import UsageError as UsageError  # storyboards raise it, so callers find it here too
@@ -39,8 +39,9 @@ from arlon.text.prompts import is_script, parse_prompt
 DEFAULT_DURATION = Duration(seconds=5.0)
 MAX_SHOTS = 10_000
 RANDOM_SEED_LIMIT = 2**31
-REFERENCE_KINDS = ("image", "end_image", "video")
-"""Shot keys that name a file; see `arlon.film.media`."""
+FileKey = Literal["image", "end_image", "video"]
+REFERENCE_KINDS: tuple[FileKey, ...] = get_args(FileKey)
+"""Keys of a shot that name one file; see `arlon.film.media`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,12 +201,9 @@ def anchored(storyboard: Storyboard, folder: Path) -> Storyboard:
 
 def _anchored(shot: Shot, folder: Path) -> Shot:
     """The shot with the paths of its files as seen from here."""
-    given = {kind: getattr(shot, kind) for kind in REFERENCE_KINDS}
-    return replace(
-        shot,
-        references=tuple(str(folder / Path(name).expanduser()) for name in shot.references),
-        **{kind: str(folder / Path(name).expanduser()) for kind, name in given.items() if name},
-    )
+    files = {kind: name for kind in REFERENCE_KINDS if (name := getattr(shot, kind))}
+    paths: dict[str, Any] = {kind: str(folder / Path(name).expanduser()) for kind, name in files.items()}
+    return replace(shot, references=tuple(str(folder / Path(name).expanduser()) for name in shot.references), **paths)
 
 
 def _parse_markup(text: str, source: str, *, is_json: bool) -> Any:
