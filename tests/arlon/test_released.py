@@ -202,7 +202,7 @@ def test_what_transformers_writes_into_any_config_is_passed_over(tmp_path: Path,
         sizes.setdefault(name, value)
     config = ReleasedConfig(**sizes, id2label={0: "a", 1: "b"}, name_or_path="/mnt/run")
     values = {**sizes, **(config.to_dict() if written == "all" else config.to_diff_dict())}
-    assert {"id2label", "label2id", "transformers_version", "torchscript", "max_length"} <= values.keys()
+    assert {"id2label", "label2id", "transformers_version", *of_version_4, *of_text} <= values.keys()
     (tmp_path / "dit" / "config.json").write_text(json.dumps(values))
     assert read_config(STDiT3, tmp_path / "dit") == expected
     STDiT3.from_pretrained(tmp_path / "dit").save_pretrained(tmp_path / "export")
