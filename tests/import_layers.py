@@ -41,8 +41,9 @@ LAYERS = {
         encode_media
     """,
     "arlon.data": """
-        aspect mp4 pictures transforms datasets
-        video_io latent_cache
+        aspect mp4 pictures transforms
+        datasets video_io
+        latent_cache
         manifest samples
         buckets video_clips
         bucketed_clips

@@ -12,20 +12,45 @@ Dimension key: N vectors, K codes, d code dimension.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from arlon.models.vqvae import LatentVQVAEConfig
 
 LOOKUP_ROWS = 4096
 """Vectors compared with the codebook at a time: bounds the similarity matrix of a long film."""
 SMOOTHING = 1e-5
 """Uses that every code is given on top of its own, so that no moving average is divided by zero."""
 SMALLEST_NORM = 1e-6
+
+
+class CodebookConfig(Protocol):
+    """Fields that a codebook reads; see `arlon.models.vqvae.LatentVQVAEConfig`, which has them."""
+
+    @property
+    def codebook_size(self) -> int: ...
+
+    @property
+    def code_dim(self) -> int: ...
+
+    @property
+    def decay(self) -> float: ...
+
+    @property
+    def use_cosine_sim(self) -> bool: ...
+
+    @property
+    def rotation_trick(self) -> bool: ...
+
+    @property
+    def dead_code_threshold(self) -> float: ...
+
+    @property
+    def kmeans_init(self) -> bool: ...
+
+    @property
+    def kmeans_iters(self) -> int: ...
 
 
 class Quantized(NamedTuple):
@@ -47,7 +72,7 @@ class CodebookState(nn.Module):
     embed_avg: Tensor
     embed: Tensor
 
-    def __init__(self, config: LatentVQVAEConfig) -> None:
+    def __init__(self, config: CodebookConfig) -> None:
         super().__init__()
         size = (1, config.codebook_size, config.code_dim)
         if config.kmeans_init:
@@ -68,7 +93,7 @@ class CodebookState(nn.Module):
 class Codebook(nn.Module):
     """K code vectors, kept as moving averages of the vectors that are rounded to them."""
 
-    def __init__(self, config: LatentVQVAEConfig) -> None:
+    def __init__(self, config: CodebookConfig) -> None:
         super().__init__()
         self.config = config
         self._codebook = CodebookState(config)  # the name that stored weights have
