@@ -1,11 +1,11 @@
-"""Boxes of MP4 files (ISO/IEC 14496-12), as far as a film of one H.264 track needs them. Bytes only, no codec.
+"""Boxes of MP4 files (ISO/IEC 14496-12), as far as a film of one H.264 track needs them; nothing is encoded here.
 
-A film has two shapes, with the same encoded frames:
+A film has two layouts, with the same encoded frames:
 
-    growing     ftyp, moov (tags, no frames), then moof + mdat for every fragment: plays while it grows, and cut off
+    growing     ftyp, moov (tags, no frames), then moof + mdat for every fragment: plays while it grows or if cut off
     finished    ftyp, moov (tags and the place of every frame), one mdat: starts fast, seeks, plays everywhere
 
-`flatten` makes the second of the first. It holds a few bytes a frame in memory, never the frames.
+`flatten` turns a growing film into a finished one. It keeps some bytes for each frame in memory, never the frames.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ _NOT_A_KEYFRAME = 0x00010000  # in the flags of a sample
 _TEXT = 1  # type of a metadata value: UTF-8
 
 Edit = Callable[[bytes], bytes]
-"""Takes the content of a box and gives the boxes that replace it."""
+"""Function from the content of a box to the boxes that replace it."""
 
 
-def box(kind: bytes, *content: bytes) -> bytes:
-    """A box of this kind."""
+def box(kind: bytes, *content: bytes | bytearray) -> bytes:
+    """Bytes of a box: its size, its kind (four letters) and its content, given in parts."""
     return struct.pack(">I4s", 8 + sum(map(len, content)), kind) + b"".join(content)
 
 
 def boxes(data: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """Pairs (kind, content) of the boxes that follow each other in `data`.
+    """Split bytes into the boxes they consist of, as pairs (kind, content).
 
     Raises:
-        VideoError: If they do not fill it.
+        VideoError: If the bytes do not end with a box.
     """
     start = 0
     while start < len(data):
@@ -54,14 +54,14 @@ def boxes(data: bytes) -> Iterator[tuple[bytes, bytes]]:
 
 
 def with_tags(head: bytes, tags: Mapping[str, str]) -> bytes:
-    """The head of a film (ftyp, moov) with these text tags instead of those it has."""
+    """Replace the text tags in the head of a film (ftyp, moov)."""
     kinds = dict(boxes(head))
     moov = _rewritten(kinds[b"moov"], {b"udta": _dropped})
     return box(b"ftyp", kinds[b"ftyp"]) + box(b"moov", moov, _tag_box(tags))
 
 
 def _tag_box(tags: Mapping[str, str]) -> bytes:
-    """Tags of free choice, as keys and values."""
+    """Bytes of the box of tags with names of free choice; none if there are no tags."""
     if not tags:
         return b""
     keys = [box(b"mdta", name.encode()) for name in tags]
@@ -75,7 +75,7 @@ def _tag_box(tags: Mapping[str, str]) -> bytes:
 
 
 def _rewritten(data: bytes, edits: Mapping[bytes, Edit]) -> bytes:
-    """The same boxes, with those of the given kinds edited, also inside other boxes."""
+    """Boxes of `data` after the edits of their kinds, which reach into containers too."""
     parts = []
     for kind, content in boxes(data):
         if kind in edits:
@@ -91,21 +91,21 @@ def _dropped(_: bytes) -> bytes:
 
 @dataclass(frozen=True, kw_only=True)
 class Samples:
-    """The frames of one fragment, as its moof describes them."""
+    """Sizes, durations and kinds of the frames of one fragment."""
 
     sizes: tuple[int, ...]
-    """Bytes of each frame."""
+    """Size of each frame in bytes."""
     durations: tuple[int, ...]
-    """Ticks of the track's clock that each is shown."""
+    """Duration of each frame in ticks of the track's clock."""
     keyframes: tuple[int, ...]
     """Indices of the frames that can be decoded without others."""
 
 
 def read_samples(moof: bytes) -> Samples:
-    """Read the content of a moof box of one track whose frames are stored in the order they are shown.
+    """Read the content of a moof box that has one track, with frames in the order in which they are shown.
 
     Raises:
-        VideoError: If it is something else.
+        VideoError: If the bytes are something else.
     """
     try:
         track = dict(boxes(dict(boxes(moof))[b"traf"]))
@@ -116,9 +116,9 @@ def read_samples(moof: bytes) -> Samples:
 
 
 def _read_tfhd(content: bytes) -> dict[int, int]:
-    """What every frame has where the trun does not say, by the bit with which a trun says it."""
+    """Defaults for values that a trun leaves out (duration, size, flags), by the bit that marks them in a trun."""
     flags, words = _flags_and_words(content)
-    present = iter(words[1:])  # behind the number of the track
+    present = iter(words[1:])  # the first word is the number of the track
     if flags & 0x3:
         raise KeyError("places of frames are not counted from the moof")
     return {bit << 5: next(present) for bit in (0x08, 0x10, 0x20) if flags & bit}
@@ -129,7 +129,7 @@ def _read_trun(content: bytes, defaults: Mapping[int, int]) -> Samples:
     count, rest = words[0], list(words[1:])
     if not count or flags & 0x800:
         raise KeyError("no frames, or frames out of order")
-    if flags & 0x1:  # where the first frame is: at the start of the mdat
+    if flags & 0x1:  # place of the first frame, which is always at the start of the mdat
         rest.pop(0)
     first_flags = [rest.pop(0)] if flags & 0x4 else []
     columns = [bit for bit in (0x100, 0x200, 0x400) if flags & bit]
@@ -150,9 +150,9 @@ def _flags_and_words(content: bytes) -> tuple[int, tuple[int, ...]]:
 
 
 def placed(moof: bytes, *, number: int, start: int) -> bytes:
-    """A moof of this content as fragment `number` of a film, its first frame at tick `start`."""
+    """Bytes of a moof box with this content as fragment `number` of a film, its first frame at tick `start`."""
     data = bytearray(moof)
-    mfhd, tfdt = moof.index(b"mfhd") + 4, moof.index(b"tfdt") + 4  # just behind the name: version and flags
+    mfhd, tfdt = moof.index(b"mfhd") + 4, moof.index(b"tfdt") + 4  # a version and flags follow the name
     data[mfhd + 4 : mfhd + 8] = number.to_bytes(4, "big")
     width = 8 if moof[tfdt] == 1 else 4
     data[tfdt + 4 : tfdt + 4 + width] = start.to_bytes(width, "big")
@@ -162,8 +162,8 @@ def placed(moof: bytes, *, number: int, start: int) -> bytes:
 def append_fragment(film: BinaryIO, fragment: bytes) -> None:
     """Add a fragment (moof, mdat) at the end of a growing film.
 
-    Players open a film that ends inside an mdat, but many do not open one that ends inside a moof. So the moof stands
-    there as free space until its frames are written: however far the writing gets, the film plays.
+    Players open a film that ends inside an mdat, but many refuse one that ends inside a moof. So the moof is marked as
+    free space until its frames are written: wherever the writing ends, the film plays.
     """
     start = film.seek(0, 2)
     film.write(fragment[:4] + b"free" + fragment[8:])
@@ -174,7 +174,7 @@ def append_fragment(film: BinaryIO, fragment: bytes) -> None:
 
 
 def whole_length(film: BinaryIO) -> int:
-    """Bytes of the boxes that are there in full; what comes after them was cut off."""
+    """Length in bytes of the whole boxes at the start of a file; what follows them was cut off."""
     end = 0
     with suppress(VideoError):
         for _, start, size in _stored_boxes(film):
@@ -184,7 +184,7 @@ def whole_length(film: BinaryIO) -> int:
 
 @dataclass(kw_only=True)
 class _Index:
-    """Where the frames of a film are; one chunk a fragment."""
+    """Places, sizes and durations of all frames of a film, in chunks of one fragment each."""
 
     sizes: array = field(default_factory=lambda: array("I"))
     keyframes: array = field(default_factory=lambda: array("I"))  # counted from 1, as in the file
@@ -211,7 +211,12 @@ class _Index:
         return sum(frames * ticks for frames, ticks in self.durations)
 
     def tables(self, data_start: int, *, wide: bool) -> bytes:
-        """The boxes that say so, for frames that begin at byte `data_start`; `wide`: places take 64 bits."""
+        """Bytes of the boxes of the index.
+
+        Args:
+            data_start: Place of the first frame in the finished film, in bytes.
+            wide: Store places in 64 bits instead of 32.
+        """
         runs = []
         for frames, group in groupby(enumerate(self.chunk_frames, start=1), key=lambda chunk: chunk[1]):
             runs.append((next(group)[0], frames, 1))
@@ -245,22 +250,23 @@ def _big_endian(values: array) -> bytes:
 
 
 def flatten(source: BinaryIO, target: BinaryIO) -> int:
-    """Write a growing film as a finished one, its index before its frames. Nothing is encoded again.
+    """Write a growing film as a finished one, with its index before its frames, without encoding anything.
 
     Args:
-        source: The film as it grew, whole; it must be possible to seek in it.
-        target: Where the finished film goes.
+        source: The growing film, a file that can be read from any place.
+        target: File that the finished film is written to.
 
     Returns:
         The number of frames.
 
     Raises:
-        VideoError: If the source is cut off, or no growing film.
+        VideoError: If the source is cut off or is no growing film.
     """
     moov, index = _read_growing(source)
     ftyp = box(b"ftyp", _FINISHED_BRANDS)
     wide = index.num_bytes > _MAX_NARROW
     mdat = _mdat_header(index.num_bytes, wide=wide)
+    # the index is as long whatever places it holds: one with wrong places tells where the frames begin
     data_start = len(ftyp) + len(_finished_moov(moov, index, 0, wide=wide)) + len(mdat)
     target.write(ftyp + _finished_moov(moov, index, data_start, wide=wide) + mdat)
     for start, size in index.chunk_places:
@@ -276,7 +282,7 @@ def _mdat_header(num_bytes: int, *, wide: bool) -> bytes:
 
 
 def _read_growing(source: BinaryIO) -> tuple[bytes, _Index]:
-    """The content of the moov of a growing film, and where its frames are."""
+    """Content of the moov of a growing film, and the index of its frames."""
     moov, samples, index = None, None, _Index()
     source.seek(0)
     for kind, start, size in _stored_boxes(source):
@@ -295,7 +301,7 @@ def _read_growing(source: BinaryIO) -> tuple[bytes, _Index]:
 
 
 def _stored_boxes(source: BinaryIO) -> Iterator[tuple[bytes, int, int]]:
-    """Triples (kind, first byte of the content, its bytes) of the boxes of a file; positioned at the content."""
+    """Triples (kind, place of the content, its length in bytes) of the boxes of a file, left at each content."""
     end, start = source.seek(0, 2), 0
     while start < end:
         source.seek(start)
@@ -316,12 +322,12 @@ def _finished_moov(moov: bytes, index: _Index, data_start: int, *, wide: bool) -
         b"mdhd": lambda content: box(b"mdhd", _with_duration(content, 16, index.ticks)),
         b"stts": lambda _: index.tables(data_start, wide=wide),
     }
-    edits |= dict.fromkeys((b"stsc", b"stsz", b"stco", b"mvex"), _dropped)  # all tables are where stts was
+    edits |= dict.fromkeys((b"stsc", b"stsz", b"stco", b"mvex"), _dropped)  # the edit of stts adds all tables
     return box(b"moov", _rewritten(moov, edits))
 
 
 def _inside(data: bytes, *path: bytes) -> bytes:
-    """Content of the box at a path of kinds."""
+    """Content of a box inside other boxes, found by the kinds of all of them from outside in."""
     for kind in path:
         data = dict(boxes(data)).get(kind, b"")
     if not data:
@@ -330,7 +336,7 @@ def _inside(data: bytes, *path: bytes) -> bytes:
 
 
 def _with_duration(content: bytes, place: int, duration: int) -> bytes:
-    """A header with a duration; one too long for 32 bits becomes "unknown", and players count the frames."""
+    """Header with a duration at a place; one too long for 32 bits is marked unknown, and players count the frames."""
     return content[:place] + min(duration, _MAX_UINT32).to_bytes(4, "big") + content[place + 4 :]
 
 

@@ -1,13 +1,13 @@
 """Reading and writing video files with PyAV.
 
 Frames are uint8 arrays (pT, pH, pW, 3), RGB, 0..255. Films are written as fragmented H.264 MP4: one self-contained
-fragment per chunk of frames, each with its own encoder run. A chunk therefore encodes to the same bytes wherever it
-stands in a film, a film that is still growing (or was cut off) plays up to its last whole fragment, and a film can be
-put together again from stored fragments without encoding anything.
+fragment per chunk of frames, each with its own encoder run. So a chunk encodes to the same bytes anywhere in a film, a
+film that is still growing or was cut off plays up to its last whole fragment, and a film can be assembled again from
+stored fragments without encoding anything.
 
-Layout of a fragment as made here: ftyp, moov (the head, equal for equal settings), then moof + mdat (the frames). In a
-film the head comes once, with the film's tags; each moof gets its running number and its start time. See
-`arlon.data.mp4` for the boxes, and for the shape of a film that is complete.
+A fragment consists of ftyp and moov (the head, equal for equal settings), then moof and mdat (the frames). A film has
+the head once, with the film's tags; each moof gets its number and its start time. See `arlon.data.mp4` for the boxes,
+and for the layout of a film that is complete.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from arlon.data import mp4
 from arlon.errors import VideoError
 
 MAX_FPS = 1000
+"""Highest frame rate that is read or written, frames a second."""
 _FRAGMENT_FLAGS = "frag_custom+empty_moov+default_base_moof"
 _BT709 = 1  # the number ITU-T H.273 gives to BT.709 primaries, transfer and matrix alike
 _LIMITED_RANGE = 1
@@ -46,22 +47,22 @@ _ONE_GOP = 1_000_000  # frames between keyframes: never inside a chunk, every ch
 
 @dataclass(frozen=True, kw_only=True)
 class VideoInfo:
-    """What a video file holds."""
+    """Size, rate, length, codec and tags of a video file."""
 
     width: int
-    """Pixels, after the rotation the file asks for."""
+    """Width in pixels, after the rotation the file asks for."""
     height: int
-    """Pixels, after the rotation the file asks for."""
+    """Height in pixels, after the rotation the file asks for."""
     fps: float
-    """Average frames a second."""
+    """Average frame rate, frames a second."""
     num_frames: int
-    """Counted packets, not what the header claims."""
+    """Number of frames, counted in the file; headers may claim another."""
     duration_s: float
-    """Seconds, `num_frames / fps`."""
+    """Length in seconds, `num_frames / fps`."""
     codec: str
     """Name of the video codec, such as `h264`."""
     tags: dict[str, str] = field(default_factory=dict)
-    """Text tags of the container."""
+    """Text tags of the container, by name."""
 
 
 def probe(path: str | Path) -> VideoInfo:
@@ -96,7 +97,7 @@ def probe(path: str | Path) -> VideoInfo:
 
 
 def read_tags(path: str | Path) -> dict[str, str]:
-    """Text tags of a video file, also of one that is still growing or was cut off.
+    """Read the text tags of a video file, which may still grow or be cut off.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -111,8 +112,8 @@ def read_video(
 ) -> np.ndarray:
     """Decode frames of a video file.
 
-    With `fps`, output frame i is the picture on screen at time i / fps, so that a 24 fps file read at 8 fps gives every
-    third frame and a file of uneven timing is read by the clock. Without it, the frames as they are stored.
+    With `fps`, output frame i is the picture on screen at time i / fps: a file of 24 fps read at 8 fps gives every
+    third frame, and a file of uneven timing is read by the clock. Without `fps`, frames come as they are stored.
 
     Args:
         path: The file.
@@ -151,15 +152,15 @@ def read_video(
 
 @contextmanager
 def _open_video(path: str | Path) -> Iterator[av.container.InputContainer]:
-    """Open a file for reading; whatever goes wrong inside arrives as one VideoError that names the file."""
+    """Open a file for reading, and turn every error of the `with` block into one VideoError that names the file."""
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"no such video file: '{path}'")
     try:
         with _open_container(path) as container:
             if not container.streams.video:
-                kinds = sorted({stream.type for stream in container.streams}) or ["none"]
-                raise VideoError(f"no video stream (streams: {', '.join(kinds)})")
+                kinds = ", ".join(sorted({stream.type for stream in container.streams}))
+                raise VideoError(f"no video stream (streams: {kinds or 'none'})")
             container.streams.video[0].codec_context.thread_count = 1
             yield container
     except VideoError as error:
@@ -172,7 +173,7 @@ def _open_video(path: str | Path) -> Iterator[av.container.InputContainer]:
 
 
 def _open_container(path: Path) -> av.container.InputContainer:
-    """Open a file; of a film that was cut off where FFmpeg does not open it (inside a moof), the part before."""
+    """Open a file; if FFmpeg refuses it because it was cut off inside a moof, open the whole boxes before that."""
     try:
         return av.open(str(path))
     except av.error.FFmpegError:
@@ -197,8 +198,10 @@ def _stored_frames(container: av.container.InputContainer) -> Iterator[tuple[int
 def _frames_by_clock(
     container: av.container.InputContainer, fps: float, start: int
 ) -> Iterator[tuple[int, av.VideoFrame]]:
-    """Pairs (output index, picture on screen at index / fps), from about `start` on."""
+    """Pairs (output index, picture on screen at index / fps), from index `start` on."""
     stream = container.streams.video[0]
+    if not stream.time_base:
+        raise VideoError("its clock is unknown")
     begin_s = float((stream.start_time or 0) * stream.time_base)
     if start:
         container.seek(int((begin_s + start / fps) / stream.time_base), stream=stream)
@@ -222,35 +225,41 @@ def _to_rgb(frame: av.VideoFrame) -> np.ndarray:
 
 @dataclass(frozen=True, kw_only=True)
 class Fragment:
-    """One encoded chunk of frames, as bytes of a small MP4 that plays by itself.
+    """One encoded chunk of frames: a small MP4 that plays by itself.
 
-    Reading any property of bytes that are no such fragment, or only a part of one, raises VideoError.
+    Its properties raise VideoError if the bytes are no such fragment or only a part of one.
     """
 
     data: bytes
+    """Bytes of the MP4."""
 
     @property
     def num_frames(self) -> int:
-        """Frames in it."""
+        """Number of frames."""
         return len(self.samples.sizes)
 
     @property
     def num_ticks(self) -> int:
-        """Its length by the track's clock."""
+        """Length in ticks of the track's clock."""
         return sum(self.samples.durations)
 
     @property
     def head(self) -> bytes:
-        """The boxes ftyp and moov."""
+        """Bytes of the boxes ftyp and moov, equal for all fragments of a film."""
         return mp4.box(b"ftyp", self._boxes[b"ftyp"]) + mp4.box(b"moov", self._boxes[b"moov"])
 
     def placed(self, *, number: int, start: int) -> bytes:
-        """The boxes moof and mdat as fragment `number` of a film, from 1, its first frame at tick `start`."""
+        """Bytes of the boxes moof and mdat as part of a film.
+
+        Args:
+            number: Number of the fragment in the film, from 1.
+            start: Time of its first frame, in ticks of the track's clock.
+        """
         return mp4.placed(self._boxes[b"moof"], number=number, start=start) + mp4.box(b"mdat", self._boxes[b"mdat"])
 
     @cached_property
     def samples(self) -> mp4.Samples:
-        """Size, duration and kind of each frame."""
+        """Size, duration and kind of each frame, read from the moof."""
         samples = mp4.read_samples(self._boxes[b"moof"])
         if sum(samples.sizes) != len(self._boxes[b"mdat"]):
             raise VideoError("these bytes are not a fragment: the frames do not fit their index")
@@ -273,15 +282,15 @@ def encode_fragment(
     num_threads: int = 1,
     x264_params: str = REPEATABLE,
 ) -> Fragment:
-    """Encode a chunk of frames as one fragment: H.264, yuv420p, BT.709, no B-frames, a keyframe first.
+    """Encode a chunk of frames as one fragment: H.264, yuv420p, BT.709, without B-frames, a keyframe first.
 
     Args:
-        frames: (pT, pH, pW, 3), uint8 RGB; pH and pW even.
-        fps: Frames a second.
+        frames: Frames (pT, pH, pW, 3), uint8 RGB; pH and pW must be even.
+        fps: Frame rate, frames a second.
         crf: Constant rate factor of x264, 0 (lossless in yuv420p) to 51.
         preset: x264 preset, `ultrafast` to `veryslow`.
-        num_threads: Threads of the encoder; the bytes depend on it.
-        x264_params: Further options of x264, `NAME=VALUE` joined by colons.
+        num_threads: Number of threads of the encoder; the bytes depend on it.
+        x264_params: Further options of x264, `NAME=VALUE` joined by colons; "" adds none.
 
     Raises:
         VideoError: If the frames have the wrong shape or type, or an odd size.
@@ -297,11 +306,13 @@ def encode_fragment(
         stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
         codec = stream.codec_context
         codec.thread_count = num_threads
+        # without these, players guess the colour matrix by the size of the frames
         codec.colorspace = codec.color_primaries = codec.color_trc = _BT709
         codec.color_range = _LIMITED_RANGE
         for index, rgb in enumerate(frames):
             container.mux(stream.encode(_to_yuv(rgb, index, rate)))
         container.mux(stream.encode(None))
+    # FFmpeg's tags name its version, and its index of fragments holds for this file alone: neither is kept
     made = dict(mp4.boxes(buffer.getvalue()))
     head = mp4.with_tags(b"".join(mp4.box(kind, made[kind]) for kind in (b"ftyp", b"moov")), {})
     return Fragment(data=head + mp4.box(b"moof", made[b"moof"]) + mp4.box(b"mdat", made[b"mdat"]))
@@ -333,17 +344,17 @@ def _check_frames(frames: np.ndarray) -> None:
 class VideoWriter:
     """A fragmented H.264 MP4 that grows by chunks of frames.
 
-    After every `append` the file on disk is whole and plays. The caller chooses the name: write under a temporary one
-    and rename it when the film is done. A film that was interrupted goes on as a new one that is given the stored
-    fragments first: the bytes are those of a film made in one go.
+    After every `append` the file on disk is whole and plays. The caller should write under a temporary name and rename
+    the file when the film is complete. To go on with an interrupted film, start a new one and add the stored fragments
+    first: it gets the bytes of a film made in one go.
 
     Args:
         path: The file to write; an existing one is replaced.
-        fps: Frames a second.
-        crf: Constant rate factor of x264.
+        fps: Frame rate, frames a second, at most `MAX_FPS`.
+        crf: Constant rate factor of x264, as in `encode_fragment`.
         preset: x264 preset.
-        num_threads: Threads of the encoder; the bytes depend on it.
-        x264_params: Further options of x264, `NAME=VALUE` joined by colons.
+        num_threads: Number of threads of the encoder; the bytes depend on it.
+        x264_params: Further options of x264, `NAME=VALUE` joined by colons; "" adds none.
         tags: Text tags of the container.
     """
 
@@ -371,17 +382,17 @@ class VideoWriter:
         self._file = open(path, "wb")  # noqa: SIM115  (closed by close())
 
     def append(self, frames: np.ndarray) -> Fragment:
-        """Encode frames (pT, pH, pW, 3), uint8, add them to the file and return the fragment."""
+        """Encode frames (pT, pH, pW, 3), uint8 RGB, add them to the film and return the fragment."""
         fragment = self._encode(frames)
         self.append_fragment(fragment)
         return fragment
 
     def append_fragment(self, fragment: Fragment) -> None:
-        """Add an encoded fragment; one made with other settings than the first is refused.
+        """Add an encoded fragment to the film.
 
         Raises:
-            VideoError: If its head differs from that of the first fragment (size, rate, encoder settings), or it is
-                not a whole fragment.
+            VideoError: If the fragment is not whole, or was encoded with another size, rate or other settings than the
+                first.
         """
         num_frames = fragment.num_frames
         placed = fragment.placed(number=self._num_fragments + 1, start=self._num_ticks)
@@ -397,7 +408,7 @@ class VideoWriter:
         self.num_frames += num_frames
 
     def close(self) -> None:
-        """Close the file; nothing is added at the end, so it may be called at any time."""
+        """Close the file. Nothing is added at the end, so the film may be closed after any fragment."""
         self._file.close()
 
     def __enter__(self) -> Self:
