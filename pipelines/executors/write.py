@@ -1,4 +1,4 @@
-"""The last step of making a film: segments into the run folder, as they come, and into the growing film, in order."""
+"""The last step of making a film: store each segment in the run folder and append it to the growing film."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pipelines.store.run_folder import FRAGMENT_NAME, LATENTS_NAME, RunFolder, S
 
 
 def film_settings(job: Job) -> dict[str, Any]:
-    """Arguments of `arlon.data.video_io.encode_fragment` and `VideoWriter` with which a film is encoded."""
+    """Keyword arguments of `encode_fragment` and `VideoWriter` with which a film is encoded."""
     return {
         "fps": job.plan.fps,
         "crf": job.settings.crf,
@@ -27,12 +27,12 @@ def film_settings(job: Job) -> dict[str, Any]:
 
 
 class WriteWorker:
-    """Keeps the run folder and the growing film. Segments are committed as they come and enter the film in order.
+    """Last worker of a film: it commits segments in any order, and appends them to the film in the order of the plan.
 
     Args:
         job: The film.
-        output: Where it is written.
-        committed: What the run folder holds; it is put into the film when its turn comes.
+        output: Run folder and paths that the film is written to.
+        committed: Codes and segments that the run folder holds already; segments enter the film in their turn.
     """
 
     def __init__(self, job: Job, output: FilmOutput, committed: Committed | None = None) -> None:
@@ -51,14 +51,15 @@ class WriteWorker:
         self._gather_codes()
 
     def run(self, request: WriteRequest) -> WriteResult:
-        """Store."""
+        """Encode and commit a segment, log its steps, and append to the film all segments whose turn has come."""
         codes, refined, decoded = request.codes, request.refined, request.decoded
         assert codes is not None
         assert refined is not None
         assert decoded is not None
         started_s = time.perf_counter()
         segment = request.segment
-        is_known = segment.index in self._committed  # by a writer that ended before it could answer
+        # a writer that ended after the commit but before its answer is asked again
+        is_known = segment.index in self._committed
         if is_known:
             record = self.folder.read_segment(segment.index, verify=False)
             look = _look_of(record) or measure_look(decoded.frames)
@@ -84,13 +85,11 @@ class WriteWorker:
         drift = measure_drift(look, self._first_look(segment.shot) or look)
         if not is_known:
             memory["write"] = process_memory_bytes()
-            ended_s = {
-                "code": codes.ended_s,
-                "refine": refined.ended_s,
-                "decode": decoded.ended_s,
-                "write": time.time(),
-            }
-            self._log(segment.index, elapsed_s, memory, ended_s)
+            ended_s = {"code": codes.ended_s, "refine": refined.ended_s, "decode": decoded.ended_s}
+            ended_s["write"] = time.time()
+            for role, seconds in elapsed_s.items():
+                values = {"seconds": round(seconds, 4), "memory_mb": round(memory[role] / 2**20)}
+                self.folder.log("step", segment=segment.index, role=role, **values, ended=round(ended_s[role], 3))
             self.folder.log("commit", segment=segment.index, look=asdict(look), drift=asdict(drift))
         return WriteResult(
             segment=segment,
@@ -101,7 +100,7 @@ class WriteWorker:
         )
 
     def _catch_up(self) -> None:
-        """Put committed segments whose turn it is into the film."""
+        """Append to the film, and to the stream beside it, all committed segments whose turn has come."""
         start = self._next
         while self._next in self._committed:
             fragment = Fragment(data=self.folder.read_fragment(self._next))
@@ -113,7 +112,7 @@ class WriteWorker:
             self._hls.publish(is_whole=self._next == len(self.plan.segments))
 
     def _first_look(self, shot: int) -> Look | None:
-        """The look of the first segment of a shot, as it was committed."""
+        """Colour and contrast of the first segment of a shot; None if its record lacks them."""
         first = self._first_segment_of_shot[shot]
         return _look_of(self.folder.read_segment(first, verify=False))
 
@@ -121,13 +120,13 @@ class WriteWorker:
     def _first_segment_of_shot(self) -> dict[int, int]:
         return {segment.shot: segment.index for segment in reversed(self.plan.segments)}
 
-    def _log(self, index: int, elapsed_s: dict[str, float], memory: dict[str, int], ended_s: dict[str, float]) -> None:
-        for role, seconds in elapsed_s.items():
-            values = {"seconds": round(seconds, 4), "memory_mb": round(memory[role] / 2**20)}
-            self.folder.log("step", segment=index, role=role, **values, ended=round(ended_s[role], 3))
-
     def keep_codes(self, take: int, result: CodeResult) -> None:
-        """Store what is new among the first code frames of a take; with the last of the film they get one file."""
+        """Store the code frames of a take that are not stored yet.
+
+        Args:
+            take: Number of the take.
+            result: All code frames of the take so far.
+        """
         known = self._codes.get(take)
         start = 0 if known is None else known.shape[1]
         if result.codes.shape[1] <= start:
@@ -137,19 +136,18 @@ class WriteWorker:
         self._gather_codes()
 
     def _gather_codes(self) -> None:
-        """Put the codes in one file once all are there; a writer that ended just before left that to the next."""
-        if self.folder.has_logged_codes() and self._has_all_codes():
+        """Write the codes of all takes to one file once they are complete.
+
+        Called at the start too: an earlier writer may have ended between the last codes and this file.
+        """
+        stored = {take: codes.shape[1] for take, codes in self._codes.items()}
+        is_complete = stored == {take.index: take.num_code_frames for take in self.plan.takes}
+        if is_complete and self.folder.has_logged_codes():
             self.folder.write_codes(self._codes)
             self.folder.log("codes", takes=len(self._codes))
 
-    def _has_all_codes(self) -> bool:
-        takes = self.plan.takes
-        return len(self._codes) == len(takes) and all(
-            self._codes[take.index].shape[1] == take.num_code_frames for take in takes
-        )
-
     def close(self) -> None:
-        """Close the film."""
+        """Close the file of the growing film."""
         self._writer.close()
 
     def __enter__(self) -> Self:

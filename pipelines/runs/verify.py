@@ -1,4 +1,4 @@
-"""Is a run what it says it is? Hashes are computed again, and a segment can be made again and compared bit for bit."""
+"""Check that a run is what its records say: compare all hashes, or make a segment again and compare its bits."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from pipelines.store.run_folder import FRAMES, RunFolderError
 
 
 def verify_run(run: Run) -> Iterator[str]:
-    """What is wrong with the codes, the committed segments and the film of a run, one sentence a problem.
+    """Check the codes, the committed segments and the film of a run by their hashes; yield a sentence for each problem.
 
-    A segment must have the files its record names, and be made from what the plan, the codes and the segment before
-    say; the film must be its segments in a row, byte for byte.
+    The files of a segment must be those that its record names, and the record must agree with the plan, the codes and
+    the segment before. The film must consist of its segments in order, byte for byte.
     """
     try:
         codes = read_fitting_codes(run)
@@ -45,7 +45,7 @@ def verify_run(run: Run) -> Iterator[str]:
 
 
 def _problem(run: Run, request: SegmentRequests, codes: Mapping[int, Tensor], there: set[int]) -> str | None:
-    """What is wrong with a committed segment; None: nothing."""
+    """Describe what is wrong with a committed segment; None if nothing is."""
     segment = request.segment
     known = codes.get(segment.take)
     if known is None or known.shape[1] < segment.num_code_frames:
@@ -70,11 +70,14 @@ def _verify_film(run: Run) -> Iterator[str]:
 
 
 def replay_segment(run: Run, index: int) -> Iterator[str]:
-    """Make a committed segment again from its record, and tell what differs: codes, latents, encoded frames.
+    """Make a committed segment again and yield a sentence for each result that differs from the stored one.
+
+    Codes, latents, frames and encoded frames are compared. Latents are made from the stored codes, so that they can be
+    right even if the codes come out otherwise; frames are made from the new latents.
 
     Args:
-        run: The run; what the segment goes on from is taken from there.
-        index: Of the segment, from 0.
+        run: The run; frames that the segment carries over come from the segment that is stored before it.
+        index: Number of the segment in the film, from 0.
 
     Raises:
         UsageError: If the segment is not committed.
@@ -99,22 +102,21 @@ def replay_segment(run: Run, index: int) -> Iterator[str]:
         if not refined.latent.equal(folder.read_latent(index)):
             yield f"segment {index}: its latents come out otherwise"
         decoded = DecodeWorker(job).run(replace(request.decode, refined=refined, before=before))
-    known = outputs.get(FRAMES)  # the first version did not store it
-    has_same_frames = known == hash_frames(decoded.frames)
-    if known is not None and not has_same_frames:
-        yield f"segment {index}: its frames come out otherwise"
+    stored_hash = outputs.get(FRAMES)  # records of the first version lack it
+    if stored_hash not in (None, hash_frames(decoded.frames)):
+        yield f"segment {index}: its frames come out otherwise"  # and so must their encoding
     elif encode_fragment(decoded.frames, **film_settings(job)).data != folder.read_fragment(index):
-        if has_same_frames:
+        if stored_hash is None:
+            yield f"segment {index}: its encoded frames come out otherwise"
+        else:
             yield (
                 f"segment {index}: its frames come out the same, but the encoder wrote other bytes for them; "
                 f"delete '{folder.segment_dir(index)}' to have it made again"
             )
-        else:
-            yield f"segment {index}: its encoded frames come out otherwise"
 
 
 def _replay_codes(run: Run, request: SegmentRequests, text_worker: TextWorker) -> CodeResult:
-    """The codes of a take up to a segment, written from the start."""
+    """Generate the codes of a take from its start to the end of a segment."""
     whole = replace(request.code, start=0)
     text = text_worker.run(TextRequest(prompts=whole.prompts))
     return CodeWorker(run.prepared.job).run(replace(whole, text=text))

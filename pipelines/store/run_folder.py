@@ -69,18 +69,19 @@ class RunFolderError(ArlonError, ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentRecord:
-    """What `segment.json` says."""
+    """Content of `segment.json`: what a segment was made from, and the hashes of what came out."""
 
     index: int
+    """Number of the segment in the film, from 0."""
     inputs: dict[str, Any]
-    """Everything the segment was made from, large things by their hash."""
+    """Everything that the segment was made from; tensors by their hash."""
     outputs: dict[str, str]
-    """SHA-256 of each file beside it and, as `FRAMES`, of the frames before they were encoded.
+    """SHA-256 of each file of the segment, by name, and of its frames before they were encoded, as `FRAMES`.
 
-    Records of the first version lack the latter.
+    Records of the first version lack `FRAMES`.
     """
     look: dict[str, Any] = field(default_factory=dict)
-    """Colour and contrast of its frames; see `arlon.film.appearance`."""
+    """Colour and contrast of the frames; see `arlon.film.appearance`."""
 
 
 class RunFolder:
@@ -255,14 +256,14 @@ class RunFolder:
         frames_hash: str | None = None,
         look: Mapping[str, Any] | None = None,
     ) -> SegmentRecord:
-        """Store a segment; it counts once this returns.
+        """Store a segment. Its record is written last: once it is there, the segment is committed.
 
         Args:
-            index: Of the segment in the film.
+            index: Number of the segment in the film, from 0.
             latent: New latent frames, (1, C, T, H, W).
             fragment: The encoded new video frames.
             inputs: Everything the segment was made from, as plain values.
-            frames_hash: Hash of the new video frames before they were encoded; None: not known.
+            frames_hash: SHA-256 of the new video frames before they were encoded; None if it is not known.
             look: Colour and contrast of the frames.
         """
         folder = self.segment_dir(index)
@@ -293,11 +294,11 @@ class RunFolder:
                 yield index
 
     def read_segment(self, index: int, *, verify: bool = True) -> SegmentRecord:
-        """The record of a committed segment.
+        """Read the record of a committed segment.
 
         Args:
-            index: Of the segment in the film.
-            verify: Hash its files again and refuse a difference.
+            index: Number of the segment in the film, from 0.
+            verify: Hash the files of the segment too, and refuse one that differs from the record.
 
         Raises:
             FileNotFoundError: If it is not committed.
