@@ -14,7 +14,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
+
+from arlon.threads import spin_briefly
+
+# Test processes share the cores, and OpenMP reads this when PyTorch is imported.
+spin_briefly()
+
+import torch  # noqa: E402
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

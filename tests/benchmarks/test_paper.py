@@ -150,9 +150,9 @@ def test_films_are_made_once_and_the_same_ones_under_every_condition(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     geometry = load_model(str(tiny_model)).geometry
-    cases = EXPERIMENTS["short"].cases(2, geometry)
-    assert [c.prompts for c in cases] == [c.prompts for c in EXPERIMENTS["flips"].cases(3, geometry)[:2]]
-    made = []
+    two = EXPERIMENTS["short"].cases(2, geometry)
+    assert [c.prompts for c in two] == [c.prompts for c in EXPERIMENTS["flips"].cases(3, geometry)[:2]]
+    cases, made = two[:1], []
     film_record = conditions._film_record
     monkeypatch.setattr(conditions, "_film_record", lambda *a, **kw: made.append(1) or film_record(*a, **kw))
 
@@ -164,16 +164,16 @@ def test_films_are_made_once_and_the_same_ones_under_every_condition(
     written: dict[str, CodeResult] = {}
     plain, flipped = Condition(name="plain", steps=2), Condition(name="flips", steps=2, flipped=1.0)
     first = run(plain)
-    assert len(made) == 2
+    assert len(made) == 1
     assert first[0]["calls"] == 2
     assert run(plain) == first
-    assert len(made) == 2, "records are read, not made again"
+    assert len(made) == 1, "records are read, not made again"
     assert run(flipped)[0]["figures"] != first[0]["figures"]
     run(Condition(name="plain", steps=3))
-    assert len(made) == 6, "another condition under the same name is made again"
+    assert len(made) == 3, "another condition under the same name is made again"
     monkeypatch.setattr(conditions, "FORMAT", conditions.FORMAT + 1)
     run(plain)
-    assert len(made) == 8, "and so are films that were measured by other definitions"
+    assert len(made) == 4, "and so are films that were measured by other definitions"
 
 
 def test_films_made_under_other_defaults_of_the_model_are_made_again(tiny_model: Path) -> None:
@@ -192,7 +192,7 @@ def test_films_made_under_other_defaults_of_the_model_are_made_again(tiny_model:
 
 
 def test_codes_are_taken_over_where_the_ar_model_would_write_the_same_ones(tiny_model: Path, tmp_path: Path) -> None:
-    cases = EXPERIMENTS["short"].cases(2, load_model(str(tiny_model)).geometry)
+    cases = EXPERIMENTS["short"].cases(1, load_model(str(tiny_model)).geometry)
 
     def run(condition: Condition, folder: str, written: dict[str, CodeResult]) -> list[conditions.Record]:
         place = {"folder": tmp_path / folder, "model": str(tiny_model)}
@@ -350,7 +350,7 @@ def test_a_video_in_other_colours_keeps_layout_and_motion(tiny_model: Path, tmp_
     def figures(video: str) -> list[dict[str, float]]:
         condition = Condition(name=video, steps=2, mode="true_codes", video=video, measures_path=True)
         made = run_condition(
-            condition, cases, tmp_path, model=str(tiny_model), written={}, progress=lambda done, total: None
+            condition, cases[:1], tmp_path, model=str(tiny_model), written={}, progress=lambda done, total: None
         )
         return [record["figures"] for record in made]
 
