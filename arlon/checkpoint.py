@@ -10,8 +10,8 @@
      "components": {"dit": {"class": "STDiT3", "sha256": "..."}, ...},
      "defaults": {"height": 64, "width": 64, "fps": 8.0, ...}}
 
-Components that lie in different places, such as released ones, are put together by a *model file*, YAML that names them
-(see `ModelSources` and `combine`); a model file can stand wherever a model folder can.
+Components in different folders, such as released ones, are put together by a *model file*: YAML that names them (see
+`ModelSources` and `combine`). A model file can be given wherever a model folder can.
 """
 
 from __future__ import annotations
@@ -68,9 +68,9 @@ MODEL_FILE_SUFFIXES = (".yaml", ".yml")
 RELEASED_KINDS = {stated: name for name, kind in COMPONENTS.items() for stated in kind.released_kinds}
 """Component that a folder holds, by the kind that its `config.json` states."""
 RELEASED_DEFAULTS = {"aesthetic_score": 6.5}
-"""How released components are used, where that is not what `arlon.film.geometry.GenerationDefaults` says by itself."""
+"""Generation defaults of released components that differ from `arlon.film.geometry.GenerationDefaults`."""
 CACHE_VARIABLE = "ARLON_CACHE"
-"""Environment variable with the folder where models of model files are put together. Default: ~/.cache/arlon."""
+"""Environment variable that names the folder for models put together from model files; default ~/.cache/arlon."""
 
 SHARED_VALUES: tuple[tuple[str, dict[str, str]], ...] = (
     ("codebook size", {"vqvae": "codebook_size", "ar": "codebook_size"}),
@@ -88,7 +88,7 @@ SHARED_VALUES: tuple[tuple[str, dict[str, str]], ...] = (
     ("token width", {"dit": "hidden_size", "injection": "dim"}),
     ("patch size", {"dit": "patch_size", "injection": "patch_size"}),
 )
-"""What components must agree on: a name for people, and the (dotted) config field of each component."""
+"""Values that components must share: name for messages, and the (dotted) config field of each component."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class ModelFolder:
         Args:
             path: The model folder.
             required: Components that must be there.
-            verify: Hash every component again and compare with the index; otherwise the index is believed.
+            verify: Hash every component and compare with the index; otherwise the hashes in the index are trusted.
 
         Raises:
             FileNotFoundError: If the folder, its index or a required component is missing.
@@ -126,10 +126,12 @@ class ModelFolder:
             raise CheckpointError(
                 f"{str(path / INDEX_NAME)!r} has format {index.get('format')!r}, this version reads {FORMAT}"
             )
-        entries = index["components"].items()
-        hashes = {name: entry.get("sha256") for name, entry in entries if isinstance(entry, Mapping)}
-        if bad := [name for name, _ in entries if not isinstance(hashes.get(name), str)]:
-            raise CheckpointError(f"{str(path / INDEX_NAME)!r} has no sha256 for {', '.join(bad)}")
+        hashes: dict[str, str] = {}
+        for name, entry in index["components"].items():
+            stated = entry.get("sha256") if isinstance(entry, Mapping) else None
+            if not isinstance(stated, str):
+                raise CheckpointError(f"{str(path / INDEX_NAME)!r} has no sha256 for {name}")
+            hashes[name] = stated
         names = set(hashes) | set(required)
         if missing := sorted(n for n in names if n not in hashes or not (path / n / CONFIG_NAME).is_file()):
             message = f"model {str(path)!r} lacks the components {', '.join(missing)}"
@@ -187,7 +189,7 @@ def write_model_index(folder: str | Path, defaults: Mapping[str, Any] | None = N
 def check_consistency(folder: Path, names: Iterable[str], defaults: Mapping[str, Any]) -> None:
     """Refuse components that cannot work together; every disagreement is one line of the error.
 
-    A value that a `config.json` does not state (a bare released folder) is not compared.
+    Values missing from a `config.json` (as in bare released folders) are not compared.
 
     Raises:
         CheckpointError: If any two of the named components disagree.
@@ -208,7 +210,7 @@ def check_consistency(folder: Path, names: Iterable[str], defaults: Mapping[str,
 
 
 def _stated(configs: Mapping[str, Any], name: str, key: str) -> Any:
-    """Value of a dotted config field of a component, None where it is not stated."""
+    """Value of a dotted config field of a component; None if the config does not have it."""
     value: Any = configs.get(name)
     for part in key.split("."):
         value = value.get(part) if isinstance(value, Mapping) else None
@@ -226,7 +228,7 @@ def _text_length_problems(configs: Mapping[str, Any]) -> list[str]:
 
 
 def _code_grid_problems(configs: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str]:
-    """The AR model writes one code grid: it must be that of the default frame size, where both are stated."""
+    """Check that the code grid of the AR model is that of the default frame size, if both are known."""
     grid, ratio = _stated(configs, "ar", "grid"), _stated(configs, "vqvae", "ratio")
     blocks = _stated(configs, "vae", "spatial.block_out_channels")
     frame = defaults.get("height"), defaults.get("width")
@@ -241,7 +243,7 @@ def _code_grid_problems(configs: Mapping[str, Any], defaults: Mapping[str, Any])
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSources:
-    """A model file: where the components of a model lie.
+    """Contents of a model file: the folder of each component of a model.
 
     Each is a component folder, ours or released, or a hub id (`owner/name`, `owner/name/folder`); relative folders
     start at the model file. Weights are not copied.
@@ -254,9 +256,9 @@ class ModelSources:
     dit: str | None = None
     injection: str | None = None
     text_encoder: str | None = None
-    """A T5 too: its weights are looked for when it is first used."""
+    """May also be a T5, whose weights are looked for when it is first used."""
     defaults: dict[str, Any] = field(default_factory=dict)
-    """How the model is best used; see `arlon.film.geometry.GenerationDefaults`."""
+    """Recommended generation settings; see `arlon.film.geometry.GenerationDefaults`."""
 
     @property
     def components(self) -> dict[str, str]:
@@ -268,17 +270,17 @@ class ModelSources:
 def combine(
     folder: str | Path, sources: ModelSources, *, relative_to: str | Path = ".", download: bool = True
 ) -> ModelFolder:
-    """Put a model folder together from components that lie elsewhere, as links to them; hub ids are downloaded.
+    """Make a model folder of symbolic links to components elsewhere; hub ids are downloaded.
 
     Args:
         folder: The model folder to write; it appears complete or not at all.
-        sources: Where the components lie.
-        relative_to: Where relative folders start.
+        sources: Folder or hub id of each component.
+        relative_to: Folder that relative paths start from.
         download: Whether hub ids that are not in the cache may be downloaded.
 
     Raises:
         FileNotFoundError: If a source is not there.
-        FileExistsError: If there is something at `folder` already.
+        FileExistsError: If `folder` exists already.
         CheckpointError: If components do not fit each other.
     """
     folder = Path(folder)
@@ -305,7 +307,7 @@ def combine(
 
 
 def _locate(name: str, source: str, base: Path, download: bool) -> Path | dict[str, Any]:
-    """Folder of a component, or for a T5 the `config.json` that names it: its many gigabytes are not hashed."""
+    """Folder of a component, or for a T5 the `config.json` that names it, so that its gigabytes are not hashed."""
     place = base / Path(source).expanduser()
     if not place.is_dir() and not is_hub_id(source):
         raise FileNotFoundError(f"{name}: no folder {source!r}, and that is no hub id 'owner/name'")
@@ -354,11 +356,11 @@ def resolve_model(name_or_path: str | Path, *, download: bool = True) -> Path:
 
 
 def _whole_folder(folder: Path, name: Path, download: bool) -> Path:
-    """A model folder as it is; of one without an index that holds released components, a model folder of them.
+    """Model folder for a folder: itself if it has an index, else one put together from the released components in it.
 
     Args:
         folder: The folder.
-        name: What it was asked for as: its path, or the hub id that it was fetched for.
+        name: Its path, or the hub id that it was fetched for.
         download: Whether hub ids that are not in the cache may be downloaded.
 
     Raises:
@@ -400,12 +402,12 @@ def _released_components(folder: Path) -> dict[str, str]:
 
 
 def _combined(sources: ModelSources, file: Path, base: Path, download: bool) -> Path:
-    """The model folder of components that lie elsewhere, in the cache; it is put together anew when a weight changes.
+    """Model folder in the cache, made of links to components elsewhere; made again if a weight changes.
 
     Args:
-        sources: Where the components lie.
-        file: What names them; its name is that of the model.
-        base: Where relative folders start.
+        sources: Folder or hub id of each component.
+        file: The file that names them; the model is called like it.
+        base: Folder that relative paths start from.
         download: Whether hub ids that are not in the cache may be downloaded.
     """
     if not sources.components:

@@ -276,7 +276,7 @@ def find_weights(folder: str | Path) -> list[Path]:
 
 
 def _find_weights(folder: Path) -> tuple[list[Path], Path | None]:
-    """The files of `find_weights`, and the index that names them, if one does."""
+    """Files of `find_weights`, and the shard index that names them, if there is one."""
     for stem in WEIGHTS_STEMS:
         if (folder / stem).is_file():
             return [folder / stem], None
@@ -300,11 +300,11 @@ def stored_dtypes(folder: str | Path) -> dict[str, torch.dtype]:
 
 
 def check_precisions(files: Iterable[Path], what: str, names: Container[str] | None = None) -> None:
-    """Refuse weights that are stored as numbers that are not read; only headers are looked at.
+    """Raise if weights use an unsupported dtype; only headers are read.
 
     Args:
         files: The safetensors files of a component.
-        what: Whose weights they are, for the message.
+        what: Name of the model, for the message.
         names: Tensors that must be floating-point numbers; None: all.
 
     Raises:
@@ -355,18 +355,18 @@ def _load_weights(model: nn.Module, files: Iterable[Path], *, strict: bool) -> N
     if strict:
         _refuse(where, "lacks", [name for name in expected if name not in stored], len(expected))
         _refuse(where, "has unexpected", [name for name in stored if name not in expected], len(stored))
-    names = [name for name in stored if name in expected]
-    problems = [p for file in files for p in _open(file, lambda f, e=expected: _misfits(f, e))]
+    problems = [problem for file in files for problem in _open(file, lambda f: _misfits(f, expected))]
     if problems:
         raise CheckpointError(
             f"{where} does not fit {type(model).__name__} in {len(problems)} tensors: {shorten_list(problems)}"
         )
     for file in files:
-        _open(file, lambda f, file=file: _copy(f, {n: expected[n] for n in names if stored[n] == file}))
+        targets = {name: expected[name] for name in stored if stored[name] == file and name in expected}
+        _open(file, functools.partial(_copy, targets=targets))
 
 
 def _misfits(file: Any, expected: Mapping[str, Tensor]) -> list[str]:
-    """What is wrong in shape or kind with the tensors of one open safetensors file."""
+    """Tensors of an open safetensors file whose shape or type does not fit, one message each."""
     problems = []
     for name in file.keys():  # noqa: SIM118 (a safetensors file is not a dict)
         if name not in expected:

@@ -39,7 +39,7 @@ def load_config(schema: type[T], files: Sequence[str | Path] = (), overrides: Se
     Raises:
         FileNotFoundError: If a file does not exist.
         ConfigError: If a source is not valid YAML, names an unknown key, holds a value of the wrong type, or
-            leaves a required field out. A `ValueError` of a schema's `__post_init__` arrives as it is.
+            leaves a required field out. A `ValueError` of a schema's `__post_init__` is passed on unchanged.
     """
     sources = [_read_yaml(Path(file)) for file in files]
     return _build(schema, *sources, _parse_overrides(overrides))
@@ -108,7 +108,7 @@ def _build(schema: type, *sources: Any) -> Any:
 
 @functools.lru_cache
 def _defaults(schema: type) -> DictConfig:
-    """Defaults of a schema as OmegaConf holds them, remembered as they take long to build; merging copies them."""
+    """Defaults of a schema as an OmegaConf config; cached, since building them is slow and merging copies them."""
     return OmegaConf.structured(schema)
 
 
@@ -181,7 +181,7 @@ def _to_plain(value: Any, key: str) -> Any:
 
 
 def _explain(error: Exception, schema: type, sources: Sequence[Any]) -> str:
-    """One line for what OmegaConf refused: the dotted key, what is wrong, and the nearest known key."""
+    """One-line message for a value that OmegaConf refused: dotted key, reason, and the nearest known key."""
     key = getattr(error, "full_key", None) or _culprit(schema, sources)
     owner = getattr(error, "object_type", None)
     if isinstance(error, ConfigKeyError) and is_dataclass(owner):
@@ -193,7 +193,7 @@ def _explain(error: Exception, schema: type, sources: Sequence[Any]) -> str:
 
 
 def _culprit(schema: type, sources: Sequence[Any]) -> str | None:
-    """Dotted key whose value alone `schema` refuses, for the errors that do not say it."""
+    """Dotted key whose value alone makes `schema` fail, for errors that do not name it."""
     for source in sources:
         plain: Any = OmegaConf.to_container(source) if OmegaConf.is_config(source) else source
         for key, nested in _leaves(plain):
@@ -205,7 +205,7 @@ def _culprit(schema: type, sources: Sequence[Any]) -> str | None:
 
 
 def _leaves(values: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every leaf of a nested dict as (dotted key, nested dict that holds nothing else)."""
+    """Each leaf of a nested dict as (dotted key, nested dict with that leaf alone)."""
     for name, value in values.items():
         if isinstance(value, Mapping) and value:
             yield from ((f"{name}.{key}", {name: nested}) for key, nested in _leaves(value))
@@ -214,7 +214,7 @@ def _leaves(values: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _one_line(error: Exception) -> str:
-    """The first line of an OmegaConf message; all of a YAML one, which tells line and column at its end."""
+    """First line of an OmegaConf message; every line of a YAML message, whose end has line and column."""
     if isinstance(error, yaml.YAMLError):
         return "; ".join(line.strip() for line in str(error).splitlines() if line.strip())
     return one_line(error).replace("TupleConfig", "tuple").replace("ListConfig", "list").replace("DictConfig", "dict")

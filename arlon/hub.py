@@ -1,4 +1,4 @@
-"""The Hugging Face hub: where models and T5 are downloaded, if asked for; MiniLM is in `arlon.text.sources`.
+"""Downloads of models and of T5 from the Hugging Face hub; MiniLM is in `arlon.text.sources`.
 
 A hub id is `owner/name`, or `owner/name/folder` for one folder of a repository. `HF_HUB_OFFLINE=1` keeps to what is in
 the local cache. Pickles are never fetched.
@@ -13,12 +13,12 @@ from pathlib import Path
 from arlon.errors import one_line
 
 FILES = ("*.json", "*.safetensors", "*.model", "*.txt")
-"""What a component or its tokenizer consists of."""
+"""Patterns of the files that make up a component or its tokenizer."""
 _HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)((?:/[A-Za-z0-9][\w.-]*)*)")
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name could be a hub id; nothing is looked up."""
+    """Whether a name has the form of a hub id; nothing is looked up."""
     return _HUB_ID.fullmatch(name) is not None
 
 
@@ -30,11 +30,11 @@ def is_offline() -> bool:
 
 
 def fetch(name: str, *, beside: Sequence[str] = (), download: bool = True) -> Path:
-    """Local folder of a hub id, from the cache where it is there, else downloaded.
+    """Local folder of a hub id: from the cache if possible, otherwise downloaded.
 
     Args:
         name: `owner/name` or `owner/name/folder`.
-        beside: Folders of the same repository that are wanted too, if they exist; they lie beside `folder`.
+        beside: Further folders of the same repository to fetch, siblings of `folder`; missing ones are skipped.
         download: Whether what is not in the cache may be downloaded.
 
     Raises:
@@ -44,7 +44,7 @@ def fetch(name: str, *, beside: Sequence[str] = (), download: bool = True) -> Pa
 
     match = _HUB_ID.fullmatch(name)
     if match is None:
-        raise FileNotFoundError(f"{name!r} is no hub id: expected owner/name or owner/name/folder")
+        raise FileNotFoundError(f"{name!r} is not a hub id: expected owner/name or owner/name/folder")
     repository, folder = match[1], match[2].lstrip("/")
     folders = [f"{folder}/", *(f"{other}/" for other in beside)] if folder else [""]
     try:

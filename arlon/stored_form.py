@@ -90,4 +90,4 @@ class StoredForm:
         with path.open("wb") as stream:
             stream.write(self.headers[file])
             for name in self.tensors_in(file):
-                stream.write(tensors[name].reshape(-1).view(torch.uint8).numpy())
+                stream.write(tensors[name].reshape(-1).view(torch.uint8).numpy().data)

@@ -200,7 +200,7 @@ class FrameFit:
         return (self.height, self.width) == (self.made_height, self.made_width)
 
     def describe(self) -> str:
-        """What is done, in words."""
+        """Scaling and cropping in words, for people."""
         wanted = f"{self.width} x {self.height}"
         if self.is_exact:
             return wanted
@@ -208,7 +208,7 @@ class FrameFit:
 
 
 def fit_frame(height: int, width: int, multiple: int) -> FrameFit:
-    """How to make frames of a size that need not be a multiple of what the model works in: make more, then cut.
+    """Plan for frames whose size is not a multiple of what the model can make: make larger ones, then crop.
 
     Open-Sora v1.2 rounds down instead and delivers less than was asked for: 854 x 480 comes out as 848 x 480.
 

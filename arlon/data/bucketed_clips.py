@@ -27,7 +27,7 @@ from arlon.data.buckets import Bucket, BucketPlan, BucketTable, ClipSize, Slot, 
 from arlon.data.latent_cache import TextCache, content_key, write_array
 from arlon.data.manifest import Clip
 from arlon.data.pictures import IMAGE_FPS
-from arlon.data.samples import WHOLE, MaskSampler, Sample, Shard, addressed_generator, stack_samples
+from arlon.data.samples import WHOLE, MaskSampler, Sample, Shard, sample_generator, stack_samples
 from arlon.data.transforms import resize_and_crop
 
 
@@ -141,7 +141,7 @@ class BucketedClips:
             for index, size in enumerate(self._sizes):
                 if self.table.holds(bucket, size):
                     fitting.setdefault(nearest_slot(bucket, size), []).append(index)
-            step = bucket.batch_size
+            step = bucket.batch_size or 1  # every bucket that is used has one
             chunks = ((slot, rows[i : i + step]) for slot, rows in fitting.items() for i in range(0, len(rows), step))
             for slot, chunk in islice(chunks, limit):
                 yield stack_samples([self._sample(slot, index, f"fixed {bucket.name}", index) for index in chunk])
@@ -156,7 +156,7 @@ class BucketedClips:
         raise AssertionError("the plan has found a bucket for some clip")
 
     def _sample(self, slot: Slot, index: int, role: str, number: int) -> Sample:
-        generator = addressed_generator(self._seed, role, number)
+        generator = sample_generator(self._seed, role, number)
         clip, frames = self._clips[index], slot.bucket.num_frames
         height, width = (side // self._multiple * self._multiple for side in slot.size)
         # Pieces lie side by side, so that a clip has few of them to encode and keep.

@@ -1,4 +1,4 @@
-"""Which clips are trained on together: buckets of one resolution, one length and one aspect, and their order.
+"""Buckets of training clips: one resolution, one length and one aspect each, and the order of their batches.
 
 A bucket takes clips that are large and long enough, each with a probability, so that a long clip is seen at several
 sizes and lengths over the epochs. Batch k depends on (seed, k) and the set of clips only.
@@ -29,7 +29,7 @@ import numpy as np
 import torch
 
 from arlon.data.aspect import PIXEL_BUDGETS, SIZE_TABLES
-from arlon.data.samples import addressed_generator, addressed_seed
+from arlon.data.samples import sample_generator, sample_seed
 from arlon.errors import did_you_mean
 
 log = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ class Bucket:
             if value is not None and not 0 <= value <= 1:
                 problems.append(f"{name} must be in [0, 1], got {value}")
         if (self.batch_size or 0) < 1 and (self.keep_prob > 0 or self.batch_size is not None):
-            problems.append(f"batch_size must be at least 1 where keep_prob is not 0, got {self.batch_size}")
+            problems.append(f"batch_size must be at least 1 unless keep_prob is 0, got {self.batch_size}")
         if problems:
             raise ValueError(f"bucket {self.name}: " + "; ".join(problems))
 
@@ -165,7 +165,7 @@ class BucketTable:
         return None
 
     def misfits(self, clips: Iterable[ClipSize]) -> tuple[int, list[str]]:
-        """How many clips can enter no bucket, and a line for each reason: clips, limit, nearest remedy."""
+        """Number of clips that fit no bucket, and a line for each reason: clips, limit, nearest remedy."""
         found: dict[str, Counter[ClipSize]] = {}
         for clip, count in Counter(clips).items():
             if not any(self.holds(bucket, clip) for bucket in self.used):
@@ -292,10 +292,10 @@ class BucketPlan:
 
     def _clip_seed(self, epoch: int, index: int) -> int:
         """Seed of a clip's draws. A hash, because seeds in a row would give one bucket the draws of its neighbour."""
-        return addressed_seed(self._seed, f"bucket epoch {epoch}", index)
+        return sample_seed(self._seed, f"bucket epoch {epoch}", index)
 
     def _generator(self, role: str, epoch: int) -> torch.Generator:
-        return addressed_generator(self._seed, f"bucket {role}", epoch)
+        return sample_generator(self._seed, f"bucket {role}", epoch)
 
 
 def _take_full(waiting: dict[Slot, list[int]], world: int) -> Iterator[PlannedBatch]:

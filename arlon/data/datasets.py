@@ -52,7 +52,7 @@ class TakeSource(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class ShapesTakesConfig:
-    """What the rendered takes of shapes world are like."""
+    """Settings of the rendered takes of shapes world."""
 
     num_takes: int = 12000
     """Takes in the set. A larger number keeps the takes there were."""
@@ -64,12 +64,12 @@ class ShapesTakesConfig:
     """Pixels."""
     fps: float = 8.0
     """Frames a second."""
-    split: str = "train"
+    split: shapes_world.Split = "train"
     """`train` never shows the held-out attribute pairs and phrasings, `held_out` does."""
     seed: int = 0
     """Seed of the whole set; a validation set has another one."""
     switch_prob: float = 0.35
-    """Probability of a prompt switch at each 17-frame border where one is allowed."""
+    """Probability of a prompt switch at each 17-frame border that may have one."""
     min_span_chunks: int = 2
     """Shortest stay after a switch, in 17-frame chunks: the new frames of one segment."""
     two_objects_prob: float = 0.3

@@ -1,8 +1,8 @@
-"""Caches of what frozen networks make of the training data: latents, codes, features of captions.
+"""Caches of the outputs of frozen networks on the training data: latents, codes, features of captions.
 
 A cache is a folder of shards. Shard 7 is `00007.npy` (an array, read by memory map) and `00007.json` (what
-belongs to its rows). Both appear by rename and the JSON file is written last: it is the commit, so an
-interrupted build goes on where it stopped and a finished shard is never made again. The folder's name is a
+belongs to its rows). Both are written atomically and the JSON file last: it is the commit, so an
+interrupted build continues where it stopped and a finished shard is never made again. The folder's name is a
 hash of everything that decides the content (data set, VAE weights, sizes, format): other inputs mean another
 folder, so nothing stale is ever read.
 
@@ -31,7 +31,7 @@ Progress = Callable[[int, int], None]
 
 
 class Features(Protocol):
-    """What a text encoder returns: tokens (B, L, E) and mask (B, L), True = real token."""
+    """Output of a text encoder: tokens (B, L, E) and mask (B, L), True = real token."""
 
     tokens: Tensor
     mask: Tensor
@@ -114,7 +114,7 @@ class LatentCache:
         return torch.from_numpy(np.array(self._shards.row(index)[:, frames], dtype=np.float32))
 
     def spans(self, index: int) -> tuple[CaptionSpan, ...]:
-        """Which captions hold from which video frame of take `index` on."""
+        """Captions of take `index`, with the video frame from which each holds."""
         return tuple(
             CaptionSpan(start_frame=start, captions=tuple(texts)) for start, texts in self._records[index]["spans"]
         )
@@ -251,7 +251,7 @@ class TextCache:
 
     def _write(self, captions: list[str], rows: list[np.ndarray]) -> None:
         name = hash_bytes("\n".join(captions).encode())[:16]
-        record = {"captions": captions, "lengths": [len(row) for row in rows]}
+        record: dict[str, list[Any]] = {"captions": captions, "lengths": [len(row) for row in rows]}
         make_folder(self.folder)
         write_array(self.folder / f"{name}.npy", np.concatenate(rows))
         write_bytes(self.folder / f"{name}.json", json.dumps(record).encode())

@@ -91,7 +91,7 @@ def read_manifest(path: str | Path, *, check_files: bool = True) -> list[Clip]:
     Args:
         path: A `.jsonl` or `.csv` file.
         check_files: Open every file and hold its size and length against the row. Without it, files are
-            opened only where a row has no `fps`.
+            opened only if a row has no `fps`.
 
     Returns:
         The clips, at least one, in the order of the file. Rows that repeat both file and caption are left out, with a
@@ -125,7 +125,7 @@ def read_manifest(path: str | Path, *, check_files: bool = True) -> list[Clip]:
 
 
 def write_manifest(clips: Sequence[Clip], path: str | Path) -> None:
-    """Write a manifest that `read_manifest` reads back; the file appears at once, by renaming.
+    """Write a manifest that `read_manifest` reads back; it is written atomically.
 
     Paths below the folder of the manifest are written relative to it, so that the folder can be moved.
 
@@ -183,7 +183,7 @@ def build_manifest(folder: str | Path, *, skip_bad: bool = False) -> list[Clip]:
 
 
 class FileInfo(NamedTuple):
-    """What a file holds; sizes are in pixels, after the rotation that the file asks for."""
+    """Number of frames, sizes and rate of a file; pixels are counted after the rotation that the file asks for."""
 
     num_frames: int
     height: int

@@ -10,7 +10,7 @@ import numpy as np
 PICTURE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp"})
 MAX_PIXELS = 100_000_000
 IMAGE_FPS = 120.0
-"""Frame rate that the DiT is told for a picture (Open-Sora v1.2)."""
+"""Frame rate that the DiT is given for a picture (Open-Sora v1.2)."""
 
 
 def read_picture(path: Path) -> np.ndarray:

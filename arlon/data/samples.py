@@ -35,7 +35,7 @@ class SampleSet(Protocol):
 
 
 class Shard(NamedTuple):
-    """Which process of how many: each takes its own rows of every batch."""
+    """Rank and world size: each process takes its own rows of every batch."""
 
     rank: int = 0
     world: int = 1
@@ -74,7 +74,7 @@ class MixedBatches:
 
     def batch(self, number: int, shard: Shard = WHOLE) -> Sample:
         """The rows of batch `number` that belong to a process; all processes draw from the same set."""
-        generator = addressed_generator(self._seed, "mix", number)
+        generator = sample_generator(self._seed, "mix", number)
         chosen = int(torch.multinomial(self._shares, 1, generator=generator))
         return self._sets[chosen].batch(number, shard)
 
@@ -129,21 +129,21 @@ class VideoWindows:
             raise ValueError(f"a window of {self._num_frames} frames does not fit a take of {video.shape[1]} frames")
         step = 1 if self._num_frames % CHUNK_FRAMES else CHUNK_FRAMES
         starts = range(0, video.shape[1] - self._num_frames + 1, step)
-        start = starts[_draw(len(starts), addressed_generator(self._seed, "video", number))]
+        start = starts[_draw(len(starts), sample_generator(self._seed, "video", number))]
         return {"video": video[:, start : start + self._num_frames]}
 
 
 @dataclass(frozen=True, kw_only=True)
 class WindowConfig:
-    """Which part of a take a sample of the DiT stages is, and which of its frames are given clean."""
+    """How a sample of the DiT stages is cut from a take, and which of its frames are given clean."""
 
     latent_frames: int = 15
     """Latent frames of a window: one segment."""
     overlap: int = 5
     """Latent frames a segment carries over; windows start at multiples of it. 0: nothing is carried over, and windows
-    start where a VAE chunk does. Windows of one frame are pictures."""
+    start at a VAE chunk. Windows of one frame are pictures."""
     carry_prob: float = 0.5
-    """Probability that the first `overlap` frames are given clean where the caption does not force it."""
+    """Probability that the first `overlap` frames are given clean if the caption does not force it."""
     mask_ratios: dict[str, float] = field(default_factory=lambda: {"image_head": 0.05})
     """Open-Sora's mask modes with their probabilities, for windows whose first frames are not given."""
 
@@ -164,7 +164,7 @@ MaskSampler = Callable[[int, torch.Generator], Tensor]
 class LatentWindows:
     """Windows of latents with caption and frame mask: one training sample of `vqvae`, `dit` and `inject`.
 
-    A window starts at a multiple of `overlap` latent frames, or of a VAE chunk where that is 0. All of it behind the
+    A window starts at a multiple of `overlap` latent frames, or of a VAE chunk if that is 0. All of it behind the
     first `overlap` frames has one caption, which is the caption of the sample. If another caption holds in those first
     frames the window goes over a prompt switch: they are given clean, as the pipeline does. A sample holds
 
@@ -199,7 +199,7 @@ class LatentWindows:
 
     def sample(self, number: int) -> Sample:
         """Sample `number` of the stream."""
-        generator = addressed_generator(self._seed, "latent", number)
+        generator = sample_generator(self._seed, "latent", number)
         index, starts = self._usable[shuffled(number, len(self._usable), self._seed)]
         start = starts[_draw(len(starts), generator)]
         before, after = self._spans_at(index, start)
@@ -268,7 +268,7 @@ class CodeWindows:
 
     def sample(self, number: int) -> Sample:
         """Sample `number` of the stream."""
-        generator = addressed_generator(self._seed, "codes", number)
+        generator = sample_generator(self._seed, "codes", number)
         index = shuffled(number, len(self._cache), self._seed)
         spans = self._cache.spans(index)
         start, stop = self._window(spans, generator)
@@ -316,20 +316,24 @@ def shuffled(number: int, length: int, seed: int) -> int:
     return int(_permutation(length, seed, epoch)[offset])
 
 
-def addressed_generator(seed: int, role: str, number: int) -> torch.Generator:
-    """CPU generator of what is drawn for `number` in a role."""
-    return torch.Generator().manual_seed(addressed_seed(seed, role, number))
+def sample_generator(seed: int, role: str, number: int) -> torch.Generator:
+    """CPU generator for the draws of sample `number` in a role, such as "mix"; see `sample_seed`."""
+    return torch.Generator().manual_seed(sample_seed(seed, role, number))
 
 
-def addressed_seed(seed: int, role: str, number: int) -> int:
-    """Seed of that generator: 63 bits of a hash."""
+def sample_seed(seed: int, role: str, number: int) -> int:
+    """Seed of training sample `number` in a role: 63 bits of SHA-256.
+
+    Films draw by `arlon.diffusion.samplers.address_seed`, which takes addresses of any length and encodes them in
+    another way. Both stay: sharing one would change the batches of every training.
+    """
     digest = hashlib.sha256(f"{seed}/{role}/{number}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
 
 @lru_cache(maxsize=8)
 def _permutation(length: int, seed: int, epoch: int) -> Tensor:
-    return torch.randperm(length, generator=addressed_generator(seed, "epoch", epoch))
+    return torch.randperm(length, generator=sample_generator(seed, "epoch", epoch))
 
 
 def _first_latent(frame: int) -> int:

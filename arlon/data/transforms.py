@@ -20,14 +20,14 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True, kw_only=True)
 class CoverFit:
-    """How frames of one size fill frames of another: scaled until they just cover it, then cut to its centre."""
+    """Scaling and centre crop that make frames of one size fill frames of another, proportions kept."""
 
     source: Size
     scaled: Size
     target: Size
 
     def describe(self) -> str:
-        """What is done, in words; sizes are width x height."""
+        """Scaling and cropping in words; sizes are width x height."""
         if self.source == self.target:
             return f"{_spelled(self.source)}, used as it is"
         actions = [] if self.scaled == self.source else [f"scaled to {_spelled(self.scaled)}"]
@@ -40,7 +40,7 @@ class CoverFit:
 
 
 def plan_cover(source: Size, target: Size) -> CoverFit:
-    """How frames of size `source` are made to fill `target`; known without any pixel.
+    """Scaling and centre crop that make frames of size `source` fill `target`; needs no pixels.
 
     Raises:
         ValueError: If a size is not positive.

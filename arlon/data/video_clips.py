@@ -61,7 +61,7 @@ class VideoClips(Dataset):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What decides the content of the samples, for caches: settings and a hash of files and captions.
+        """Everything that decides the content of the samples, for caches: settings and a hash of files and captions.
 
         Files are known by path, size on disk and modification time, not by content.
         """

@@ -1,8 +1,8 @@
-"""Prompt suites of the shapes world: what to ask of a model, and how much of it came true.
+"""Test cases of the shapes world: prompts for a model, and scores of how well films follow them.
 
 A *case* is a take to make: one prompt a shot, joined without a cut, and a seed. `sample_cases` draws cases, a
 model makes their frames, `oracle.read_clip` reads every shot, and the functions here turn readings into figures:
-one value a case and attribute, in [0, 1], NaN where the attribute cannot be seen or was not asked for.
+one value a case and attribute, in [0, 1], NaN if the attribute cannot be seen or was not asked for.
 `render_case` renders what a perfect model would show; its figures are what the oracle allows at most.
 """
 
@@ -17,7 +17,7 @@ import numpy as np
 
 from arlon.shapes import captions, oracle, world
 from arlon.shapes.oracle import Reading
-from arlon.shapes.prompt_reader import AskedShot, read_prompt
+from arlon.shapes.prompt_reader import AskedObject, AskedShot, read_prompt
 
 PROMPT_ATTRIBUTES = ("colour", "shape", "size", "motion", "direction", "speed", "background", "count")
 """`direction` is the motion of objects asked to move left, right, up or down; `count` that of the objects seen."""
@@ -32,9 +32,9 @@ GUESS: Mapping[str, float] = {
 }
 """Chance of a uniform guess among the values an attribute has."""
 CHANGES = ("colour", "motion", "speed")
-"""What a prompt switch may change."""
+"""Attributes that a prompt switch may change."""
 LASTING = ("colour", "shape", "background", "motion")
-"""What must stay when something else changes."""
+"""Attributes that must stay when another changes."""
 MAX_DRAWN = 2**20
 """Values that a bootstrap draws at a time; the interval does not depend on it."""
 
@@ -98,7 +98,7 @@ def sample_cases(
 def _sample_scene(
     rng: np.random.Generator, seconds: Sequence[float], split: world.Split, two_objects_prob: float, aspect: float
 ) -> world.Scene:
-    """A scene without an object that grows, or shrinks, in two shots on end: it would stop at the world's limits."""
+    """Draw a scene in which no object grows, or shrinks, in two consecutive shots: it would reach the size limits."""
     while True:
         scene = world.sample_scene(rng, seconds=seconds, split=split, two_objects_prob=two_objects_prob, aspect=aspect)
         motions = [shot.objects[0].motion for shot in scene.shots]
@@ -139,12 +139,11 @@ def score_prompt(reading: Reading, shot: world.Shot | AskedShot) -> dict[str, fl
         that is not there has nothing right. NaN: not asked for, no object moves in a direction, or none has a speed.
     """
     score = oracle.score_clip(reading, shot)
-    directed = [
-        o.motion for o, look in zip(score.objects, shot.objects, strict=True) if look.motion in world.TRANSLATION
-    ]
+    looks: Sequence[world.ObjectLook | AskedObject] = shot.objects
+    directed = [o.motion for o, look in zip(score.objects, looks, strict=True) if look.motion in world.TRANSLATION]
     values = {name: score.share(name) for name in oracle.ATTRIBUTES}
     values |= {
-        "direction": sum(directed) / len(directed) if directed else math.nan,
+        "direction": sum(map(bool, directed)) / len(directed) if directed else math.nan,
         "background": math.nan if score.background is None else float(score.background),
         "count": float(score.count),
     }
@@ -152,7 +151,7 @@ def score_prompt(reading: Reading, shot: world.Shot | AskedShot) -> dict[str, fl
 
 
 def score_both(reading: Reading, shot: world.Shot | AskedShot) -> dict[str, float]:
-    """Whether all objects are right where two or more are asked for; NaN where one is.
+    """Whether all objects are right if two or more are asked for; NaN for a single one.
 
     Returns:
         `both colours`: each is there in its colour. `both objects`: each is there in its colour and its shape.
@@ -167,13 +166,13 @@ def score_both(reading: Reading, shot: world.Shot | AskedShot) -> dict[str, floa
 
 
 def shuffled_scores(readings: Sequence[Reading], shots: Sequence[world.Shot]) -> dict[str, float]:
-    """What readings score against the prompts of all other cases: chance, for this model and these prompts.
+    """Scores of readings against the prompts of all other cases: the level of chance for this model and these prompts.
 
     Only pairs of cases that both ask for an attribute count, so that clips of a spinning object do not lower the
     chance of `direction`.
 
     Returns:
-        A mean for each of `PROMPT_ATTRIBUTES`; NaN where there is no such pair.
+        A mean for each of `PROMPT_ATTRIBUTES`; NaN if there is no such pair.
 
     Raises:
         ValueError: If there are not as many readings as shots.
@@ -199,10 +198,10 @@ def _mean_off_diagonal(values: np.ndarray) -> float:
 
 
 def score_switch(before: Reading, after: Reading, case: Case) -> dict[str, float]:
-    """What a prompt switch did, from the readings of the shot before and of the shot after it.
+    """Effect of a prompt switch, from the readings of the shots before and after it.
 
     Returns:
-        Values 0 or 1, NaN where they say nothing about this case:
+        Values 0 or 1, NaN if they do not apply to this case:
 
         `appears`: the second shot shows the new value of the attribute that changes; also by what changes,
             `appears colour`, `appears motion`, `appears speed`.
@@ -228,7 +227,7 @@ def score_switch(before: Reading, after: Reading, case: Case) -> dict[str, float
 
 
 def _kept(before: Reading, after: Reading) -> dict[str, float]:
-    """What the most visible object kept; nothing where there was none."""
+    """Attributes that the most visible object kept; empty if there was no object."""
     identity = oracle.identity_kept(before, after)
     names = ("place", "colour", "shape", "size")
     kept = {name: float(getattr(identity.objects[0], name)) if identity.objects else 0.0 for name in names}
@@ -242,7 +241,7 @@ def _kept(before: Reading, after: Reading) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a case: readings of its shots, as made and as they should be, and the figures of both."""
+    """Result of a case: readings of its shots, as made and as they should be, and the figures of both."""
 
     case: Case
     readings: tuple[Reading, ...]
@@ -274,7 +273,7 @@ def score_case(case: Case, readings: Sequence[Reading]) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Share:
-    """Mean over cases, with its interval. NaN and a count of 0 where no case has a value."""
+    """Mean over cases, with its interval; NaN and a count of 0 if no case has a value."""
 
     mean: float
     low: float
@@ -285,7 +284,7 @@ class Share:
 
 @dataclass(frozen=True)
 class Row:
-    """One figure of a suite beside what it compares with; NaN where a comparison says nothing."""
+    """A figure of a suite with its points of comparison; NaN if a comparison does not apply."""
 
     right: Share
     guess: float
@@ -314,7 +313,7 @@ def tabulate(outcomes: Sequence[Outcome]) -> dict[str, Row]:
 
 
 def _guess(name: str) -> float:
-    """Chance of a figure such as `colour`, `told colour`; none for what is no guess."""
+    """Level of chance of a figure such as `colour` or `told colour`; NaN if guessing does not apply."""
     return math.nan if name.startswith(("kept", "join")) else GUESS.get(name.split()[-1], math.nan)
 
 

@@ -1,4 +1,4 @@
-"""All figures of one film: of its picture, its motion, its length, and of what its prompts asked for.
+"""Evaluation of one film: figures of picture, motion, length, and of how well it follows its prompts.
 
 Frames stay uint8 and are worked on a few at a time, so that a film needs little more memory than its frames.
 """
@@ -30,7 +30,7 @@ from arlon.shapes.prompt_reader import AskedShot, read_prompt
 
 CHUNK_FRAMES = 16
 CHUNK_PIXELS = 2**20
-"""Of the frames that are worked on at a time, if it is more than one."""
+"""Pixels of the frames that are processed together, at most, unless a single frame has more."""
 DRIFT_SHARE = 0.15
 """Part of the film at each end between which drift is measured."""
 _BOTH = ("both_colours", "both_objects")
@@ -39,7 +39,7 @@ PROMPT_GROUPS = ("prompt", "quarters", "switch")
 """Groups of the figures that the oracle gives."""
 NUM_CURVE_POINTS = 60
 _KEPT = ("colour", "shape", "motion")
-"""What a prompt may change of an object, and must stay if it does not."""
+"""Attributes of an object that a prompt may change, and that must stay if it does not."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,12 +51,12 @@ class FilmShot:
     start_frame: int
     num_frames: int
     is_cut: bool = False
-    """Whether it starts afresh; otherwise it goes on from the shot before."""
+    """Whether the shot starts with a cut; otherwise it continues the shot before."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outline:
-    """What is known of how a film was made."""
+    """Shots and segments of a film, as far as they are known."""
 
     shots: tuple[FilmShot, ...]
     segment_starts: tuple[int, ...] | None = None
@@ -202,7 +202,7 @@ class _Film:
         self.values["dynamic_degree_lk"] = float(is_dynamic)
 
     def measure_prompts(self) -> None:
-        """What the oracle sees of what the prompts ask for."""
+        """Compare the prompts with what the oracle sees in the shots."""
         asked = [_asked(shot) for shot in self.outline.shots]
         readings = [
             self._read(shot) if wanted else None for shot, wanted in zip(self.outline.shots, asked, strict=True)
@@ -215,7 +215,7 @@ class _Film:
             self.skip("no prompt is of the shapes world" if known else "its prompts are not known", *names)
             return
         if not self.joins:
-            reason = "no two shots, with prompts of the shapes world, go on from one another"
+            reason = "no two shots, with prompts of the shapes world, continue one another"
             self.skip(reason, *(name for name in names if FIGURES[name].group == "switch"))
         self._average("prompt_accuracy", {index: _accuracy(score) for index, score in scores.items()})
         for name in suite.PROMPT_ATTRIBUTES:
@@ -267,7 +267,7 @@ class _Film:
         return scores
 
     def _score_joins(self, asked: Sequence[AskedShot | None], readings: Sequence[Reading | None]) -> None:
-        """Score every two shots of which the second goes on from the first."""
+        """Score each pair of shots of which the second continues the first."""
         for index, ((before, after), (seen, then)) in enumerate(
             zip(pairwise(asked), pairwise(readings), strict=True), start=1
         ):
@@ -304,7 +304,7 @@ class _Film:
 
 
 def score_join(before: AskedShot, after: AskedShot, seen: Reading, then: Reading) -> dict[str, float]:
-    """What a prompt switch did.
+    """Effect of a prompt switch.
 
     Args:
         before: What was asked for in the shot before.
@@ -354,7 +354,7 @@ def plain_number(value: float) -> float | None:
 
 
 def _asked(shot: FilmShot) -> AskedShot | None:
-    """What a prompt asks of a shot; no motion and speed of one that is too short to show any."""
+    """Expectations of a prompt for a shot, without motion and speed if the shot is too short to show any."""
     asked = read_prompt(shot.prompt)
     if asked is None or shot.num_frames >= MIN_FRAMES:
         return asked

@@ -1,6 +1,6 @@
-"""The figures of a film: what each is called, what it means, and what it is computed with.
+"""Definitions of the figures of a film: name, meaning, and the network that computes it.
 
-Figures named as in VBench (arXiv:2311.17982) follow VBench's code. A dimension whose network is not at hand is left
+Figures named as in VBench (arXiv:2311.17982) follow VBench's code. A dimension whose network is not given is left
 out; a figure that does the same work by other means has a name of its own.
 """
 
@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 FORMAT = 4
-"""Of the definitions, and of what is kept of a film: with another one, films are measured again."""
+"""Version of the definitions and of the stored results; films with results of another version are measured again."""
 Better = Literal["higher", "lower", "zero", "one", ""]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
-    """What a figure is."""
+    """Definition of a figure."""
 
     group: str
     meaning: str
@@ -34,7 +34,7 @@ GROUPS: Mapping[str, str] = {
     "motion": "Motion",
     "vbench": "VBench's dimensions",
 }
-"""In the order of the report."""
+"""Groups of figures, in the order of the report."""
 
 _CONSISTENCY = "Mean over frames of (likeness to the frame before + likeness to the first frame) / 2, "
 _QUARTERS = ("first", "second", "third", "last")
@@ -159,10 +159,10 @@ FIGURES: Mapping[str, Figure] = {
     ),
     **{key: figure for name in _ATTRIBUTES for key, figure in _quarters_of(name).items()},
     "switch_appears": Figure(group="switch", meaning="Changed attributes whose new value the second shot shows."),
-    "kept_colour": Figure(group="switch", meaning="Objects that keep their colour where it is not changed."),
-    "kept_shape": Figure(group="switch", meaning="Objects that keep their shape where it is not changed."),
-    "kept_motion": Figure(group="switch", meaning="Objects that go on with their motion where it is not changed."),
-    "kept_background": Figure(group="switch", meaning="Backgrounds that stay where none is changed."),
+    "kept_colour": Figure(group="switch", meaning="Objects that keep their colour if no prompt changes it."),
+    "kept_shape": Figure(group="switch", meaning="Objects that keep their shape if no prompt changes it."),
+    "kept_motion": Figure(group="switch", meaning="Objects that keep their motion if no prompt changes it."),
+    "kept_background": Figure(group="switch", meaning="Backgrounds that stay if no prompt changes them."),
     "kept_place": Figure(group="switch", meaning="Objects that are where they were, within 0.12 heights."),
     "kept_size": Figure(group="switch", meaning="Objects as large as they were, within a factor of 1.25."),
 }

@@ -136,7 +136,7 @@ def frame_differences(video: Tensor) -> Tensor:
 
 
 def seam_strength(video: Tensor, joins: Sequence[int]) -> float:
-    """How much more the picture changes at the joins of segments than elsewhere; see `seam_ratio`.
+    """Ratio of the change of the picture at the joins of segments to that elsewhere; see `seam_ratio`.
 
     Args:
         video: (..., 3, pT, pH, pW) in [-1, 1].
@@ -159,7 +159,7 @@ def seam_ratio(steps: Tensor, joins: Sequence[int], *, leave_out: Sequence[int] 
         leave_out: Frames, counted likewise, whose change is neither a join nor anything to compare with: cuts.
 
     Returns:
-        1 where a join cannot be told from other frames; always finite and above 0.
+        1 if joins look like any other frame; always finite and above 0.
 
     Raises:
         ValueError: If there is no join, a frame is outside the video, or nothing is left to compare with.
@@ -190,7 +190,7 @@ class FrameStatistics:
 
     @staticmethod
     def join(parts: Sequence[FrameStatistics]) -> FrameStatistics:
-        """Those of a video from those of its pieces."""
+        """Concatenate the statistics of consecutive pieces of a video."""
         return FrameStatistics(*(torch.cat([getattr(p, f.name) for p in parts]) for f in fields(FrameStatistics)))
 
 
@@ -219,7 +219,7 @@ def frame_statistics(video: Tensor) -> FrameStatistics:
 
 @dataclass(frozen=True)
 class FilmDrift:
-    """How far the last frames of a film are from its first, in units of the full range of a pixel.
+    """Change between the first and the last frames of a film, in units of the full range of a pixel.
 
     `arlon.film.appearance.Drift` is another figure: of a segment against the first of its shot, in levels of 0 to 255.
     """

@@ -2,7 +2,7 @@
 
 Source: Bouguet, "Pyramidal implementation of the Lucas Kanade feature tracker", 2000; here with a Gaussian window, the
 gradients of both frames, and a median filter after every update. Where a window holds no texture the flow is zero.
-Plain objects on plain ground come out too fast at their edges, where nothing tells the ground from the object.
+Plain objects on plain ground come out too fast at their edges, where ground and object cannot be told apart.
 
 Dimension key: N pairs of frames, C colours, pH pW pixels.
 """
@@ -22,14 +22,14 @@ NUM_ITERATIONS = 4
 WINDOW_SIGMA = 2.5
 """Standard deviation of the window, pixels of the level."""
 MAX_UPDATE = 1.0
-"""Longest step of an update, pixels of the level: what lies further belongs to the level above."""
+"""Longest step of an update, pixels of the level: larger ones belong to the level above."""
 TEXTURE_FLOOR = 2e-3
 """Added to the squared gradients (values in [0, 1], a pixel), so that noise on a flat background does not flow."""
 _BLUR = (1 / 16, 4 / 16, 6 / 16, 4 / 16, 1 / 16)
 
 
 def estimate_flow(before: Tensor, after: Tensor) -> Tensor:
-    """Where the picture at each pixel of a frame went in the frame after it.
+    """Displacement of the picture at each pixel of a frame to the next frame.
 
     Args:
         before: Pictures (N, C, pH, pW) in [0, 1]; colours count alike.

@@ -1,4 +1,4 @@
-"""How much a blob looks like each shape of the world, whatever its place, size, angle and blur.
+"""Similarity of a blob to each shape of the world, whatever its place, size, angle and blur.
 
 A blob is compared with pictures of every shape of its area around its centre: turned, and blurred more or less, since
 a decoder rounds corners off. The likeness is the greatest correlation of the two covers. Unlike a single moment it
@@ -16,14 +16,14 @@ from scipy import ndimage
 from arlon.shapes import world
 
 FOLD = {"triangle": 3, "square": 4, "star": 5}
-"""How often a shape is itself again in a full turn; a circle always is."""
+"""Rotational symmetry: how often a shape coincides with itself in a full turn; a circle always does."""
 ANGLE_STEP = math.radians(6)
 BLURS = (0.08, 0.16, 0.26, 0.38, 0.52)
 """Standard deviations of the blur, in radii of the disc of the same area."""
 PIXELS_PER_RADIUS = 30
-"""Of the pictures."""
+"""Pixels per radius in the reference pictures."""
 MIDDLE = 78
-"""Row and column of the centre of a picture: it reaches 2.6 radii far, where nothing is left of any shape."""
+"""Row and column of the centre of a picture: it reaches 2.6 radii far, beyond every shape and its blur."""
 
 
 def shape_likeness(cover: np.ndarray, z: np.ndarray, group: np.ndarray, radius: np.ndarray) -> np.ndarray:

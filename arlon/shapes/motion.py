@@ -1,4 +1,4 @@
-"""What an object does, from its track: where its path leads, how its radius and its angle change.
+"""Motion of an object from its track: direction of its path, change of its radius and of its angle.
 
 Decided in this order: an object that leaves its place moves in a line, in a circle or bounces; one that
 stays spins, grows, shrinks or is still. Lengths are in frame heights, times in seconds.
@@ -16,7 +16,7 @@ from arlon.shapes.matching import FOLD
 from arlon.shapes.tracking import Track
 
 MIN_FRAMES = 4
-"""In which an object must be seen for its motion to be read."""
+"""Fewest frames with the object from which its motion can be read."""
 STATIONARY_EXTENT = 0.06
 STRAIGHT_R2 = 0.8
 """Share of the variance of a path that uniform motion explains, from which it is a translation."""

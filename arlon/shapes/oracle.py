@@ -29,7 +29,7 @@ ATTRIBUTES = ("colour", "shape", "size", "motion", "speed")
 MAX_ELONGATION = 0.4
 """Every shape of the world has 0; a longer blob is none of them."""
 SHAPE_FRAMES = 12
-"""In how many frames at most the shape is looked at."""
+"""Most frames in which the shape is looked at."""
 SIZE_THRESHOLD = math.sqrt(world.SIZES["small"] * world.SIZES["large"])
 
 SAME_RADIUS = 1.25
@@ -38,7 +38,7 @@ SAME_PLACE = 0.12
 
 @dataclass(frozen=True)
 class ObjectReading:
-    """What one object is and does; None where that could not be read, and for the speed of a still object.
+    """Reading of an object: its attributes, None if one could not be read, and for the speed of a still object.
 
     colour_confidence: share of the frames that voted for the colour. shape_confidence: how much better it fits
     than the second best, [0, 1]. presence: share of the frames in which it was seen. x, y (unwrapped), radius:
@@ -60,7 +60,7 @@ class ObjectReading:
 
 @dataclass(frozen=True)
 class Reading:
-    """What is in a clip: background, how sure it is ([0, 1]), and its objects, the most visible first."""
+    """Reading of a clip: background, confidence in it ([0, 1]), and objects, the most visible first."""
 
     background: str
     background_confidence: float
@@ -71,7 +71,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class ObjectScore:
-    """Which attributes of one expected object were found; None where nothing is expected, or it cannot be seen."""
+    """Attributes of an expected object that were found; None if nothing is expected or it cannot be seen."""
 
     colour: bool | None
     shape: bool | None
@@ -82,7 +82,7 @@ class ObjectScore:
 
 @dataclass(frozen=True)
 class Score:
-    """A reading held against a shot. `objects` follows the expected ones; one not found is all False."""
+    """Comparison of a reading with a shot; `objects` follows the expected ones, and one not found is all False."""
 
     background: bool | None
     """None if no background is expected."""
@@ -97,7 +97,7 @@ class Score:
 
 @dataclass(frozen=True)
 class ObjectKept:
-    """What one object kept across a join of two clips: all False if it is gone."""
+    """Attributes that an object kept across a join of two clips; all False if it is gone."""
 
     place: bool
     colour: bool
@@ -108,7 +108,7 @@ class ObjectKept:
 
 @dataclass(frozen=True)
 class IdentityKept:
-    """What stayed across a join; `objects` follows the order of the reading before it."""
+    """Everything that stayed across a join; `objects` follows the order of the reading before it."""
 
     background: bool
     objects: tuple[ObjectKept, ...]
@@ -227,9 +227,11 @@ def score_clip(
         ValueError: If nothing is expected, or the frames are of a wrong kind.
     """
     reading = clip if isinstance(clip, Reading) else read_clip(clip, fps=fps)
-    is_shot = isinstance(expected, world.Shot | AskedShot)
-    looks = expected.objects if is_shot else tuple(expected)
-    background = expected.background if is_shot else None
+    looks: Sequence[world.ObjectLook | AskedObject]
+    if isinstance(expected, world.Shot | AskedShot):
+        looks, background = expected.objects, expected.background
+    else:
+        looks, background = tuple(expected), None
     if not looks:
         raise ValueError("nothing is expected of this clip: give a shot or at least one object")
     match = match_objects(reading, looks)
@@ -242,10 +244,10 @@ def score_clip(
 
 
 def match_objects(reading: Reading, looks: Sequence[world.ObjectLook | AskedObject]) -> tuple[int | None, ...]:
-    """Which object of a reading stands for each expected one, so that most agrees, colour before shape before the rest.
+    """Match the objects of a reading to the expected ones for most agreement, colour before shape before the rest.
 
     Returns:
-        Index into `reading.objects` of each of `looks`; None where fewer objects were seen.
+        Index into `reading.objects` of each of `looks`; None if fewer objects were seen.
     """
     found = reading.objects[: len(looks) + 2]
     agreement = np.array([[_agreement(look, seen) for seen in found] for look in looks]).reshape(len(looks), len(found))
@@ -268,7 +270,7 @@ def _score_object(look: world.ObjectLook | AskedObject, seen: ObjectReading | No
 
 
 def identity_kept(before: Reading, after: Reading) -> IdentityKept:
-    """What the objects at the end of one clip still are at the start of the next, matched by place.
+    """Attributes that the objects at the end of a clip keep at the start of the next, matched by place.
 
     Place is kept within 0.12 heights on the torus, size within a factor of 1.25; the caller drops the
     attribute that the new prompt changes. Clips must be adjacent and of one frame size.
@@ -289,7 +291,7 @@ def identity_kept(before: Reading, after: Reading) -> IdentityKept:
 
 
 def path_followed(given: Reading, shown: Reading) -> float:
-    """How far objects of one clip are where those of another are at the same time.
+    """Distance of the objects of a clip from those of another at the same time.
 
     Args:
         given: Reading of the clip that sets the paths.

@@ -1,7 +1,7 @@
-"""What a prompt of the shapes world asks for, read back from its words.
+"""Parser of prompts of the shapes world: objects and background that a prompt asks for.
 
 The grammar is that of `arlon.shapes.captions`, every phrasing of it. A prompt with a single word more is not understood
-at all: a film is never held against half of what it was asked for.
+at all: a partly understood prompt would give a misleading score, so it gives none.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from arlon.shapes import captions, world
 
 _TEMPLATES = (*captions.TEMPLATES, *captions.HELD_OUT_TEMPLATES, "and")
 _FILLERS = {part.strip() for template in _TEMPLATES for part in re.split(r"\{\w+\}|,", template)} - {""}
-"""What captions hold besides objects and background."""
+"""Words of captions other than objects and background."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AskedObject:
-    """One object as a prompt describes it; None where the prompt says nothing."""
+    """An object as a prompt describes it; None for what the prompt leaves open."""
 
     colour: str
     shape: str
@@ -31,7 +31,7 @@ class AskedObject:
 
 @dataclass(frozen=True, kw_only=True)
 class AskedShot:
-    """What a prompt asks for; `background` is None where it says nothing of it."""
+    """Contents that a prompt asks for; `background` is None if the prompt leaves it open."""
 
     objects: tuple[AskedObject, ...]
     background: str | None = None

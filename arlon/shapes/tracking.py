@@ -1,4 +1,4 @@
-"""From frames of the shapes world to tracks: which blob of which palette colour was where in every frame.
+"""Tracking in frames of the shapes world: position and palette colour of every blob in every frame.
 
 The world is rendered as `pixel = background + cover * (colour - background)`. Knowing palette and
 backgrounds, the cover of a pixel by a colour is a projection on (colour - background), so blobs come out with
@@ -34,7 +34,7 @@ MIN_CORE_PIXELS = 4
 MIN_AREA = 0.003
 """Least area of a blob in squared heights: a quarter of the smallest disc of the world."""
 EDGE_PIXELS = 3
-"""How far soft edges are followed outside the solid blob."""
+"""Distance to which soft edges are followed outside the solid blob."""
 MAX_STEP = 0.22
 COLOUR_CHANGE_COST = 0.12
 """A change of colour costs a track as much as a jump of this length."""
@@ -42,7 +42,7 @@ MIN_PRESENCE = 0.3
 """Share of the frames in which an object must be seen."""
 BACKGROUND_CAP = 60.0
 MAX_PIXELS = 8000
-"""How many pixels at most are compared with pictures of shapes; of more, every second, third ..."""
+"""Most pixels that are compared with pictures of shapes; of more, every second, third ... is taken."""
 
 
 @dataclass(frozen=True)
@@ -56,11 +56,11 @@ class Pixels:
 
 @dataclass(frozen=True)
 class Track:
-    """One object through time. Arrays have one entry per frame of the clip; NaN where it was not seen.
+    """One object through time. Arrays have one entry per frame of the clip; NaN if it was not seen.
 
     x, y: centre in heights, unwrapped (may leave the frame). area: squared heights. moments: complex (F, 3),
     the harmonic moments of order 3, 4, 5, free of position and scale (see `harmonic_moments`). elongation: 0
-    for the vocabulary's shapes, 1 for a line. colour: index into the palette, -1 where not seen. touched:
+    for the vocabulary's shapes, 1 for a line. colour: index into the palette, -1 if not seen. touched:
     another object is so near that area, moments and pixels are not to be trusted. pixels: its own pixels, see
     `Pixels`.
     """

@@ -73,7 +73,7 @@ Split = Literal["train", "held_out"]
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectLook:
-    """What one object is and does during a shot. All fields are names from this module's vocabularies."""
+    """Attributes and motion of an object during a shot. All fields are names from this module's vocabularies."""
 
     colour: str
     shape: str
@@ -93,7 +93,7 @@ class Shot:
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """Shots without a cut between them, and where the objects start: (x, y) each, in heights from the top left."""
+    """Shots without a cut between them, and the start of each object: (x, y) in heights from the top left."""
 
     shots: tuple[Shot, ...]
     start: tuple[tuple[float, float], ...]
@@ -325,11 +325,12 @@ def render_background(name: str, height: int, width: int) -> np.ndarray:
         flat = {"black": (10, 10, 12), "grey": (104, 104, 106), "navy": (16, 22, 72)}
         if name not in flat:
             raise ValueError(f"unknown background {name!r}, {did_you_mean(name, BACKGROUNDS)}")
-        layers = tuple(np.float32(v) + 0 * x * y for v in flat[name])
+        red, green, blue = (np.float32(level) + 0 * x * y for level in flat[name])
+        layers = (red, green, blue)
     return np.stack(np.broadcast_arrays(*layers), axis=-1).astype(np.float32)
 
 
-def signed_distance(shape: str, x: np.ndarray, y: np.ndarray, radius: np.ndarray) -> np.ndarray:
+def signed_distance(shape: str, x: np.ndarray, y: np.ndarray, radius: np.ndarray | np.float64) -> np.ndarray:
     """Distance to the outline, negative inside, of a shape of about the area of a disc of `radius`; y points down."""
     if shape == "circle":
         return np.sqrt(x * x + y * y) - radius

@@ -93,7 +93,7 @@ def _clean_once(text: str) -> str:
 
 
 def _visible_text(text: str) -> str:
-    """Text of an HTML fragment; anything without markup is returned as it is."""
+    """Text of an HTML fragment; text without markup is returned unchanged."""
     if "<" not in text and "&" not in text:
         return text
     from bs4 import BeautifulSoup

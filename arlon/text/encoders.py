@@ -33,7 +33,7 @@ from arlon.text.sources import T5_DIM, find_minilm, find_t5, tokenizer_folder
 
 
 class _TransformerEncoder:
-    """What both encoders share: tokenise to a fixed length, run the frozen network, mask and pool."""
+    """Common part of both encoders: tokenise to a fixed length, run the frozen network, mask and pool."""
 
     def __init__(self, tokenizer: Any, network: Any, *, dim: int, max_length: int, clean: bool) -> None:
         self.tokenizer = tokenizer
@@ -115,7 +115,7 @@ class MiniLMEncoder(_TransformerEncoder):
         folder = find_minilm(source)
         with _no_progress_bar():
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            network = BertModel.from_pretrained(folder, local_files_only=True, dtype=dtype, use_safetensors=True)
+            network: Any = BertModel.from_pretrained(folder, local_files_only=True, dtype=dtype, use_safetensors=True)
         super().__init__(tokenizer, network.to(device), dim=MINILM_DIM, max_length=max_length, clean=clean)
 
     @staticmethod

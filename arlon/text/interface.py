@@ -1,4 +1,4 @@
-"""What a text encoder is: its features, its protocol, its config, and the registry of kinds.
+"""Interface of text encoders: features, protocol, config, and the registry of kinds.
 
 A model folder names the kind of its encoder in `text_encoder/config.json`. Two kinds come with Arlon (see
 `arlon.text.encoders`). Another package adds one with `register_text_encoder`, or, so that the command line and Ray
@@ -28,10 +28,10 @@ ENTRY_POINT_GROUP = "arlon.text_encoders"
 
 @dataclass(frozen=True)
 class TextFeatures:
-    """What a text encoder says about prompts.
+    """Features of prompts, as a text encoder gives them.
 
     Attributes:
-        tokens: Last hidden state, (B, L, E), zero where padded.
+        tokens: Last hidden state, (B, L, E), zero at padding.
         mask: (B, L) bool, True = real token. Every prompt has at least one.
         pooled: Mean over the real tokens, (B, E).
     """
@@ -50,7 +50,7 @@ class TextFeatures:
         return TextFeatures(self.tokens[index], self.mask[index], self.pooled[index])
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> TextFeatures:
-        """The same features on another device or in another floating-point type; the mask stays bool."""
+        """Move the features to another device or floating-point type; the mask stays bool."""
         return TextFeatures(
             self.tokens.to(device=device, dtype=dtype),
             self.mask.to(device=device),

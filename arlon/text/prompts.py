@@ -25,14 +25,14 @@ _TAIL_START = re.compile(r"\{\s*\"")
 
 @dataclass(frozen=True, kw_only=True)
 class PromptScript:
-    """What a prompt says, segment after segment, and what it refers to."""
+    """A parsed prompt: its texts, segment after segment, and the files it refers to."""
 
     texts: tuple[tuple[int, str], ...]
     """Pairs (first segment, text), the first from segment 0 on, each until the next."""
     reference_paths: tuple[str, ...] = ()
     """Files or addresses of reference images and videos, in the order the mask strategy counts them."""
     mask_strategy: str = ""
-    """Where they go; see `arlon.diffusion.references.parse_mask_strategy`."""
+    """Places of the references; see `arlon.diffusion.references.parse_mask_strategy`."""
 
     def at(self, segment: int) -> str:
         """The text of a segment; the last one holds to the end."""

@@ -1,4 +1,4 @@
-"""Where the weights of text encoders are looked for, and how to get them.
+"""Search for the weights of text encoders on this machine and on the hub, and advice on how to get them.
 
 all-MiniLM-L6-v2 comes as a Python package, from the Hugging Face cache or from the hub, and is checked against a pinned
 SHA-256; T5 comes from a folder or from the hub.
@@ -196,7 +196,11 @@ def _how_to_get_t5() -> str:
 
 
 def tokenizer_folder(folder: Path) -> Path:
-    """Where the tokenizer of a T5 lies: beside the weights, or in a sibling folder `tokenizer`."""
+    """Folder with the tokenizer of a T5: that of the weights, or its sibling `tokenizer`.
+
+    Raises:
+        FileNotFoundError: If there is none, or SentencePiece is needed and not installed.
+    """
     for place in (folder, folder.parent / "tokenizer"):
         if (place / "tokenizer.json").is_file():
             return place

@@ -51,7 +51,7 @@ RAFT_BATCH_SIZE = 4
 MUSIQ_LONGEST_SIDE = 512
 MUSIQ_SCALE = 100
 CONSISTENCY_FRAMES = 8
-"""Of a shot, held against its prompt."""
+"""Frames of a shot that are compared with its prompt."""
 
 
 class Backbone(ABC):

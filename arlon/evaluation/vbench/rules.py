@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 RULES = 2
-"""Of what is computed with networks, here and in `backbones`: with other ones, such figures are computed again."""
+"""Version of the rules here and in `networks`; stored figures of another version are computed again."""
 FLOW_FPS = 8
 """Frames a second at which motion is looked at."""
 FASTEST_SHARE = 0.05

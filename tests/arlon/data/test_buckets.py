@@ -123,7 +123,7 @@ def test_shares_follow_the_probabilities() -> None:
     [
         ({"resolution": "481p"}, "unknown resolution '481p', did you mean '480p'"),
         ({"keep_prob": 1.5}, r"keep_prob must be in \[0, 1\], got 1.5"),
-        ({"batch_size": None}, "batch_size must be at least 1 where keep_prob is not 0, got None"),
+        ({"batch_size": None}, "batch_size must be at least 1 unless keep_prob is 0, got None"),
         ({"num_frames": 0}, "num_frames must be at least 1"),
     ],
 )

@@ -130,7 +130,7 @@ def test_an_object_that_was_never_there_keeps_nothing():
 def test_nothing_is_asked_of_what_a_cut_keeps(switch):
     found = measure_film(switch, outline(RED_LEFT, BLUE_LEFT, cuts=(1,)), fps=FPS)
     assert found["joins"] == []
-    assert "go on from one another" in found["skipped"]["kept_shape"]
+    assert "continue one another" in found["skipped"]["kept_shape"]
     assert found["figures"]["prompt_colour"] == 1
 
 

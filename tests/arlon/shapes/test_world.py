@@ -121,5 +121,5 @@ def test_a_switch_changes_exactly_one_object() -> None:
 
 
 def test_unknown_background_is_refused() -> None:
-    with pytest.raises(ValueError, match="unknown background 'beach', choose from 'black'"):
+    with pytest.raises(ValueError, match=r"unknown background 'beach', .*'black'"):
         world.render_background("beach", 8, 8)
