@@ -1,17 +1,17 @@
-"""What a crash costs: kill a film while it is made, go on, and compare with a film that was left alone.
+"""Cost of a crash: kill a film while it is made, resume it, and compare it with a film that was left alone.
 
     python benchmarks/crash.py --kills 26 --json local.json
     python benchmarks/crash.py --kills 24 --executor ray --json ray.json
 
 Half of the kills are SIGKILL at named write points (`arlon.files`), spread evenly over all that a film
-passes; the others come at random times. After each that ended the command, `arlon resume` goes on, with the local
+passes; the others come at random times. After each that ended the command, `arlon resume` continues with the local
 executor.
 Without `--model`, the random model of the tests makes a film of three shots; the kill is what is tested, not the film.
 
 With `--executor ray`, one Ray of this machine is started for all commands, which join it by its address, so that actors
 may outlive the command that started them. The kills take turns: the driver at a time, a single actor at a time (both
 counted from when the first actor is there), the driver at a write point, and the writer at a write point, where it dies
-in every life that gets there.
+each time it gets there.
 
 Columns: `identical`, whether the film has the bytes of the one left alone; `twice`, segments that were committed
 before the kill and written again after it; `kept`, segments that were committed at the kill; `ended`, whether the kill
@@ -47,22 +47,22 @@ FILM = (
 FILE_STEPS = ("written", "synced", "renamed")
 LOG_STEPS = ("written", "synced")
 DRIVER_FILES = ("run.json", "film.json", "film.mp4")
-"""What the command itself writes under Ray; the writer writes the rest."""
+"""Files that the command itself writes under Ray; the writer writes the rest."""
 JOB_CONFIG_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
-"""How Ray hands a configuration to the command of a job."""
+"""Environment variable in which Ray passes a configuration to the command of a job."""
 START_LIMIT_S = 120.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Kill:
-    """What is killed, and when."""
+    """Target and moment of a kill."""
 
     target: str
     """`local`, `driver` or `actor`."""
     point: str | None = None
     """The write point; None: at a time."""
     share: float = 0.0
-    """Of the time that the film took which was left alone."""
+    """Moment of the kill, as a share of the time that the undisturbed film took."""
 
     def __str__(self) -> str:
         return f"{self.target} {self.point or f'{self.share:.0%}'}"
@@ -70,7 +70,7 @@ class Kill:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What came of a kill."""
+    """Result of a kill."""
 
     kill: str
     ended: bool
@@ -81,12 +81,12 @@ class Outcome:
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """What all kills share."""
+    """Inputs that all kills share."""
 
     generate: tuple[object, ...]
     whole: bytes
     duration_s: float
-    """Of the film left alone; under Ray from its first actor on."""
+    """Seconds that the undisturbed film took; under Ray counted from its first actor on."""
     drawn: random.Random
 
 
@@ -103,7 +103,7 @@ def write_points(num_segments: int) -> Iterator[str]:
 
 
 def spread(points: Sequence[str], number: int) -> list[str]:
-    """That many of the points, evenly spread; all of them, over and over, if they are fewer."""
+    """Choose `number` points, evenly spread; all of them, repeated, if there are fewer."""
     if number > len(points):
         return list(islice(cycle(points), number))
     return [points[i * len(points) // number] for i in range(number)]
@@ -202,12 +202,12 @@ def committed(folder: RunFolder) -> dict[int, int]:
 
 
 def commits(folder: RunFolder) -> Counter[int]:
-    """How often each segment was committed, as the events tell."""
+    """Number of commits of each segment, from the log of events."""
     return Counter(event["segment"] for event in folder.events() if event["event"] == "commit")
 
 
 def try_kill(stage: Stage, output: Path, kill: Kill) -> Outcome:
-    """Make a film, kill it, go on, compare."""
+    """Make a film, kill it, resume it, compare."""
     folder = RunFolder(output.with_suffix(".run"))
     earlier = actors()
     process = start(*stage.generate, "--output", output, kill=kill)

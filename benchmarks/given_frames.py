@@ -1,9 +1,9 @@
-"""Films that begin with a picture, or go on from a video: do the given frames come back, and does the rest follow?
+"""Films that begin with a picture or continue a video: do the given frames come back, and does the rest follow?
 
     python -m benchmarks.given_frames --cases 16 --json figures.json --sheet sheet.png
 
 Cases are those of `benchmarks/prompt_accuracy.py`: held-out attribute pairs and phrasings. Scenes are rendered as their
-prompts say; `image` begins with the first frame of a scene, `video` goes on from its first segment. Both pass through
+prompts say; `image` begins with the first frame of a scene, `video` continues its first segment. Both pass through
 files and the path that `arlon generate --image` and `--video` take, and each film is one segment.
 
     PSNR     of the given frames as they come back, dB
@@ -42,7 +42,7 @@ from pipelines.store.run_folder import write_json
 Mode = Literal["image", "video"]
 ATTRIBUTES = ("colour", "shape", "motion", "direction", "background", "count")
 CRF = 1
-"""Of the videos that are given: all but lossless."""
+"""Constant rate factor of the given videos: nearly lossless."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ def to_plain(results: dict[Mode, list[Result]]) -> dict[str, Any]:
 
 
 def _first_half(case: Case) -> Case:
-    """The case with half its length: a scene that goes on twice as long as the film."""
+    """The case with half its length, so that its scene is twice as long as the film."""
     shot = case.scene.shots[0]
     return replace(case, scene=replace(case.scene, shots=(replace(shot, seconds=shot.seconds / 2),)))
 

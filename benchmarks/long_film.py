@@ -39,7 +39,7 @@ LIMIT = 1.05
 
 @dataclass(frozen=True, kw_only=True)
 class Film:
-    """What making a film took."""
+    """Time and memory that a film took."""
 
     minutes: float
     num_segments: int
@@ -164,7 +164,7 @@ def measure(minutes: float, arguments: argparse.Namespace, folder: Path) -> Film
 
 
 def verdicts(films: Sequence[Film]) -> dict[str, bool]:
-    """What holds: flat memory from the shortest to the longest film, linear time in the longest, equal windows."""
+    """Claims, and whether each holds: flat memory over lengths, linear time in the longest film, equal windows."""
     films = sorted(films, key=lambda film: film.minutes)
     short, long = films[0], films[-1]
     looked_at = [film.window_difference for film in films if film.window_difference is not None]

@@ -1,4 +1,4 @@
-"""How often the oracle is right on rendered truth, clean and degraded.
+"""Accuracy of the oracle on rendered scenes whose truth is known, clean and degraded.
 
     python benchmarks/oracle_validation.py --clips 400
 

@@ -1,4 +1,4 @@
-"""What Ray hides and what it costs: the same film with both executors, from their events.
+"""Time that Ray hides by overlapping work, and its overhead: the same film with both executors, from their events.
 
     python benchmarks/overlap.py --seconds 60 --picture overlap.png --json figures.json
     python benchmarks/overlap.py --seconds 60 --steps 5 --base-steps 30 --threads 2 1    # against the base alone
@@ -56,7 +56,7 @@ class Timeline:
 
 @dataclass(frozen=True, kw_only=True)
 class Figures:
-    """What came out for an executor; seconds."""
+    """Result for an executor; times in seconds."""
 
     work_s: float
     hidden: dict[str, float]
@@ -104,7 +104,7 @@ def union(intervals: Iterable[Interval]) -> list[Interval]:
 
 
 def hidden_share(intervals: Iterable[Interval], behind: Iterable[Interval]) -> float:
-    """Share of the time of some intervals that lies within others; 0 where there is no time."""
+    """Share of the time of some intervals that lies within others; 0 if they are empty."""
     ours, theirs = union(intervals), union(behind)
     total = sum(end - start for start, end in ours)
     both = sum(max(0.0, min(a[1], b[1]) - max(a[0], b[0])) for a in ours for b in theirs)

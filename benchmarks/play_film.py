@@ -81,7 +81,7 @@ os.dup2(int(sys.argv[1]), 3)
 os.dup2(int(sys.argv[2]), 4)
 os.execv(sys.argv[3], sys.argv[3:])"""
 PATIENCE_S = 8.0
-"""How long the time of a film may stand still before it counts as stopped."""
+"""Seconds that the playing time of a film may stand still before the film counts as stopped."""
 
 
 # --- the file server -----------------------------------------------------------------------------------------
@@ -316,25 +316,25 @@ def _pipe() -> tuple[int, int]:
 
 @dataclass(frozen=True, kw_only=True)
 class Playback:
-    """What a browser saw of a film."""
+    """Observations of a browser that plays a film."""
 
     share: float
-    """Of the bytes of the film that it was given."""
+    """Share of the bytes of the film that the browser was given."""
     duration_s: float | None
-    """What it took for the length; None: endless or unknown."""
+    """Length of the film as the browser reports it; None if endless or unknown."""
     reached_s: float
     """Time of the film at which playing stopped."""
     first_s: float | None
     """Seconds until the film began to play; None: never."""
     ended: bool
-    """Whether it took that for the end."""
+    """Whether the browser took that for the end."""
     error: str | None
     width: int
     height: int
     num_frames: int
     """Frames decoded."""
     num_dropped: int
-    """Of them, those not shown."""
+    """Decoded frames that were not shown."""
     num_steps: int
     """Times at which the clock of the film was seen to have moved on."""
 

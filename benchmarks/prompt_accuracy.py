@@ -1,4 +1,4 @@
-"""How much of what prompts ask for a model shows, read back from its frames by the oracle.
+"""Prompt accuracy of a model: how much of what prompts ask for the oracle finds in its frames.
 
     python benchmarks/prompt_accuracy.py --prompts 64 --switches 24 --sheet sheet.png --json figures.json
 
@@ -204,7 +204,7 @@ class CoarseWorker(RefineWorker):
 
 @dataclass(frozen=True)
 class SegmentParts:
-    """What each role gave for one segment of a film; the frames (F, pH, pW, 3) uint8 are those it adds to the film."""
+    """Output of each role for a segment of a film; the frames (F, pH, pW, 3) uint8 are those it adds to the film."""
 
     frames: np.ndarray
     codes: CodeResult
@@ -223,7 +223,7 @@ class FilmMaker:
     ) -> None:
         """Load the workers that `mode` needs, for films of the model and settings of `job`.
 
-        `shown` changes the codes that the diffusion transformer sees; the code model goes on from its own. `codes`
+        `shown` changes the codes that the diffusion transformer sees; the code model continues from its own. `codes`
         writes them in place of the model's.
         """
         refine = {"base": BaseRefineWorker, "codes": CoarseWorker}.get(mode, RefineWorker)
@@ -278,7 +278,7 @@ def shots_of(job: Job, parts: Sequence[np.ndarray]) -> list[np.ndarray]:
 
 @dataclass(frozen=True)
 class Result:
-    """What came of a case, and some frames (n, pH, pW, 3) of each of its shots."""
+    """Result of a case, and some frames (n, pH, pW, 3) of each of its shots."""
 
     outcome: Outcome
     pictures: tuple[np.ndarray, ...]

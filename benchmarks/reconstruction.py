@@ -1,4 +1,4 @@
-"""How well each part of a model does its own work, on takes it has never seen.
+"""Quality of each part of a model on its own, on takes it has never seen.
 
     python benchmarks/reconstruction.py --takes 64 --json figures.json
 
@@ -41,7 +41,7 @@ from pipelines.store.run_folder import write_json
 from stages.flow_matching import even_times, flow_losses
 
 SEED = 2_000_003
-"""Of the takes; no training or validation set has it."""
+"""Seed of the takes; no training or validation set has it."""
 CLASSES: dict[str, type[nn.Module]] = {
     "vae": VideoVAE,
     "vqvae": LatentVQVAE,
@@ -115,7 +115,7 @@ def load_parts(folder: Path) -> dict[str, Any]:
 
 
 def load_texts(folder: Path) -> Texts:
-    """The text encoder of a model folder, or MiniLM where it names none yet."""
+    """The text encoder of a model folder, or MiniLM if it names none yet."""
     if (folder / "text_encoder" / CONFIG_NAME).is_file():
         return Texts(load_text_encoder(folder / "text_encoder"))
     return Texts(MiniLMEncoder())
@@ -203,7 +203,7 @@ def code_windows(
 
 
 def measure_ar(model: CodeTransformer, codes: Tensor, takes: EncodedTakes, texts: Texts, *, ratio: int) -> Figures:
-    """How well codes are predicted from the caption and the codes before them.
+    """Prediction of codes from the caption and the codes before them.
 
     Code frames that are partly padding, at the end of a take, are left out.
 

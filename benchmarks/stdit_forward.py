@@ -1,4 +1,4 @@
-"""How fast a forward pass of the diffusion transformer is, against a matrix product and against its plain formula.
+"""Speed of a forward pass of the diffusion transformer, against a matrix product and against its plain formula.
 
     OMP_NUM_THREADS=2 python -m benchmarks.stdit_forward --json figures.json
 
@@ -61,7 +61,7 @@ class Inputs:
 
 
 def make_dit(config: STDiT3Config) -> STDiT3:
-    """An STDiT3 in eval mode with random weights where a new one has zeros: every branch counts for the error."""
+    """An STDiT3 in eval mode with random weights in place of initial zeros, so that every branch affects the error."""
     torch.manual_seed(0)
     dit = STDiT3(config).eval().requires_grad_(False)
     for module in dit.modules():

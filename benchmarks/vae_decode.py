@@ -51,7 +51,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Figures:
-    """What a row took."""
+    """Time and memory of a row of the table."""
 
     seconds: float
     idle_mib: float

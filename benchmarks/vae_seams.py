@@ -1,4 +1,4 @@
-"""How visible the borders between the chunks of the video VAE are, with and without blending.
+"""Visibility of the borders between chunks of the video VAE, with and without blending.
 
     python -m benchmarks.vae_seams --takes 16 --blend-frames 0 1 2 4 --json figures.json
     python -m benchmarks.vae_seams --video clip.mp4 --height 128 --width 128

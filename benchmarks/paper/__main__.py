@@ -8,11 +8,11 @@
     python -m benchmarks.paper resilience                # fine or coarser codes, kinds of noise, against flipped codes
     python -m benchmarks.paper video                     # codes taken from a video, with a new prompt
     python -m benchmarks.paper seams                     # one shot of five segments
-    python -m benchmarks.paper context                   # how many code frames the AR model goes on from
+    python -m benchmarks.paper context                   # how many code frames the AR model continues from
     python -m benchmarks.paper sampling                  # temperature, top-p, guidance of the AR model
 
-Writes NAME.md and NAME.json into --output. Records of films are kept in --work, so that the same command goes on after
-it was stopped; a film is made again if the model or its defaults, the condition or the prompt changed.
+Writes NAME.md and NAME.json into --output. Records of films are kept in --work, so that the same command continues
+after it was stopped; a film is made again if the model or its defaults, the condition or the prompt changed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Films made under named conditions, and their figures, one record a film, kept so that a stopped run goes on.
+"""Films made under named conditions and their figures; a record for each film lets a stopped run continue.
 
 A condition says which parts of the model make a film and how; every condition makes the same films: the same prompts
 under the same seeds, fixed beforehand.
@@ -29,13 +29,13 @@ from arlon.shapes import oracle, world
 from benchmarks.prompt_accuracy import FilmMaker, Mode, Model, SceneEncoder, load_model
 
 Record = dict[str, Any]
-"""What is kept of a film: `figures` by name, scores of its `shots` and of their joins, what is `asked` of each,
+"""Record of a film: `figures` by name, scores of its `shots` and of their joins, what is `asked` of each,
 `seconds` by role, `calls` of the DiT."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Condition:
-    """How films are made."""
+    """Conditions under which films are made."""
 
     name: str
     mode: Mode = "arlon"
@@ -48,14 +48,14 @@ class Condition:
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Settings of `arlon generate`, where they differ from the model's."""
     window_hop: int | None = None
-    """Code frames that the AR model's full window moves by: it goes on from the others. None: the model's."""
+    """Code frames by which the full window of the AR model moves, keeping the others; None for the model's own."""
     flipped: float = 0.0
     """Share of the codes that the DiT sees which are replaced by random ones, [0, 1]."""
     video: Literal["as asked", "other colours"] | None = None
     """Codes of a video in place of those of the AR model: the scene that the prompt asks for, or the same one with
     another colour of every object and another background. None: the AR model's."""
     measures_path: bool = False
-    """Whether objects are held against their places in the scene that the prompt asks for, as `path_followed`."""
+    """Whether to compare the places of objects with the scene that the prompt asks for, as `path_followed`."""
 
 
 def flip_codes(codes: torch.Tensor, share: float, codebook_size: int, seed: int) -> torch.Tensor:
@@ -225,7 +225,7 @@ def _outline(prompts: Sequence[str], lengths: Sequence[int], segment_starts: Seq
 
 
 def _key(condition: Condition, case: Case, model: Model) -> str:
-    """What the figures of a film depend on. A model's hash is that of its weights, without its defaults."""
+    """Everything that the figures of a film depend on. The hash of a model covers its weights, not its defaults."""
     settings = {name: value for name, value in asdict(model.settings).items() if name != "num_threads"}
     what = {"figures": FORMAT, **asdict(condition), "model": model.model_hash}
     what |= {"made_with": settings, "defaults": asdict(model.geometry.defaults)}
@@ -234,7 +234,7 @@ def _key(condition: Condition, case: Case, model: Model) -> str:
 
 
 def _code_key(condition: Condition, case: Case, model: Model) -> str:
-    """What the codes of a film depend on."""
+    """Everything that the codes of a film depend on."""
     components = read_json(Path(model.path) / "model_index.json", "a model index")["components"]
     weights = None if condition.mode == "base" else [components[name]["sha256"] for name in ("ar", "text_encoder")]
     what = {

@@ -43,7 +43,7 @@ class Experiment:
 
     title: str
     claim: str
-    """What the paper says of it."""
+    """Claim of the paper."""
     conditions: tuple[Condition, ...]
     figures: tuple[str, ...]
     compared: tuple[tuple[str, str], ...] = ()

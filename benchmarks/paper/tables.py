@@ -14,14 +14,14 @@ from benchmarks.paper.conditions import Record
 from benchmarks.paper.experiments import QUARTER_FIGURES, Experiment
 
 TABLES, PARTIAL_TABLES = Path("docs/results"), Path("outputs/paper/tables")
-"""Where tables are written: of the model in the repository with everything in them, and others."""
+"""Folders for tables: complete ones of the model in the repository, and all others."""
 PAIRS = {"held out": True, "may be trained on": False}
 """Whether a shot shows an attribute pair that training never shows."""
 JOIN_FIGURES = (
     *("switch_appears", "kept_colour", "kept_shape", "kept_motion", "kept_background", "kept_place"),
     "seam_strength_switch",
 )
-"""Figures of a shot that say how it goes on from the one before."""
+"""Figures of a shot that describe how it continues the one before."""
 Results = Mapping[str, Sequence[Record]]
 """Records by the name of their condition."""
 

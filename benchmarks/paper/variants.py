@@ -6,8 +6,8 @@
     python -m benchmarks.paper.variants -- data.cache_dir=cache optim.lr=5e-4   # settings of every training
 
 Each ends as a model folder, OUTPUT/NAME/model: the model it was trained for, with its own injection. What is trained
-already is left alone, and a training that was interrupted goes on. OUTPUT/NAME/training.json tells what it was trained
-on, how long and under which settings; another base, length or setting is refused there, and by the experiments too.
+already is left alone, and a training that was interrupted continues. OUTPUT/NAME/training.json states what it was
+trained on, how long and under which settings; another base, length or setting is refused there, and by the experiments.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ VARIANTS = {variant.name: variant for variant in (*DESIGNS, *RESILIENCE)}
 
 
 def variant_folder(output: Path, name: str) -> Path:
-    """Where a variant is trained."""
+    """Run folder of the training of a variant."""
     return output / name.replace(", ", "-").replace(" ", "_")
 
 
@@ -101,7 +101,7 @@ def variant_model(output: Path, name: str, model: ModelFolder) -> Path:
 
 
 def read_training(output: Path, name: str) -> dict[str, Any]:
-    """What a variant was trained on: `base` (SHA-256 by component), `steps`, `settings`, `variant`, `config`.
+    """Inputs of the training of a variant: `base` (SHA-256 by component), `steps`, `settings`, `variant`, `config`.
 
     Raises:
         ValueError: If its folder does not tell.
@@ -116,7 +116,7 @@ def read_training(output: Path, name: str) -> dict[str, Any]:
 
 
 def shared_training(output: Path, names: Sequence[str]) -> dict[str, Any]:
-    """What variants have in common: `steps`, `settings`, `config`.
+    """Inputs that variants have in common: `steps`, `settings`, `config`.
 
     Raises:
         ValueError: If they were not trained alike, so that they cannot be compared.
@@ -154,7 +154,7 @@ def _open(folder: Path) -> ModelFolder:
 
 
 def with_injection(model: ModelFolder, injection: Path, output: Path) -> None:
-    """Write the model folder `output` afresh: all of `model`, but for its injection."""
+    """Write the model folder `output` from scratch: all components of `model`, with another injection."""
     shutil.rmtree(output, ignore_errors=True)
     output.mkdir(parents=True, exist_ok=True)
     for name in COMPONENTS:

@@ -1,4 +1,4 @@
-"""What wrong codes cost the diffusion transformer itself: its flow-matching loss, one scene beside the other.
+"""Cost of wrong codes for the diffusion transformer itself: its flow-matching loss, scene by scene.
 
     python -m benchmarks.paper.variants --only resilience    # injections to compare
     python -m benchmarks.paper.wrong_codes
@@ -48,7 +48,7 @@ NUM_TIMES = 4
 NO_CODES = "no codes"
 """The loss of the base alone, in place of a share."""
 PLAIN, COMPARED_AT = "fine codes, no noise", 0.1
-"""What others are compared to: the injection whose training does nothing about wrong codes, and the share of these."""
+"""Reference of the comparison: the injection whose training does nothing about wrong codes, and the share of these."""
 Losses = dict[str, float]
 """Mean over times of the loss of one scene, by share as text, and without codes."""
 
