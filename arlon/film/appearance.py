@@ -1,8 +1,8 @@
-"""How a segment looks, in a few numbers, so that drift is seen while a film is made.
+"""Colour and contrast of a segment, so that drift shows while a film is made.
 
-Colour is the mean of each channel, contrast the standard deviation of brightness (Rec. 709 weights), both in levels of
-0 to 255. Drift is measured against the first segment of the same shot: there the prompt is the same, so what changes
-was not asked for.
+Colour is the mean of each channel, contrast the standard deviation of brightness (Rec. 709 weights), both in levels
+from 0 to 255. Drift is the difference from the first segment of the same shot: the prompt is the same there, so nobody
+asked for the change. (`arlon.evaluation.metrics` measures drift on another scale, with Rec. 601 weights.)
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 _BRIGHTNESS = np.array([0.2126, 0.7152, 0.0722])
+"""Weights of red, green and blue in the brightness of a pixel (Rec. 709)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,12 +27,12 @@ class Look:
 
 @dataclass(frozen=True, kw_only=True)
 class Drift:
-    """How far a segment is from the first of its shot."""
+    """Difference of a segment from the first one of its shot."""
 
     colour: float
     """Euclidean distance of the mean colours, in levels."""
     contrast: float
-    """Change of contrast, in levels; negative: it fades."""
+    """Change of contrast, in levels; negative if the picture fades."""
 
 
 def measure_look(frames: np.ndarray) -> Look:
@@ -43,6 +44,6 @@ def measure_look(frames: np.ndarray) -> Look:
 
 
 def measure_drift(look: Look, first: Look) -> Drift:
-    """Drift of a segment from the first of its shot."""
+    """Difference of a segment from the first one of its shot."""
     colour = float(np.linalg.norm(np.subtract(look.colour, first.colour)))
     return Drift(colour=round(colour, 2), contrast=round(look.contrast - first.contrast, 2))

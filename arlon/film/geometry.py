@@ -1,6 +1,6 @@
-"""What a pipeline knows of a model before it loads any weights: sizes, grids and defaults, from its configs.
+"""Sizes, grids and defaults of a model, from its configs: all that planning needs, without any weights.
 
-A model is either whole, or a *base* alone: VAE, DiT and text encoder, without codes.
+A model is either complete, or a *base* alone: VAE, DiT and text encoder, without codes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationDefaults:
-    """What a model folder says about how to use it: the `defaults` of its index."""
+    """Values for a film that leaves them open: the `defaults` in the index of a model folder."""
 
     height: int = 512
     """Frame height in pixels."""
@@ -50,14 +50,14 @@ class GenerationDefaults:
     ar_guidance_scale: float = 3.0
     """Text guidance of the code model; 1 turns it off."""
     aesthetic_score: float | None = None
-    """Said after every prompt; released weights were trained on captions with scores. None: it is not said."""
+    """Score added to every prompt, as released weights were trained on captions with scores; None adds nothing."""
     vae_blend_frames: int = 0
     """Frames blended on each side of the VAE's chunk borders; see `arlon.film.settings.Settings`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelGeometry:
-    """The sizes a model works with and how it is best used."""
+    """Sizes that a model works with, and how it is best used."""
 
     defaults: GenerationDefaults
     grid: SegmentGrid
@@ -68,9 +68,9 @@ class ModelGeometry:
     code_ratio: tuple[int, int, int]
     """Latent frames, rows and columns of one code."""
     code_halo: int = 0
-    """Code frames on either side that the VQ-VAE decoder looks at."""
+    """Code frames on either side of its own that the VQ-VAE decoder depends on."""
     code_grid: tuple[int, int] | None = None
-    """Rows and columns of codes the AR model writes; None: any."""
+    """Rows and columns of codes that the AR model writes; None if it writes any number."""
     has_codes: bool = True
     """Whether the model plans with codes; a base alone does not, and its `code_ratio` is 1."""
     max_blend_frames: int = 0
@@ -82,7 +82,7 @@ class ModelGeometry:
         return self.space_stride * max(self.patch_size[1:])
 
     def without_codes(self) -> ModelGeometry:
-        """What is left of the model when the base alone makes a film."""
+        """Geometry of the base alone."""
         return replace(self, code_ratio=(1, 1, 1), code_halo=0, code_grid=None, has_codes=False)
 
     def latent_size(self, height: int, width: int) -> tuple[int, int]:
@@ -114,11 +114,11 @@ class ModelConfigs:
 def open_model(
     name_or_path: str, *, required: Iterable[str] | None = None, download: bool = True
 ) -> tuple[ModelFolder, Mapping[str, str]]:
-    """Open a model by name, path, model file or hub id and check it.
+    """Open a model by name, path, model file or hub id, and check it.
 
     Args:
-        name_or_path: Which model.
-        required: Components it must have; None: those of a base, which may have codes besides.
+        name_or_path: Name, path or hub id of the model.
+        required: Components that the model must have. Default: those of a base; it may have codes besides.
         download: Whether a model of the hub that is not in the cache may be downloaded.
 
     Returns:
@@ -167,7 +167,7 @@ def read_configs(model: ModelFolder) -> ModelConfigs:
 
 
 def read_size(name: str) -> tuple[ModelConfigs, GenerationDefaults] | None:
-    """Configs and defaults of a model size, a folder of `configs/`; no weights are needed. None: no such size.
+    """Read configs and defaults of a model size, a folder of `configs/`; None if there is no such size.
 
     Raises:
         ConfigError: If a config is not what this version knows.
@@ -191,7 +191,7 @@ def read_size(name: str) -> tuple[ModelConfigs, GenerationDefaults] | None:
 
 
 def read_geometry(model: ModelFolder) -> ModelGeometry:
-    """Sizes and defaults of a model folder, from its configs alone.
+    """Read sizes and defaults of a model folder, from its configs alone.
 
     Raises:
         FileNotFoundError: If a component is missing.

@@ -1,9 +1,9 @@
-"""From a storyboard to the frame-exact plan of a film: takes, segments, and who owns which code frame.
+"""The frame-exact plan of a film: its takes and segments, and which shot owns which code frame.
 
-A film is a row of takes (a `cut` starts one). A take is cut into segments on the latent grid (arlon.grids.SegmentGrid);
-a shot owns whole segments, so its length is rounded to theirs, and the plan says by how much. The codes of a take are
-one stream: code frame c covers latent frames [c r, (c + 1) r), r the time ratio of the VQ-VAE, and belongs to the shot
-that owns the first of them.
+A film is a row of takes; a `cut` starts one. A take is divided into segments on the latent grid
+(`arlon.grids.SegmentGrid`). A shot owns whole segments, so its length is rounded to theirs, and the plan says by how
+much. The codes of a take are one stream: code frame c covers latent frames [c r, (c + 1) r), where r is the time ratio
+of the VQ-VAE, and belongs to the shot that owns the first of these latent frames.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ from arlon.film.storyboard import ResolvedStoryboard, Shot, Storyboard, Storyboa
 from arlon.grids import SegmentGrid, ceil_div, code_grid, num_latent_frames
 
 MAX_SEGMENTS = 20_000
+"""Most segments of a film: about 23 hours with the small model, 12 hours at full size."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShotSpan:
-    """A shot on the time line of the film."""
+    """Place of a shot on the time line of the film."""
 
     shot: int
     """Index in the storyboard."""
@@ -33,7 +34,7 @@ class ShotSpan:
     start_frame: int
     num_frames: int
     asked_frames: int
-    """Frames the storyboard asked for; `num_frames` is what whole segments give."""
+    """Frames that the storyboard asked for; `num_frames` are those of whole segments."""
     num_segments: int
     num_code_frames: int
 
@@ -43,19 +44,19 @@ class Segment:
     """Frames made by one pass of the diffusion transformer."""
 
     index: int
-    """In the film."""
+    """Number in the film, from 0."""
     take: int
     shot: int
     index_in_take: int
     start_latent: int
-    """First latent frame in the take, carried-over ones included."""
+    """First latent frame in the take, those carried over included."""
     num_latents: int
     overlap: int
-    """How many of them are carried over: 0 in the first segment of a take."""
+    """Latent frames carried over from the segment before; 0 in the first segment of a take."""
     start_frame: int
     """First new frame in the film."""
     num_frames: int
-    """New frames."""
+    """New frames, without those of the latent frames carried over."""
     start_code_frame: int
     """First code frame of the take that this segment depends on."""
     num_code_frames: int
@@ -83,12 +84,12 @@ class Take:
     num_latents: int
     num_code_frames: int
     spans: tuple[tuple[int, int], ...]
-    """Pairs (shot, code frames of it), in order; their sum is `num_code_frames`."""
+    """Pairs (shot, number of its code frames), in order; the numbers add up to `num_code_frames`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Everything about a film that is known before anything is computed."""
+    """All that is known about a film before anything is computed."""
 
     storyboard: ResolvedStoryboard
     """Its `height` and `width` are those of the film. Frames are computed at the size of `frame_fit`, the next larger
@@ -115,7 +116,7 @@ class Plan:
 
     @cached_property
     def places(self) -> dict[int, tuple[int, int]]:
-        """Of every shot that owns code frames: its place among the spans of its take, and its first code frame."""
+        """Index among the spans of its take, and first code frame, of every shot that owns code frames."""
         return {
             shot: (place, stop - count)
             for take in self.takes
@@ -126,7 +127,7 @@ class Plan:
 
     @property
     def frame_fit(self) -> aspects.FrameFit:
-        """The size of a frame of the film, and that at which it is computed."""
+        """Size of a frame of the film, and the size at which it is computed."""
         return _frame_fit(self.storyboard, self.geometry)
 
     def to_plain(self) -> dict[str, Any]:
@@ -157,13 +158,13 @@ def resolve_storyboard(storyboard: Storyboard, defaults: GenerationDefaults, see
 
 
 def with_frame_size(storyboard: Storyboard, geometry: ModelGeometry) -> Storyboard:
-    """The storyboard with the frame size that its aspect and resolution name.
+    """Turn the aspect and resolution of a storyboard into a frame size in pixels.
 
-    A resolution names an exact size, less a row or column where that is odd, which H.264 does not take. An aspect alone
-    gives a size that the model makes, of about as many pixels as its own.
+    A resolution names an exact size; an odd side loses one row or column, since H.264 needs even sides. An aspect alone
+    gives a size that the model makes, with about as many pixels as the model's own.
 
     Raises:
-        StoryboardError: If it has both a name and another size, or the resolution has no such aspect.
+        StoryboardError: If a storyboard has both a name and another size, or the resolution has no such aspect.
     """
     if storyboard.aspect is None and storyboard.resolution is None:
         return storyboard
@@ -222,9 +223,9 @@ def make_plan(storyboard: ResolvedStoryboard, geometry: ModelGeometry) -> Plan:
 
 
 def clip_plan(plan: Plan, num_frames: int) -> Plan:
-    """The plan of a film of one segment, cut to fewer frames than a segment has: exactly so many are made.
+    """Shorten the plan of a film of one segment to exactly `num_frames` frames, fewer than a segment has.
 
-    A base alone makes any length in one pass, as Open-Sora v1.2 does; a picture is such a film of one frame.
+    The base alone makes any length in one pass, as Open-Sora v1.2 does; a picture is such a film of one frame.
     """
     grid, ratio = plan.geometry.grid, plan.geometry.code_ratio[0]
     span, take, segment = plan.shots[0], plan.takes[0], plan.segments[0]
@@ -249,7 +250,7 @@ def clip_plan(plan: Plan, num_frames: int) -> Plan:
 
 
 def _with_segments(storyboard: Storyboard, geometry: ModelGeometry) -> ModelGeometry:
-    """The geometry with the segments that the storyboard asks for."""
+    """Geometry with the segment length and overlap that a storyboard asks for."""
     names = ("segment", "overlap")
     given = {name: getattr(storyboard, name) for name in names if getattr(storyboard, name) is not None}
     try:
@@ -259,47 +260,48 @@ def _with_segments(storyboard: Storyboard, geometry: ModelGeometry) -> ModelGeom
 
 
 def _asked_frames(shot: Shot, fps: float, grid: SegmentGrid, *, first: bool) -> int:
-    """Frames that a shot asks for; `first`: it starts a take."""
+    """Frames that a shot asks for; `first` if it starts a take."""
     if shot.duration.segments is None:
         return shot.duration.num_frames(fps)
-    later = shot.duration.segments - first
-    return first * grid.segment_frames + later * grid.stride_frames
+    if first:  # the first segment of a take has no frames carried over, so all of its frames are new
+        return grid.segment_frames + (shot.duration.segments - 1) * grid.stride_frames
+    return shot.duration.segments * grid.stride_frames
 
 
 @dataclass(frozen=True)
 class _TakeLayout:
-    """Arithmetic of one take."""
+    """Arithmetic of one take: how its shots are rounded to segments, and what they own."""
 
     group: list[tuple[int, Shot]]
     index: int
     first_segment: int
-    """Index in the film."""
+    """Index of its first segment in the film."""
     first_frame: int
-    """In the film."""
+    """Its first frame in the film."""
     fps: float
     geometry: ModelGeometry
 
     @property
     def counts(self) -> list[int]:
-        """Segments of every shot."""
+        """Number of segments of every shot."""
         grid = self.geometry.grid
         return [grid.num_segments_for(asked, first=number == 0) for number, asked in enumerate(self.asked_frames)]
 
     @cached_property
     def asked_frames(self) -> list[int]:
-        """Frames that every shot asks for."""
+        """Number of frames that every shot asks for."""
         grid = self.geometry.grid
         return [_asked_frames(shot, self.fps, grid, first=number == 0) for number, (_, shot) in enumerate(self.group)]
 
     @property
     def code_counts(self) -> list[int]:
-        """Code frames of every shot."""
+        """Number of code frames of every shot."""
         grid, ratio = self.geometry.grid, self.geometry.code_ratio[0]
         ends = [ceil_div(grid.take_latents(total), ratio) for total in accumulate(self.counts)]
         return [end - start for start, end in pairwise([0, *ends])]
 
     def take(self) -> Take:
-        """The take as a whole; shots too short to own a code frame are not among its spans."""
+        """The take; shots too short to own a code frame are not among its spans."""
         counts = self.code_counts
         return Take(
             index=self.index,
@@ -309,7 +311,7 @@ class _TakeLayout:
         )
 
     def spans(self) -> Iterator[ShotSpan]:
-        """Its shots on the time line."""
+        """Shots of the take on the time line of the film."""
         grid = self.geometry.grid
         counts, code_counts = self.counts, self.code_counts
         ends = [grid.take_frames(total) for total in accumulate(counts)]
@@ -326,7 +328,7 @@ class _TakeLayout:
             )
 
     def segments(self) -> Iterator[Segment]:
-        """Its segments."""
+        """Segments of the take."""
         grid, take = self.geometry.grid, self.take()
         owners = [shot for (shot, _), n in zip(self.group, self.counts, strict=True) for _ in range(n)]
         for place, shot in enumerate(owners):
@@ -389,7 +391,7 @@ def _check_size(storyboard: ResolvedStoryboard, geometry: ModelGeometry) -> None
 
 
 def _check_length(storyboard: ResolvedStoryboard, geometry: ModelGeometry) -> None:
-    """Refuse a film that is too long, before its segments are laid out."""
+    """Raise a StoryboardError if a film is too long, before its segments are laid out."""
     grid, fps = geometry.grid, storyboard.fps
     total = sum(
         grid.num_segments_for(_asked_frames(shot, fps, grid, first=number == 0), first=number == 0)
@@ -401,7 +403,7 @@ def _check_length(storyboard: ResolvedStoryboard, geometry: ModelGeometry) -> No
 
 
 def timeline_rows(plan: Plan, shots: Iterable[ShotSpan] | None = None) -> list[dict[str, str]]:
-    """The rows of the printed timeline, one a shot, ready to show; `shots`: of these only."""
+    """Rows of the printed timeline, one for each shot, in texts ready to print; of `shots` only, if given."""
     rows = []
     for span in plan.shots if shots is None else shots:
         shot = plan.storyboard.shots[span.shot]

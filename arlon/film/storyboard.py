@@ -8,17 +8,17 @@ A storyboard is a YAML or JSON file:
       - prompt: a red circle moves left on a black background
         duration: 6            # seconds; "48f" counts frames, "2 segments" what the model makes in one pass
       - prompt: a green circle moves left on a black background
-        transition: continue   # carries the last frames over (default); `cut` starts afresh
+        transition: continue   # carries the last frames over (default); `cut` carries none over
 
 Film-level keys: seed, fps, height, width, model, negative_prompt, guidance_scale, num_inference_steps, solver,
 aspect, resolution, use_codes, segment, overlap, aesthetic_score, motion_score, camera_motion, shots.
 Shot keys: prompt, duration, transition, blend, seed, guidance_scale, camera_motion, notes, and files that the shot
 begins with or ends on: image, video, end_image, or `references` that `mask_strategy` places anywhere in a take (see
-`arlon.diffusion.references`). Relative paths start at the storyboard. A plain text file is a storyboard too: one shot a
+`arlon.diffusion.references`). Relative paths start at the storyboard. A plain text file is a storyboard too: a shot per
 line, `prompt` or `duration | prompt`; an empty line before a shot is a cut, lines that start with `#` are comments.
 Prompts given one by one may use the grammar of Open-Sora (`arlon.text.prompts`) instead of keys.
 
-Reading never stops at the first problem: one StoryboardError lists them all, one a line.
+Reading does not stop at the first problem: one StoryboardError lists all of them, one per line.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from arlon.text.prompts import is_script, parse_prompt
 DEFAULT_DURATION = Duration(seconds=5.0)
 MAX_SHOTS = 10_000
 RANDOM_SEED_LIMIT = 2**31
+"""Random seeds lie below it; given ones may be larger (`arlon.film.storyboard_values.MAX_SEED`)."""
 FileKey = Literal["image", "end_image", "video"]
 REFERENCE_KINDS: tuple[FileKey, ...] = get_args(FileKey)
 """Keys of a shot that name one file; see `arlon.film.media`."""
@@ -51,32 +52,33 @@ class Shot:
     prompt: str
     duration: Duration = DEFAULT_DURATION
     transition: Transition = "continue"
-    """How the shot follows the one before: `continue` carries frames over, `cut` starts afresh."""
+    """How the shot follows the one before: `continue` carries frames over, `cut` carries none over."""
     blend: int | None = None
-    """Code frames over which the prompt before passes into this one, behind `continue`; None: it is switched."""
+    """Code frames over which the prompt before passes into this one, after `continue`; None switches at once."""
     seed: int | None = None
-    """Seed of this shot's noise; None: the film's."""
+    """Seed of the noise of this shot; None: that of the film."""
     guidance_scale: float | None = None
-    """Guidance of this shot; None: the film's."""
+    """Guidance of this shot; None: that of the film."""
     image: str | None = None
-    """Picture file that the shot begins with; it starts a take."""
+    """Picture file that the shot begins with, if it starts a take."""
     end_image: str | None = None
     """Picture file that the shot ends on."""
     video: str | None = None
-    """Video file whose end the shot goes on from; it starts a take."""
+    """Video file whose end the shot continues from, if it starts a take."""
     references: tuple[str, ...] = ()
     """Picture and video files that `mask_strategy` places in the take that the shot starts."""
     mask_strategy: str = ""
-    """Where they go, in the grammar of Open-Sora, segments counted in the take; empty: the first one at the head."""
+    """Where the `references` go, in the grammar of Open-Sora, with segments counted in the take; if empty, the first
+    latent frame of the first reference goes to the head of the take."""
     camera_motion: str | None = None
-    """Said after the prompt; None: the film's."""
+    """Camera motion added to the prompt; None: that of the film."""
     notes: str = ""
-    """For the reader; not used."""
+    """Notes for people; they change nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Storyboard:
-    """A film to make. None means: the model's own value."""
+    """A film to make. Where a value is None, the model decides."""
 
     shots: tuple[Shot, ...]
     seed: int | None = None
@@ -89,21 +91,21 @@ class Storyboard:
     num_inference_steps: int | None = None
     solver: str | None = None
     aspect: str | None = None
-    """Height:width of the frame such as "9:16", or landscape, portrait, square; instead of height and width."""
+    """Height:width of the frame, such as "9:16", or landscape, portrait, square; instead of `height` and `width`."""
     resolution: str | None = None
-    """Size of the frame by name, such as "240p"; None: as many pixels as the model's own."""
+    """Size of the frame by name, such as "240p"; None: about as many pixels as the model's own frames have."""
     use_codes: bool | None = None
-    """False: the base alone makes the film, without codes, at any frame size; None: as the model is."""
+    """False: the base alone makes the film, without codes, at any frame size. None: with codes if there are any."""
     segment: int | None = None
     """Latent frames that the diffusion transformer makes in one pass, those carried over included."""
     overlap: int | None = None
     """Latent frames carried over from the segment before."""
     aesthetic_score: float | None = None
-    """Said after every prompt in the words of the training captions (Open-Sora v1.2: 6.5); 0: it is not said."""
+    """Aesthetic score added to every prompt, in the words of the training captions (6.5 in Open-Sora v1.2); 0: none."""
     motion_score: float | None = None
-    """Likewise; about 5 is calm."""
+    """Motion score added likewise; about 5 is calm."""
     camera_motion: str | None = None
-    """Likewise, such as "pan left"; see `arlon.text.prompts`."""
+    """Camera motion added likewise, such as "pan left"; see `arlon.text.prompts`."""
 
     def to_plain(self) -> dict[str, Any]:
         """Plain values for JSON or YAML, without those that are not set; `parse_storyboard` reads them back."""
@@ -117,8 +119,8 @@ class Storyboard:
 class ResolvedStoryboard(Storyboard):
     """A film to make, with every value set that the model would otherwise decide.
 
-    What may still be None changes nothing (`aesthetic_score`), is only a name (`model`), or has been turned into other
-    values (`aspect`, `resolution`) or is left to the geometry of the model (`use_codes`, `segment`, `overlap`).
+    Of the other values, None has one meaning whatever the model: no score or camera motion is added to prompts,
+    `aspect` and `resolution` have become `height` and `width`, and codes and segments are those of the model geometry.
 
     Raises:
         StoryboardError: If a value is not set.
@@ -160,14 +162,14 @@ S = TypeVar("S", bound=Storyboard)
 def _shot_to_plain(shot: Shot) -> dict[str, Any]:
     plain = {f.name: getattr(shot, f.name) for f in fields(shot)}
     plain["duration"] = shot.duration.to_plain()
-    for kind in REFERENCE_KINDS:  # the name alone: where it lies on this machine concerns nobody else
+    for kind in REFERENCE_KINDS:  # the file name alone: records must not tell paths of this machine
         plain[kind] = None if plain[kind] is None else Path(plain[kind]).name
     plain["references"] = [Path(path).name for path in shot.references]
     return {name: value for name, value in plain.items() if value not in (None, "", [])}
 
 
 def random_seed() -> int:
-    """A fresh seed in [0, 2^31)."""
+    """Draw a seed in [0, 2^31) from the randomness of the operating system."""
     return secrets.randbelow(RANDOM_SEED_LIMIT)
 
 
@@ -176,10 +178,10 @@ def load_storyboard(path: str | Path, *, default_duration: Duration | None = Non
 
     Args:
         path: The file.
-        default_duration: For shots that give none. Default: 5 seconds.
+        default_duration: Duration of shots that give none. Default: 5 seconds.
 
     Raises:
-        StoryboardError: If the file is missing, is not a storyboard, or says something impossible.
+        StoryboardError: If the file is missing, is not a storyboard, or asks for something impossible.
     """
     path = Path(path)
     try:
@@ -195,12 +197,12 @@ def load_storyboard(path: str | Path, *, default_duration: Duration | None = Non
 
 
 def anchored(storyboard: Storyboard, folder: Path) -> Storyboard:
-    """The storyboard with relative paths of its files, which start at a folder, as seen from here."""
+    """Resolve the relative paths of the files that a storyboard names, which start at `folder`."""
     return replace(storyboard, shots=tuple(_anchored(shot, folder) for shot in storyboard.shots))
 
 
 def _anchored(shot: Shot, folder: Path) -> Shot:
-    """The shot with the paths of its files as seen from here."""
+    """Resolve the relative paths of the files that a shot names, which start at `folder`."""
     files = {kind: name for kind in REFERENCE_KINDS if (name := getattr(shot, kind))}
     paths: dict[str, Any] = {kind: str(folder / Path(name).expanduser()) for kind, name in files.items()}
     return replace(shot, references=tuple(str(folder / Path(name).expanduser()) for name in shot.references), **paths)
@@ -233,7 +235,7 @@ def parse_storyboard(data: Any, *, source: str = "storyboard", default_duration:
     Args:
         data: A mapping with the film-level keys.
         source: Name of the storyboard, for messages.
-        default_duration: For shots that give none. Default: 5 seconds.
+        default_duration: Duration of shots that give none. Default: 5 seconds.
 
     Raises:
         StoryboardError: With every problem found.
@@ -282,15 +284,15 @@ def _kind(value: Any) -> str:
 def storyboard_from_prompts(
     prompts: Sequence[str], *, duration: Duration | None = None, transition: Transition = "continue"
 ) -> Storyboard:
-    """A storyboard of prompts, a shot each, or several where a prompt names segments as Open-Sora's do.
+    """Make a storyboard of prompts: a shot for each, or several if a prompt names segments in the grammar of Open-Sora.
 
     Args:
         prompts: At least one.
-        duration: Of every shot that its prompt gives no length. Default: 5 seconds.
-        transition: Between any two prompts.
+        duration: Duration of shots whose prompt gives none. Default: 5 seconds.
+        transition: How the first shot of a prompt follows the prompt before.
 
     Raises:
-        StoryboardError: If there is no prompt or one is unusable.
+        StoryboardError: If there is no prompt or one cannot be used.
     """
     shots: list[Mapping[str, Any]] = []
     for prompt in prompts:
@@ -303,10 +305,10 @@ def storyboard_from_prompts(
 
 
 def scripted_shots(prompt: str) -> list[dict[str, Any]]:
-    """Shots, as plain values, of a prompt that may use the grammar of Open-Sora; see `arlon.text.prompts`.
+    """Plain values of the shots of a prompt that may use the grammar of Open-Sora; see `arlon.text.prompts`.
 
     Raises:
-        ValueError: If it uses it wrongly.
+        ValueError: If the prompt uses that grammar wrongly.
     """
     if not is_script(prompt):
         return [{"prompt": prompt}]
@@ -320,7 +322,7 @@ def scripted_shots(prompt: str) -> list[dict[str, Any]]:
 
 
 def with_overrides(storyboard: S, values: Mapping[str, Any], source: str = "options") -> S:
-    """The storyboard with film-level values replaced; None in `values` means: leave as it is.
+    """Replace film-level values of a storyboard; a None in `values` leaves the value as it is.
 
     Raises:
         StoryboardError: If a key is unknown or a value out of range.
@@ -334,12 +336,12 @@ def with_overrides(storyboard: S, values: Mapping[str, Any], source: str = "opti
 
 
 def with_shot(storyboard: S, index: int, values: Mapping[str, Any]) -> S:
-    """The storyboard with values of one shot replaced; None in `values` means: leave as it is.
+    """Replace values of one shot of a storyboard; a None in `values` leaves the value as it is.
 
     Args:
         storyboard: The film.
-        index: Of the shot, from 0.
-        values: By the keys of a shot.
+        index: Index of the shot, from 0.
+        values: New values by the keys of a shot.
 
     Raises:
         StoryboardError: If a key is unknown or a value out of range.

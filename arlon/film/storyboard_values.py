@@ -1,7 +1,7 @@
-"""The values of a storyboard: what each key may hold, and how it is read.
+"""Readers of storyboard values: what each key may hold.
 
-A reader takes what YAML, JSON or an option gives, and returns the value as a storyboard keeps it, or raises a
-ValueError that goes on from the name of the key: "must be between 1 and 240, got 500".
+A reader takes a value from YAML, JSON or an option and returns it as a storyboard stores it, or raises a ValueError
+whose message continues the name of the key: "must be between 1 and 240, got 500".
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ MAX_DURATION_S = 3600.0
 MAX_DURATION_SEGMENTS = 20_000
 MAX_PROMPT_LENGTH = 2000
 MAX_BLEND = 64
-"""Code frames."""
+"""Most code frames over which one prompt passes into the next."""
 MAX_SEED = 2**63 - 1
 MAX_SIZE = 8192
 MAX_FPS = 240.0
 MAX_SCORE = 100.0
 _UNITS = {"f": "frames", "frames": "frames", "segment": "segments", "segments": "segments"}
-"""Of a duration, by how they are written; anything else is seconds."""
+"""Units of a duration by their spelling; anything else is seconds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,11 +42,11 @@ class Duration:
     segments: int | None = None
 
     def num_frames(self, fps: float) -> int:
-        """Nearest number of frames at `fps`, at least 1; a length in segments has one on the grid of a model only."""
+        """Nearest number of frames at `fps`, at least 1; a length in segments has none without the grid of a model."""
         return self.frames if self.frames is not None else max(1, round((self.seconds or 0.0) * fps))
 
     def to_plain(self) -> float | str:
-        """The value as it stands in a storyboard file: 4.5, "36f" or "2 segments"."""
+        """Value as written in a storyboard file: 4.5, "36f" or "2 segments"."""
         if self.segments is not None:
             return f"{self.segments} segments"
         return f"{self.frames}f" if self.frames is not None else float(self.seconds or 0.0)
@@ -56,7 +56,7 @@ def parse_duration(value: Any) -> Duration:
     """Read a duration: a number or "4.5" or "4.5s" in seconds, "36f" in frames, "2 segments".
 
     Raises:
-        ValueError: If it is not a duration, not positive, or longer than an hour.
+        ValueError: If the value is not a duration, not positive, or longer than an hour.
     """
     match = re.fullmatch(r"\s*([^\s]+?)\s*(s|f|frames|segments?)?\s*", str(value).lower())
     try:
@@ -237,14 +237,17 @@ def read_values(
     prefix: str = "",
     also: Collection[str] = (),
 ) -> dict[str, Any]:
-    """Read the known keys of a mapping.
+    """Read the known keys of a mapping, and collect what is wrong with it.
 
     Args:
-        data: Values as YAML or JSON gives them; None counts as not given.
-        readers: By the keys they read.
-        problems: What is wrong is added to them.
-        prefix: Before the names of keys in problems.
-        also: Keys that are known, and read elsewhere.
+        data: Values from YAML or JSON; None counts as not given.
+        readers: Readers by the keys they read.
+        problems: List to which one sentence for each problem is appended.
+        prefix: Text before the names of keys in problems.
+        also: Keys that are known, but read elsewhere.
+
+    Returns:
+        The values that could be read.
     """
     known = {*readers, *also}
     values = {}

@@ -1,4 +1,4 @@
-"""Reading YAML and JSON strictly: plain values only, no key twice in a mapping, one line of reason for a refusal."""
+"""Strict YAML and JSON: plain values only, no key twice in a mapping, and errors of one line."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 import yaml
 
 MAX_SHOWN = 60
-"""Characters of a wrong value that a message repeats."""
+"""Most characters of a wrong value that a message repeats."""
 MAX_TEXT_BYTES = 64 * 2**20
-"""Of a file; 10,000 shots with the longest prompts fit."""
+"""Size of the largest file that is read; 10,000 shots with the longest prompts fit."""
 _MERGE_TAG = "tag:yaml.org,2002:merge"
 
 
@@ -24,12 +24,15 @@ def shown(value: Any) -> str:
 
 
 def read_text(path: Path) -> str:
-    """The text of a file that a user names. What is no regular file is not waited for, and a huge one is not read.
+    """Read the text of a file that a user names.
+
+    FIFOs and devices are refused, since reading them could block; so are files larger than `MAX_TEXT_BYTES`.
 
     Raises:
-        ValueError: If it cannot be read, with the reason.
+        ValueError: If the file cannot be read; the message is the reason alone.
     """
     try:
+        # Without O_NONBLOCK, opening a FIFO waits for a writer; Windows has no such flag.
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
         with open(descriptor, "rb") as file:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -45,10 +48,10 @@ def read_text(path: Path) -> str:
 
 
 def parse_yaml(text: str) -> Any:
-    """Plain values of a YAML document.
+    """Read the plain values of a YAML document.
 
     Raises:
-        ValueError: If it is not YAML, has a key twice, or holds a date or a number beyond reason.
+        ValueError: If the text is not YAML, has a key twice in a mapping, or holds an impossible date or number.
     """
     try:
         return yaml.load(text, Loader=_StrictLoader)
@@ -60,10 +63,10 @@ def parse_yaml(text: str) -> Any:
 
 
 def parse_json(text: str) -> Any:
-    """Plain values of a JSON document.
+    """Read the plain values of a JSON document.
 
     Raises:
-        ValueError: If it is not JSON, has a key twice, or holds a number beyond reason.
+        ValueError: If the text is not JSON, has a key twice in an object, or holds an impossible number.
     """
     try:
         return json.loads(text, object_pairs_hook=_unique_keys)
@@ -74,7 +77,7 @@ def parse_json(text: str) -> Any:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """The safe loader, which refuses a key that stands twice in a mapping instead of taking the last."""
+    """Safe loader that refuses a key that appears twice in a mapping, instead of taking the last value."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
