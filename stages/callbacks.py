@@ -28,6 +28,8 @@ from stages.parallel import any_says, first_says, placed_like, whole_tensor
 from stages.pictures import write_png
 
 LAST_CHECKPOINT = Path("checkpoints") / "last.ckpt"
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+"""Signals that end a training so that it can be resumed: Ctrl-C, and the one that schedulers send."""
 
 
 class RunClock(L.Callback):
@@ -161,17 +163,17 @@ class SamplePictures(L.Callback):
 
 
 class Checkpoints(L.Callback):
-    """Writes checkpoint and exported average: every few minutes, at the end, on Ctrl-C.
+    """Writes the exported average and a checkpoint: every few minutes, at the end, on Ctrl-C and on SIGTERM.
 
-    The first Ctrl-C lets the step under way end, writes the checkpoint and stops; a second one stops at once
-    and leaves the checkpoint there was.
+    The first of these signals lets the current step end, writes both and stops; a second one stops at once and leaves
+    the last checkpoint as it is.
     """
 
     def __init__(self, run: RunConfig, run_dir: Path, export: Callable[[Any, int], None]) -> None:
         self._run, self._path, self._export = run, run_dir / LAST_CHECKPOINT, export
         self._saved_s, self._saved_step = 0.0, -1
         self._between_steps = True
-        self._previous_handler: Any = None
+        self._previous_handlers: dict[int, Any] = {}
         self.interrupted = False
 
     @property
@@ -182,7 +184,8 @@ class Checkpoints(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._saved_s, self._saved_step = monotonic(), trainer.global_step
         if threading.current_thread() is threading.main_thread():
-            self._previous_handler = signal.signal(signal.SIGINT, self._handle_interrupt(trainer))
+            for number in STOP_SIGNALS:
+                self._previous_handlers[number] = signal.signal(number, self._handle_interrupt(trainer))
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -203,10 +206,10 @@ class Checkpoints(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.save(trainer, pl_module)
-        self._restore_handler()
+        self._restore_handlers()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        self._restore_handler()
+        self._restore_handlers()
         if isinstance(exception, KeyboardInterrupt):
             self.interrupted = True
             alone = trainer.world_size == 1  # the others may be within a step, and would not answer
@@ -239,10 +242,10 @@ class Checkpoints(L.Callback):
 
         return handle
 
-    def _restore_handler(self) -> None:
-        if self._previous_handler is not None:
-            signal.signal(signal.SIGINT, self._previous_handler)
-            self._previous_handler = None
+    def _restore_handlers(self) -> None:
+        for number, handler in self._previous_handlers.items():
+            signal.signal(number, handler)
+        self._previous_handlers.clear()
 
 
 class ProgressLine(L.Callback):

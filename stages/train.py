@@ -1,8 +1,9 @@
 """Train one stage: `python -m stages.train STAGE [--config FILE] [key=value ...]`.
 
-The run folder holds `config.yaml` (resolved), `metrics.jsonl`, `tensorboard/`, `samples/`,
-`checkpoints/last.ckpt`, `export/`, the component folder with averaged weights, and `export.json`, what they
-were trained on. Exit codes: 0 done, now or before, 1 failed, 2 wrong usage, 130 interrupted and resumable.
+The run folder holds `config.yaml` (resolved), `history.jsonl` (what later commands changed in it), `metrics.jsonl`,
+`tensorboard/`, `samples/`, `checkpoints/last.ckpt`, `export/` (the component folder with averaged weights) and
+`export.json` (what they were trained on). Exit codes: 0 the run is finished, now or before; 1 failed; 2 wrong usage; 130
+interrupted by Ctrl-C or SIGTERM, to be resumed by the same command.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import logging
 import os
 import sys
 import warnings
+from contextlib import nullcontext
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -163,13 +165,17 @@ def run_stage(
         export_to: A further component folder that gets the averaged weights in bfloat16 at the end.
 
     Raises:
-        ValueError: If the checkpoint is damaged, or another run's that has reached the limits of this one.
-        OSError: If a folder cannot be written.
+        ValueError: If the checkpoint is damaged, or is another run's and has reached the limits of this one, or if a
+            setting differs that a training must keep.
+        OSError: If a folder cannot be written, or another training is at work in it.
     """
     import torch
+    from lightning.pytorch.utilities import rank_zero_only
 
     from arlon.config import save_config
+    from stages.callbacks import LAST_CHECKPOINT
     from stages.common import make_training
+    from stages.record import CONFIG_NAME, changed_settings, locked, write_history
 
     for folder in (run_dir, *([export_to] if export_to else [])):
         check_folder(folder)
@@ -179,16 +185,26 @@ def run_stage(
         raise ValueError(f"train.strategy=fsdp shards the DiT; the stage {stage} trains with auto or ddp")
     if config.train.num_threads is not None:
         torch.set_num_threads(config.train.num_threads)
-    if checkpoint is not None and progress is not None and progress.reaches(config.train):
-        finish_again(stage, config, run_dir, checkpoint, export_to)
-        return TrainResult(run_dir, progress.step, interrupted=False, was_finished=True)
-    parts = build_stage(stage, config)
-    training = make_training(parts, config.train, config.optim, run_dir)
-    if training.trainer.is_global_zero:
-        save_config(config, run_dir / "config.yaml")
-    interrupted = fit(training, parts, checkpoint)
-    if export_to is not None and not interrupted:
-        copy_export(run_dir, type(parts.stage.model), export_to)
+    is_own = checkpoint is not None and checkpoint.resolve() == (run_dir / LAST_CHECKPOINT).resolve()
+    changed = changed_settings(stage, config, run_dir) if is_own else {}
+    is_finished = progress is not None and progress.reaches(config.train)
+    if is_finished and not is_own:
+        raise ValueError(
+            f"'{checkpoint}' has reached train.max_steps or train.max_minutes, so there is nothing to train: raise the "
+            "limits, or name another checkpoint with --resume"
+        )
+    with locked(run_dir) if rank_zero_only.rank == 0 else nullcontext():
+        if is_finished:
+            finish_again(stage, config, run_dir, export_to)
+            return TrainResult(run_dir, progress.step, interrupted=False, was_finished=True)
+        parts = build_stage(stage, config)
+        training = make_training(parts, config.train, config.optim, run_dir)
+        if training.trainer.is_global_zero:
+            write_history(run_dir, step=progress.step if progress else 0, changed=changed)
+            save_config(config, run_dir / CONFIG_NAME)
+        interrupted = fit(training, parts, checkpoint)
+        if export_to is not None and not interrupted:
+            copy_export(run_dir, type(parts.stage.model), export_to)
     return TrainResult(run_dir, training.trainer.global_step, interrupted, training.trainer.is_global_zero)
 
 
@@ -197,24 +213,15 @@ def build_stage(stage: str, config: Any) -> StageParts:
     return importlib.import_module(f"stages.{stage}").build(config)
 
 
-def finish_again(stage: str, config: Any, run_dir: Path, checkpoint: Path, export_to: Path | None) -> None:
-    """Write only what a finished run lacks: its export, if that was removed, and the further component folder.
-
-    Raises:
-        ValueError: If the checkpoint is not that of this run, which would leave nothing to train and no export.
-    """
+def finish_again(stage: str, config: Any, run_dir: Path, export_to: Path | None) -> None:
+    """Write only what a finished run lacks: its export, if that was removed, and the further component folder."""
     from arlon.components import CONFIG_NAME
     from stages.assemble import stage_model_class
     from stages.callbacks import LAST_CHECKPOINT
     from stages.common import EXPORT_DIR, export_checkpoint
 
-    if checkpoint.resolve() != (run_dir / LAST_CHECKPOINT).resolve():
-        raise ValueError(
-            f"{str(checkpoint)!r} has reached train.max_steps or train.max_minutes, so there is nothing to train: "
-            "raise the limits, or name another checkpoint with --resume"
-        )
     if not (run_dir / EXPORT_DIR / CONFIG_NAME).is_file():
-        export_checkpoint(build_stage(stage, config).stage, checkpoint, run_dir)
+        export_checkpoint(build_stage(stage, config).stage, run_dir / LAST_CHECKPOINT, run_dir)
     if export_to is not None and not (export_to / CONFIG_NAME).is_file():
         copy_export(run_dir, stage_model_class(stage), export_to)
 

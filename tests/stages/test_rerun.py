@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typer.testing import CliRunner
 
 from arlon.config import save_config
 from stages.callbacks import LAST_CHECKPOINT
+from stages.record import locked
 from stages.train import main, run_stage
 
 QUIET = ("train.val_steps=0", "train.sample_steps=0")
@@ -107,3 +109,35 @@ def test_another_runs_finished_checkpoint_is_refused(stage_config: Any, tmp_path
     with pytest.raises(ValueError, match=r"one/checkpoints/last\.ckpt' .* nothing to train"):
         run_stage("vqvae", config, tmp_path / "two", resume=str(tmp_path / "one" / LAST_CHECKPOINT))
     assert not (tmp_path / "two").exists()
+
+
+def test_settings_that_may_change_are_applied_and_noted(stage_config: Any, tmp_path: Path) -> None:
+    run_stage("vqvae", stage_config("vqvae", "train.max_steps=2", "optim.schedule=constant", *QUIET), tmp_path)
+    changed = ("train.max_steps=4", "optim.schedule=constant", "optim.lr=0.5", "optim.betas=[0.5,0.6]")
+    run_stage("vqvae", stage_config("vqvae", *changed, *QUIET), tmp_path)
+    (group, *_) = torch.load(tmp_path / LAST_CHECKPOINT, weights_only=True)["optimizer_states"][0]["param_groups"]
+    assert (group["lr"], tuple(group["betas"])) == (0.5, (0.5, 0.6))
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["train/lr"] for line in lines if "train/lr" in line][2:] == [0.5, 0.5]
+    (line,) = (json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines())
+    assert line["step"] == 2
+    assert set(line["changed"]) == {"train.max_steps", "optim.lr", "optim.betas"}
+    assert line["changed"]["optim.lr"] == [3e-3, 0.5]
+
+
+@pytest.mark.parametrize("setting", ["optim.name=muon", "train.seed=1", "vqvae.hidden_dim=8"])
+def test_settings_that_must_stay_are_refused_before_anything_is_touched(
+    setting: str, stage_config: Any, tmp_path: Path
+) -> None:
+    run_stage("vqvae", stage_config("vqvae", "train.max_steps=1", *QUIET), tmp_path)
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=setting.split("=")[0]) as refused:
+        run_stage("vqvae", stage_config("vqvae", "train.max_steps=2", setting, *QUIET), tmp_path)
+    assert "\n" not in str(refused.value)
+    assert contents(tmp_path) == before
+
+
+def test_a_second_training_in_one_folder_is_refused(stage_config: Any, tmp_path: Path) -> None:
+    with locked(tmp_path), pytest.raises(OSError, match="another training"):
+        run_stage("vqvae", stage_config("vqvae", "train.max_steps=1", *QUIET), tmp_path)
+    assert run_stage("vqvae", stage_config("vqvae", "train.max_steps=1", *QUIET), tmp_path).step == 1

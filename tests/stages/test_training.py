@@ -133,8 +133,9 @@ def command_line(*arguments: str) -> Any:
     return CliRunner().invoke(app, list(arguments))
 
 
-def test_ctrl_c_ends_the_step_saves_and_tells_how_to_resume(
-    stage_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_step_saves_and_tells_how_to_resume(
+    sent: signal.Signals, stage_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_config(stage_config("dit", "train.val_steps=0", "train.sample_steps=0"), tmp_path / "dit.yaml")
     arguments = ("dit", "--config", str(tmp_path / "dit.yaml"), "--output", str(tmp_path / "run"))
@@ -142,15 +143,15 @@ def test_ctrl_c_ends_the_step_saves_and_tells_how_to_resume(
 
     def interrupted_step(self: DiTStage, batch: Any, batch_idx: int) -> torch.Tensor:
         if self.global_step == 2:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), sent)
         return original(self, batch, batch_idx)
 
-    before = signal.getsignal(signal.SIGINT)
+    before = signal.getsignal(sent)
     monkeypatch.setattr(DiTStage, "training_step", interrupted_step)
     stopped = command_line(*arguments)
     assert stopped.exit_code == 130, stopped.output
     assert "interrupted at step 3; to resume: python -m stages.train" in stopped.output
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(sent) is before
 
     monkeypatch.setattr(DiTStage, "training_step", original)
     resumed = command_line(*arguments)
