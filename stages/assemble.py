@@ -31,6 +31,8 @@ class ModelFolderConfig:
 
     text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
     """The frozen text encoder that the stages were trained with."""
+    released: dict[str, str] = field(default_factory=dict)
+    """Folders of components that need not be trained, by the component's name; an export of one's own is preferred."""
     defaults: dict[str, Any] = field(default_factory=dict)
     """How the model is best used: see `arlon.film.geometry.GenerationDefaults`. What the stages were trained on wins
     over what stands here."""
@@ -72,8 +74,8 @@ def assemble(output: Path, runs: Path, config: ModelFolderConfig) -> Assembled:
     # The new folder is complete and checked before the old one goes.
     temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
     try:
-        for name, run in RUN_OF_COMPONENT.items():
-            model = load_component(COMPONENTS[name].model_class, runs / run / "export")
+        for name in RUN_OF_COMPONENT:
+            model = load_component(COMPONENTS[name].model_class, source_of(name, runs, config))
             save_component(model, temporary / name, dtype=torch.bfloat16)
         save_text_encoder(temporary / "text_encoder", encoder)
         index = write_model_index(temporary, config.defaults | facts)
@@ -86,6 +88,13 @@ def assemble(output: Path, runs: Path, config: ModelFolderConfig) -> Assembled:
     trained = facts if text_length is None else facts | {"text_length": text_length}
     changed = {name: (stated[name], value) for name, value in trained.items() if stated.get(name, value) != value}
     return Assembled(tuple(index.components), changed)
+
+
+def source_of(name: str, runs: Path, config: ModelFolderConfig) -> Path:
+    """Folder of a component: the export of its training, or else the released folder that the configuration names."""
+    export = runs / RUN_OF_COMPONENT[name] / "export"
+    released = config.released.get(name)
+    return export if released is None or export.is_dir() else Path(released)
 
 
 def shared_facts(runs: Path) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """What a run folder says about its training: the record of the export, the history of its settings, and a lock.
 
 The record states what the weights in `runs/STAGE/export/` were trained on. It lies beside the export, as
-`runs/STAGE/export.json`, because the hash of a component covers every JSON file of its folder. `stages.assemble` reads it,
-so that a model folder says what its parts were trained on.
+`runs/STAGE/export.json`, because the hash of a component covers every JSON file of its folder. `stages.assemble` reads
+it, so that a model folder says what its parts were trained on.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 The run folder holds `config.yaml` (resolved), `history.jsonl` (what later commands changed in it), `metrics.jsonl`,
 `tensorboard/`, `samples/`, `checkpoints/last.ckpt`, `export/` (the component folder with averaged weights) and
-`export.json` (what they were trained on). Exit codes: 0 the run is finished, now or before; 1 failed; 2 wrong usage; 130
-interrupted by Ctrl-C or SIGTERM, to be resumed by the same command.
+`export.json` (what they were trained on). Exit codes: 0 the run is finished, now or before; 1 failed; 2 wrong usage;
+130 interrupted by Ctrl-C or SIGTERM, to be resumed by the same command.
 """
 
 from __future__ import annotations

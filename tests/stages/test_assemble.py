@@ -93,6 +93,20 @@ def test_a_damaged_record_is_named(runs: Path, text: str) -> None:
         read_facts(runs / "dit")
 
 
+def test_released_components_need_no_training_and_fine_tuned_ones_are_preferred(
+    runs: Path, tmp_path: Path, config: ModelFolderConfig
+) -> None:
+    (runs / "dit").rename(tmp_path / "released")
+    config = replace(config, released={"dit": str(tmp_path / "released" / "export"), "vae": "nowhere"})
+    assemble(tmp_path / "model", runs, config)
+    weights = {
+        place: load_file(place / "model.safetensors")
+        for place in (tmp_path / "model" / "dit", tmp_path / "released" / "export")
+    }
+    one, two = (tensors["x_embedder.proj.weight"] for tensors in weights.values())
+    assert torch.equal(one, two.bfloat16())
+
+
 def test_missing_export_is_named(runs: Path, tmp_path: Path) -> None:
     (runs / "ar" / "export" / "config.json").unlink()
     with pytest.raises(FileNotFoundError, match="ar/export"):

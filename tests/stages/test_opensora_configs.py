@@ -19,7 +19,7 @@ from arlon.models.injection import SemanticInjection
 from arlon.models.stdit import STDiT3
 from arlon.models.video_vae import VideoVAE
 from arlon.models.vqvae import LatentVQVAE
-from stages.assemble import ModelFolderConfig
+from stages.assemble import RUN_OF_COMPONENT, ModelFolderConfig
 from stages.train import load_stage_config
 
 FOLDER = Path(__file__).parents[2] / "configs" / "opensora_v1_2"
@@ -141,6 +141,15 @@ def test_buckets_of_the_recipe_are_the_released_ones(stage: str) -> None:
     assert config.data.strict_buckets
     starts_from_weights = config.train.init_from is not None
     assert config.dit == replace(stage_config("dit").dit, freeze_y_embedder=starts_from_weights)
+
+
+def test_stages_read_the_folders_that_make_writes() -> None:
+    """The folders of exports, or released weights."""
+    made = {f"runs/{run}/export" for run in RUN_OF_COMPONENT.values()}
+    released = set(load_config(ModelFolderConfig, [FOLDER / "model.yaml"]).released.values())
+    ar, inject = stage_config("ar"), stage_config("inject")
+    assert {ar.vqvae, inject.vqvae, inject.vqvae_coarser} <= made
+    assert {inject.dit, *(stage_config(name).data.vae for name in STAGES if name != "vae")} <= released
 
 
 def test_stages_of_the_recipe_follow_one_another() -> None:
