@@ -33,7 +33,7 @@ from arlon.models.injection import SemanticInjection
 from arlon.models.stdit import STDiT3
 from arlon.models.video_vae import VideoVAE
 from arlon.models.vqvae import LatentVQVAE
-from arlon.text.encoders import TextEncoder, TextFeatures, load_text_encoder
+from arlon.text.encoders import TextEncoder, load_text_encoder
 from pipelines.deliver.paths import FilmOutput, OutputPaths
 from pipelines.executors import ray_graph as graph
 from pipelines.executors.local import KeptWorkers, WorkerSource, new_worker
@@ -41,23 +41,9 @@ from pipelines.executors.write import WriteWorker
 from pipelines.runs.generate import generate, prepare
 from pipelines.store.run_folder import RunFolder
 from tests.closeness import assert_close_to_scale
+from tests.hash_encoder import HashEncoder
 from tests.pipelines import tiny_model as tiny
 from tests.pipelines.films import prepared_film
-
-
-class HashEncoder:
-    """Features that depend on the words of a prompt alone."""
-
-    dim, max_length = tiny.TEXT_DIM, tiny.TEXT_LENGTH
-
-    def encode(self, prompts: list[str], *, batch_size: int = 1) -> TextFeatures:
-        tokens = torch.zeros(len(prompts), self.max_length, self.dim)
-        mask = torch.zeros(len(prompts), self.max_length, dtype=torch.bool)
-        for row, prompt in enumerate(prompts):
-            for place, word in enumerate(prompt.split()):
-                tokens[row, place] = samplers.draw_noise((self.dim,), 0, word)
-                mask[row, place] = True
-        return TextFeatures(tokens, mask, tokens.sum(1) / mask.sum(1, keepdim=True))
 
 
 class Chain:
@@ -66,7 +52,9 @@ class Chain:
     def __init__(self, job: Job) -> None:
         self.job = job
         self.requests = list(film_requests(job))
-        self.text: TextResult = TextWorker(job, HashEncoder()).run(text_request(job.plan))
+        self.text: TextResult = TextWorker(job, HashEncoder(tiny.TEXT_DIM, tiny.TEXT_LENGTH)).run(
+            text_request(job.plan)
+        )
         self.codes: list[CodeResult] = []
         worker = CodeWorker(job)
         for request in self.requests:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,28 +15,11 @@ from arlon.checkpoint import save_component
 from arlon.models.stdit import STDiT3
 from arlon.models.video_vae import VideoVAE
 from arlon.models.vqvae import LatentVQVAE
-from arlon.text.encoders import TextFeatures
 from stages.train import load_stage_config
+from tests.hash_encoder import HashEncoder
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "shapes" / "tiny"
 StageConfigs = Callable[..., Any]
-
-
-class HashEncoder:
-    """Stands in for the text encoder: a word is a random vector seeded by its hash."""
-
-    def __init__(self, dim: int, max_length: int) -> None:
-        self.dim, self.max_length = dim, max_length
-
-    def encode(self, prompts: Sequence[str], *, batch_size: int = 1) -> TextFeatures:
-        tokens = torch.zeros(len(prompts), self.max_length, self.dim)
-        mask = torch.zeros(len(prompts), self.max_length, dtype=torch.bool)
-        for row, prompt in enumerate(prompts):
-            for place, word in enumerate(prompt.split()[: self.max_length]):
-                seed = int.from_bytes(hashlib.sha256(word.encode()).digest()[:4], "big")
-                tokens[row, place] = torch.randn(self.dim, generator=torch.Generator().manual_seed(seed))
-                mask[row, place] = True
-        return TextFeatures(tokens=tokens, mask=mask, pooled=tokens.mean(dim=1))
 
 
 @pytest.fixture
