@@ -29,12 +29,12 @@ def is_offline() -> bool:
     return constants.HF_HUB_OFFLINE
 
 
-def fetch(name: str, *, beside: Sequence[str] = (), download: bool = True) -> Path:
+def fetch(name: str, *, siblings: Sequence[str] = (), download: bool = True) -> Path:
     """Local folder of a hub id: from the cache if possible, otherwise downloaded.
 
     Args:
         name: `owner/name` or `owner/name/folder`.
-        beside: Further folders of the same repository to fetch, siblings of `folder`; missing ones are skipped.
+        siblings: Further folders of the same repository to fetch, siblings of `folder`; missing ones are skipped.
         download: Whether what is not in the cache may be downloaded.
 
     Raises:
@@ -46,7 +46,7 @@ def fetch(name: str, *, beside: Sequence[str] = (), download: bool = True) -> Pa
     if match is None:
         raise FileNotFoundError(f"{name!r} is not a hub id: expected owner/name or owner/name/folder")
     repository, folder = match[1], match[2].lstrip("/")
-    folders = [f"{folder}/", *(f"{other}/" for other in beside)] if folder else [""]
+    folders = [f"{folder}/", *(f"{other}/" for other in siblings)] if folder else [""]
     try:
         patterns = [f"{part}{file}" for part in folders for file in FILES]
         root = snapshot_download(repository, allow_patterns=patterns, local_files_only=not download)

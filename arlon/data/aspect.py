@@ -186,7 +186,7 @@ def _parse_aspect(aspect: str) -> float:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FrameFit:
+class FrameCrop:
     """A frame size that was asked for, and the one that is made and then cut to it. Pixels."""
 
     height: int
@@ -207,7 +207,7 @@ class FrameFit:
         return f"made at {self.made_width} x {self.made_height}, cut to {wanted} (width x height)"
 
 
-def fit_frame(height: int, width: int, multiple: int) -> FrameFit:
+def fit_frame(height: int, width: int, multiple: int) -> FrameCrop:
     """Plan for frames whose size is not a multiple of what the model can make: make larger ones, then crop.
 
     Open-Sora v1.2 rounds down instead and delivers less than was asked for: 854 x 480 comes out as 848 x 480.
@@ -222,7 +222,7 @@ def fit_frame(height: int, width: int, multiple: int) -> FrameFit:
     """
     if min(height, width, multiple) < 1:
         raise ValueError(f"height, width and multiple must be positive, got {height}, {width} and {multiple}")
-    return FrameFit(
+    return FrameCrop(
         height=height,
         width=width,
         made_height=ceil_div(height, multiple) * multiple,

@@ -19,7 +19,7 @@ Size = tuple[int, int]
 
 
 @dataclass(frozen=True, kw_only=True)
-class CoverFit:
+class CoverCrop:
     """Scaling and centre crop that make frames of one size fill frames of another, proportions kept."""
 
     source: Size
@@ -39,7 +39,7 @@ class CoverFit:
         return f"{_spelled(self.source)}, {', '.join(actions)}"
 
 
-def plan_cover(source: Size, target: Size) -> CoverFit:
+def plan_cover(source: Size, target: Size) -> CoverCrop:
     """Scaling and centre crop that make frames of size `source` fill `target`; needs no pixels.
 
     Raises:
@@ -47,7 +47,7 @@ def plan_cover(source: Size, target: Size) -> CoverFit:
     """
     if min(*source, *target) < 1:
         raise ValueError(f"height and width must be positive, got {source} to fill {target}")
-    return CoverFit(source=source, scaled=cover_size(source, target), target=target)
+    return CoverCrop(source=source, scaled=cover_size(source, target), target=target)
 
 
 def cover_size(size: Size, target: Size) -> Size:

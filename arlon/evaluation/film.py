@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from arlon.data.transforms import frames_to_video
-from arlon.evaluation import cases as suite
-from arlon.evaluation import metrics
+from arlon.evaluation import cases, metrics
 from arlon.evaluation.metric_table import FIGURES
 from arlon.evaluation.metrics import FrameStatistics
 from arlon.evaluation.optical_flow import estimate_flow
@@ -218,7 +217,7 @@ class _Film:
             reason = "no two shots, with prompts of the shapes world, continue one another"
             self.skip(reason, *(name for name in names if FIGURES[name].group == "switch"))
         self._average("prompt_accuracy", {index: _accuracy(score) for index, score in scores.items()})
-        for name in suite.PROMPT_ATTRIBUTES:
+        for name in cases.PROMPT_ATTRIBUTES:
             self._average(f"prompt_{name}", {index: score[name] for index, score in scores.items()})
         for name in _BOTH:
             self.values[f"prompt_{name}"] = _mean(score[name] for score in scores.values())
@@ -256,10 +255,10 @@ class _Film:
             entry: dict[str, Any] = asdict(shot) | {"asked": None, "read": None, "scores": {}}
             has_size = has_size or shot.is_cut
             if wanted is not None and reading is not None:
-                scores[index] = suite.score_prompt(reading, wanted)
+                scores[index] = cases.score_prompt(reading, wanted)
                 if not has_size:
                     scores[index]["size"] = math.nan
-                both = suite.score_both(reading, wanted)
+                both = cases.score_both(reading, wanted)
                 scores[index] |= dict(zip(_BOTH, both.values(), strict=True))
                 has_size = has_size and all(o.motion not in ("grow", "shrink") for o in wanted.objects)
                 entry |= {"asked": asdict(wanted), "read": plain_reading(reading), "scores": scores[index]}
@@ -363,7 +362,7 @@ def _asked(shot: FilmShot) -> AskedShot | None:
 
 def _accuracy(score: Mapping[str, float]) -> float:
     """Mean of all attributes; direction is part of motion."""
-    return _mean(score[name] for name in suite.PROMPT_ATTRIBUTES if name != "direction")
+    return _mean(score[name] for name in cases.PROMPT_ATTRIBUTES if name != "direction")
 
 
 def _mean(values: Any) -> float:

@@ -22,7 +22,7 @@ from arlon.film.storyboard import REFERENCE_KINDS, Storyboard, StoryboardError
 from arlon.grids import num_latent_frames
 
 if TYPE_CHECKING:
-    from arlon.data.transforms import CoverFit
+    from arlon.data.transforms import CoverCrop
     from arlon.diffusion.references import Placement
 
 Kind = Literal["image", "end_image", "video", "references"]
@@ -39,7 +39,7 @@ class Reference:
     shot: int
     kind: Kind
     path: Path
-    fit: CoverFit
+    fit: CoverCrop
     num_frames: int
     """Frames of a video at the frame rate of the film; 1 for an image."""
     note: str = ""

@@ -126,7 +126,7 @@ class Plan:
         }
 
     @property
-    def frame_fit(self) -> aspects.FrameFit:
+    def frame_fit(self) -> aspects.FrameCrop:
         """Size of a frame of the film, and the size at which it is computed."""
         return _frame_fit(self.storyboard, self.geometry)
 
@@ -362,7 +362,7 @@ def _take_groups(shots: tuple[Shot, ...]) -> Iterator[list[tuple[int, Shot]]]:
     yield group
 
 
-def _frame_fit(storyboard: ResolvedStoryboard, geometry: ModelGeometry) -> aspects.FrameFit:
+def _frame_fit(storyboard: ResolvedStoryboard, geometry: ModelGeometry) -> aspects.FrameCrop:
     """Frame size of a film, and the size at which it is computed: the next multiple that the model needs."""
     return aspects.fit_frame(storyboard.height, storyboard.width, geometry.size_multiple)
 

@@ -175,7 +175,7 @@ def find_t5(source: str | Path | None = None, *, download: bool = True) -> Path:
         if not folder.is_dir():
             if not is_hub_id(name):
                 raise FileNotFoundError(f"no folder {name!r}")
-            folder = fetch(name, beside=("tokenizer",), download=download)
+            folder = fetch(name, siblings=("tokenizer",), download=download)
         if list(folder.glob("pytorch_model*.bin")) and not list(folder.glob("*.safetensors")):
             raise FileNotFoundError(
                 f"{str(folder)!r} holds pickles (*.bin), which are never loaded; T5EncoderModel.from_pretrained(...)"
