@@ -38,7 +38,7 @@ LAYERS = {
         take_media container
         messages
         schedule workers
-        encode_media
+        encode_media make
     """,
     "arlon.data": """
         aspect mp4 pictures transforms
