@@ -82,7 +82,7 @@ def degrade(name: str, frames: np.ndarray, rng: np.random.Generator) -> np.ndarr
 
 def sample_clip(rng: np.random.Generator, num_frames: int) -> tuple[world.Shot, np.ndarray]:
     """One single-shot scene, from training and held-out pairs alike, and its frames (F, 64, 64, 3)."""
-    split = "train" if rng.random() < 0.5 else "held_out"
+    split: world.Split = "train" if rng.random() < 0.5 else "held_out"
     scene = world.sample_scene(rng, seconds=[num_frames / FPS], split=split)
     return scene.shots[0], world.render_scene(scene, fps=FPS, num_frames=num_frames).frames
 

@@ -305,10 +305,10 @@ class Browser:
 def _pipe() -> tuple[int, int]:
     """A pipe whose ends are not among the numbers they will be given in the browser."""
     ends = os.pipe()
-    high = tuple(fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in ends)
+    read, write = (fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in ends)
     for end in ends:
         os.close(end)
-    return high
+    return read, write
 
 
 # --- the measurement -----------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from arlon.checkpoint import CONFIG_NAME, PACKAGED_MODELS, load_component
 from arlon.data.datasets import CaptionSpan, ShapesTakes, ShapesTakesConfig
@@ -36,20 +36,14 @@ from arlon.models.injection import SemanticInjection
 from arlon.models.stdit import STDiT3
 from arlon.models.video_vae import VideoVAE
 from arlon.models.vqvae import LatentVQVAE, codebook_usage
+from arlon.registry import COMPONENTS, TRAINED_COMPONENTS
 from arlon.text.encoders import MiniLMEncoder, TextEncoder, TextFeatures, load_text_encoder
 from pipelines.store.run_folder import write_json
 from stages.flow_matching import even_times, flow_losses
 
 SEED = 2_000_003
 """Seed of the takes; no training or validation set has it."""
-CLASSES: dict[str, type[nn.Module]] = {
-    "vae": VideoVAE,
-    "vqvae": LatentVQVAE,
-    "vqvae_coarser": LatentVQVAE,
-    "ar": CodeTransformer,
-    "dit": STDiT3,
-    "injection": SemanticInjection,
-}
+CLASSES = {name: COMPONENTS[name].model_class for name in TRAINED_COMPONENTS}
 Figures = dict[str, float]
 
 
@@ -211,7 +205,10 @@ def measure_ar(model: CodeTransformer, codes: Tensor, takes: EncodedTakes, texts
         `loss` (nats a code), `loss_without_text` (the same under the null text), `unigram_entropy` (nats, of the
         same codes: no model that knows only how frequent codes are is below it), `num_codes`.
     """
-    config, losses, without, counted = model.config, [], [], []
+    config = model.config
+    losses: list[Tensor] = []
+    without: list[Tensor] = []
+    counted: list[Tensor] = []
     num_frames = takes.latent.shape[2] // ratio
     for take, spans in zip(codes, takes.spans, strict=True):
         for window in code_windows(spans, num_frames, ratio=ratio, max_frames=config.max_code_frames, hop=config.hop):
@@ -257,7 +254,7 @@ def measure_flow(
     ]
     if not places:
         raise ValueError(f"no take of {takes.latent.shape[2]} latent frames holds a segment of {windows.latent_frames}")
-    losses = []
+    losses: list[Tensor] = []
     for (index, start), t in zip(places, even_times(len(places)), strict=True):
         stop = start + windows.latent_frames
         mask = torch.ones(1, windows.latent_frames, dtype=torch.bool)

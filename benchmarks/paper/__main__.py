@@ -110,7 +110,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             command += f" --model {shlex.quote(model.name)}"
         if args.only:
             command += " --only " + shlex.join(args.only)
-        trained = training and f"trained for {training['steps']} steps: `{training_command(training, args.experiment)}`"
+        trained = None
+        if training:
+            trained = f"trained for {training['steps']} steps: `{training_command(training, args.experiment)}`"
         table = to_markdown(experiment, results, identity, command, trained)
         write_json(args.output / f"{args.experiment}.json", to_json(experiment, results, identity, training))
         write_bytes(args.output / f"{args.experiment}.md", table.encode())
