@@ -33,8 +33,11 @@ Progress = Callable[[int, int], None]
 class Features(Protocol):
     """Output of a text encoder: tokens (B, L, E) and mask (B, L), True = real token."""
 
-    tokens: Tensor
-    mask: Tensor
+    @property
+    def tokens(self) -> Tensor: ...
+
+    @property
+    def mask(self) -> Tensor: ...
 
 
 def content_key(identity: Mapping[str, Any]) -> str:
