@@ -132,7 +132,7 @@ class TextWorker:
         return self._known[prompt]
 
 
-def lets_encoder_go(weight_bytes: int, num_prompts: int) -> bool:
+def should_unload_text_encoder(weight_bytes: int, num_prompts: int) -> bool:
     """Whether a text encoder encodes the prompts of a film ahead and is let go before other networks work."""
     return weight_bytes > LARGE_ENCODER_BYTES and num_prompts <= MAX_KNOWN_PROMPTS
 

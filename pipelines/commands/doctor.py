@@ -36,23 +36,35 @@ def doctor(
     assignments: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Look at this machine: devices, memory, codecs; and whether a film fits. Nothing is loaded or downloaded."""
+    """Examine this machine (devices, memory, codecs) and whether a film fits. Nothing is loaded or downloaded."""
     with reported():
         if model is None and (assignments or not height is width is duration is None):
             raise UsageError("--height, --width, --duration and --set say what film is meant: give --model too")
         from pipelines.doctor.diagnosis import check_fit, fit_lines, to_plain
         from pipelines.doctor.machine import examine, machine_lines
 
-        values, settings = read_assignments(assignments or [])
-        options = {"height": height, "width": width, "duration": duration, "device": device, "dtype": dtype.value}
-        fit = None if model is None else check_fit(model, **options, values=values, settings=settings)
+        values, settings = read_assignments(assignments or ())
+        report = None
+        if model is not None:
+            report = check_fit(
+                model,
+                height=height,
+                width=width,
+                duration=duration,
+                device=device,
+                dtype=dtype.value,
+                values=values,
+                settings=settings,
+            )
         machine = examine()
         if as_json:
-            typer.echo(json.dumps(to_plain(machine, fit), indent=2, ensure_ascii=False))
+            typer.echo(json.dumps(to_plain(machine, report), indent=2, ensure_ascii=False))
         else:
             rates = {here.name: here.flops_per_s for here in machine.devices}
-            lines = machine_lines(machine) + ([] if fit is None else fit_lines(fit, rates.get(fit.device.name, {})))
+            lines = machine_lines(machine)
+            if report is not None:
+                lines += fit_lines(report, rates.get(report.device.name, {}))
             for name, text in lines:
                 typer.echo(f"{name:<14}{text}")
-        if machine.video or (fit is not None and (fit.fits is False or fit.lacks_text_encoder)):
+        if machine.video or (report is not None and (report.fits is False or report.text_encoder == "missing")):
             raise typer.Exit(FAILED)

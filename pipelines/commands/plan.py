@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
@@ -14,6 +13,7 @@ from pipelines.commands.options import FilmOptions, JsonOption, SettingOptions, 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from arlon.checkpoint import ModelFolder
     from arlon.film.plan import Plan
     from arlon.film.settings import Settings
     from pipelines.doctor.film_cost import FilmCost
@@ -44,7 +44,7 @@ def plan(
         if is_picture(storyboard, None):
             check_picture(storyboard)
         planned = plan_film(storyboard, film.model)
-        film_plan, folder = planned.plan, planned.model.path
+        film_plan, folder = planned.plan, planned.model
         references = check_references(film_plan)
         chosen = make_settings(film_plan.geometry, settings)
         if is_picture(storyboard, None):
@@ -114,11 +114,11 @@ def _sums(film: Plan) -> str:
     )
 
 
-def _cost(film: Plan, model: Path, settings: Settings) -> FilmCost:
-    from arlon.checkpoint import ModelFolder
+def _cost(film: Plan, model: ModelFolder, settings: Settings) -> FilmCost:
+    from arlon.film.geometry import read_configs
     from pipelines.doctor.film_cost import plan_cost
 
-    return plan_cost(film, ModelFolder.open(model, verify=False), dtype=settings.dtype, settings=settings)
+    return plan_cost(film, read_configs(model), settings)
 
 
 def _print_cost(cost: FilmCost) -> None:

@@ -6,12 +6,14 @@ Nothing is downloaded, and no weights are loaded.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from arlon.checkpoint import BASE_COMPONENTS, PACKAGED_MODELS
+from arlon.config import config_from_dict
 from arlon.errors import UsageError
 from arlon.film.geometry import (
     GenerationDefaults,
@@ -26,19 +28,20 @@ from arlon.film.prepare import make_settings, plan_storyboard
 from arlon.film.storyboard import storyboard_from_prompts, with_overrides
 from arlon.film.storyboard_values import parse_duration
 from arlon.film.workers import process_memory_bytes
-from arlon.text.sources import can_be_had, describe_whence, is_at_hand
+from arlon.text import sources
+from arlon.text.encoders import TextEncoderConfig
 from pipelines.doctor.film_cost import cost_lines, gigabytes, operations, plan_cost
-from pipelines.doctor.film_fit import Fit, memory_advice
+from pipelines.doctor.film_fit import Availability, MemoryReport, memory_advice
 from pipelines.doctor.machine import Device, Machine, devices
 
 MODES = {
     "text": "a film from prompts",
     "image": "one that begins with a picture (image:)",
     "end_image": "one that ends on a picture (end_image:)",
-    "video": "one that goes on from a video (video:)",
+    "video": "one that continues a video (video:)",
     "picture": "one frame as a PNG (--num-frames 1)",
 }
-"""What every model makes, as storyboards and options ask for it: given frames are held, no part is needed for that."""
+"""What every model makes, by the key or option that asks for it; given frames are held fixed, so no part is missing."""
 ENCODER_NAMES = {"minilm": "all-MiniLM-L6-v2", "t5": "its T5"}
 
 
@@ -52,53 +55,61 @@ def check_fit(
     dtype: str = "float32",
     values: Mapping[str, Any] | None = None,
     settings: Mapping[str, Any] | None = None,
-) -> Fit:
+) -> MemoryReport:
     """Compute what a film of one shot needs, and compare it with what a device has free.
 
     Args:
         model: A model, or a model size (a folder of `configs/`), for which no weights are needed.
-        height: Of a frame in pixels; the model's own if None.
-        width: Likewise.
-        duration: Of the film, as in a storyboard; 5 seconds if None.
-        device: Where it would run.
-        dtype: Precision it would run in.
-        values: Further values of the film, as --set takes them.
-        settings: Values of `Settings`, likewise.
+        height: Frame height in pixels. Default: the model's own.
+        width: Frame width in pixels. Default: the model's own.
+        duration: Length of the film, as in a storyboard. Default: 5 seconds.
+        device: Device that it would run on.
+        dtype: Precision that it would run in.
+        values: Further film-level values of the storyboard.
+        settings: Values of `Settings`.
 
     Raises:
         UsageError: If there is no such model, size, device or setting.
-        ValueError: If the model is damaged.
+        CheckpointError: If the model is damaged.
     """
-    configs, defaults, name = _configs(model)
+    configs, defaults, name = _read_model(model)
     try:
         length = None if duration is None else parse_duration(duration)
     except ValueError as error:
-        raise UsageError(str(error)) from error
+        raise UsageError(f"--duration {error}") from error
     film = storyboard_from_prompts(["a film"], duration=length)
     film = with_overrides(film, {**(values or {}), "height": height, "width": width})
     plan = plan_storyboard(film, make_geometry(configs, defaults))
     chosen = make_settings(plan.geometry, {"dtype": dtype, **(settings or {}), "device": device})
     wanted = f"cuda:{torch.cuda.current_device()}" if device == "cuda" else device
     found = next((here for here in devices(timed=False) if here.name == wanted), None)
-    fit = Fit(
+    return MemoryReport(
         model=name,
+        configs=configs,
+        defaults=defaults,
         plan=plan,
-        cost=plan_cost(plan, configs, dtype=chosen.dtype, settings=chosen),
+        cost=plan_cost(plan, configs, chosen),
         program_bytes=process_memory_bytes(),
         device=found or Device(name=device, kind=device, memory_bytes=None, free_bytes=None, flops_per_s={}),
         settings=chosen,
-        has_text_encoder=is_at_hand(configs.text_encoder),
-        lacks_text_encoder=not can_be_had(configs.text_encoder),
-        text_encoder=f"{ENCODER_NAMES[configs.text_encoder.kind]} {describe_whence(configs.text_encoder)}",
-        advice=(),
+        text_encoder=availability(configs.text_encoder),
     )
-    return fit if fit.fits is not False else replace(fit, advice=tuple(memory_advice(fit, configs, defaults)))
 
 
-def _configs(model: str) -> tuple[ModelConfigs, GenerationDefaults, str]:
-    from arlon.checkpoint import BASE_COMPONENTS, PACKAGED_MODELS
-    from arlon.config import config_from_dict
+def availability(config: TextEncoderConfig) -> Availability:
+    """Find out whether a text encoder is on this machine or can be downloaded; nothing is downloaded."""
+    if sources.is_at_hand(config):
+        return "cached"
+    return "downloadable" if sources.can_be_had(config) else "missing"
 
+
+def _read_model(model: str) -> tuple[ModelConfigs, GenerationDefaults, str]:
+    """Read configs, defaults and name of a model, or of a model size.
+
+    Raises:
+        UsageError: If there is neither.
+        CheckpointError: If the model is damaged.
+    """
     if model not in PACKAGED_MODELS and not Path(model).exists() and (size := read_size(model)) is not None:
         return *size, model
     try:
@@ -110,74 +121,75 @@ def _configs(model: str) -> tuple[ModelConfigs, GenerationDefaults, str]:
     return read_configs(folder), config_from_dict(GenerationDefaults, folder.defaults), identity["name"]
 
 
-def fit_lines(fit: Fit, rates: dict[str, float]) -> list[tuple[str, str]]:
-    """What to print about a film: name and text; `rates` are operations a second by precision."""
-    film = fit.plan.storyboard
+def fit_lines(report: MemoryReport, rates: Mapping[str, float]) -> list[tuple[str, str]]:
+    """Lines to print about a film, as pairs of name and text.
+
+    Args:
+        report: What the film needs.
+        rates: Floating-point operations a second of the device, by precision.
+    """
+    plan, cost = report.plan, report.cost
+    film, encoder = plan.storyboard, report.configs.text_encoder
+    kind = "plans with codes" if plan.geometry.has_codes else "a base alone, without codes"
     lines = [
-        (
-            "model",
-            f"{fit.model}; {'plans with codes' if fit.plan.geometry.has_codes else 'a base alone, without codes'}",
-        ),
+        ("model", f"{report.model}; {kind}"),
         ("makes", ", ".join(MODES.values())),
-        ("", mode_line(fit.plan.geometry)),
+        ("", _describe_sizes(plan.geometry)),
         (
             "film",
-            f"{fit.plan.num_frames} frames, {fit.plan.duration_s:.2f} s, {film.width} x {film.height} pixels, "
-            f"segments: {len(fit.plan.segments)}, steps: {film.num_inference_steps}",
+            f"{plan.num_frames} frames, {plan.duration_s:.2f} s, {film.width} x {film.height} pixels, "
+            f"segments: {len(plan.segments)}, steps: {film.num_inference_steps}",
         ),
-        *(("needs", line) for line in cost_lines(fit.cost)),
+        *(("needs", line) for line in cost_lines(cost)),
     ]
-    if rate := rates.get(fit.settings.dtype):
-        lines.append(
-            ("time", f"at least {_span(fit.cost.flops / rate)} at {operations(rate)}/s in {fit.settings.dtype}")
-        )
-    lines.append(("text", fit.text_encoder))
-    needed, free = gigabytes(fit.needed_bytes), gigabytes(fit.device.free_bytes or 0)
+    if rate := rates.get(report.settings.dtype):
+        time = _describe_time(cost.flops / rate)
+        lines.append(("time", f"at least {time} at {operations(rate)}/s in {report.settings.dtype}"))
+    lines.append(("text", f"{ENCODER_NAMES[encoder.kind]} {sources.describe_whence(encoder)}"))
+    device, needed = report.device, gigabytes(report.needed_bytes)
+    free = f"{gigabytes(device.free_bytes or 0)} free on {device.name}"
     verdict = {
-        None: f"{fit.device.name} does not tell its memory; {needed} are needed",
-        True: f"yes: {needed} with the program, {free} free on {fit.device.name}",
-        False: f"NO: {needed} with the program, {free} free on {fit.device.name}",
+        None: f"{device.name} does not tell its memory; {needed} are needed",
+        True: f"yes: {needed} with the program, {free}",
+        False: f"NO: {needed} with the program, {free}",
     }
-    return [*lines, ("fits", verdict[fit.fits]), *(("try", line) for line in fit.advice)]
+    return [*lines, ("fits", verdict[report.fits]), *(("try", line) for line in memory_advice(report))]
 
 
-def mode_line(geometry: ModelGeometry) -> str:
-    """With or without codes, and at which sizes, in words."""
-    any_size = "at any even size"
+def _describe_sizes(geometry: ModelGeometry) -> str:
+    """Whether a model has codes, and which frame sizes it makes."""
     if not geometry.has_codes:
-        return f"without codes, {any_size}"
+        return "without codes, at any even size"
     defaults = geometry.defaults
-    size = any_size if geometry.code_grid is None else f"at {defaults.width} x {defaults.height} pixels"
-    return f"with codes, {size}; with the base alone (--base-only), {any_size}"
+    size = "at any even size" if geometry.code_grid is None else f"at {defaults.width} x {defaults.height} pixels"
+    return f"with codes, {size}; with the base alone (--base-only), at any even size"
 
 
-def to_plain(machine: Machine, fit: Fit | None) -> dict[str, Any]:
-    """Plain values for JSON."""
+def to_plain(machine: Machine, report: MemoryReport | None) -> dict[str, Any]:
+    """Convert what was found to plain values for JSON."""
     plain: dict[str, Any] = asdict(machine) | {"devices": [asdict(device) for device in machine.devices]}
-    if fit is not None:
+    if report is not None:
         plain["film"] = {
-            "model": fit.model,
-            "num_frames": fit.plan.num_frames,
-            "height": fit.plan.storyboard.height,
-            "width": fit.plan.storyboard.width,
-            "cost": fit.cost.to_plain(),
-            "program_bytes": fit.program_bytes,
-            "needed_bytes": fit.needed_bytes,
-            "device": fit.device.name,
-            "free_bytes": fit.device.free_bytes,
-            "fits": fit.fits,
-            "settings": fit.settings.to_plain(),
-            "has_text_encoder": fit.has_text_encoder,
-            "lacks_text_encoder": fit.lacks_text_encoder,
-            "text_encoder": fit.text_encoder,
+            "model": report.model,
+            "num_frames": report.plan.num_frames,
+            "height": report.plan.storyboard.height,
+            "width": report.plan.storyboard.width,
+            "cost": report.cost.to_plain(),
+            "program_bytes": report.program_bytes,
+            "needed_bytes": report.needed_bytes,
+            "device": report.device.name,
+            "free_bytes": report.device.free_bytes,
+            "fits": report.fits,
+            "settings": report.settings.to_plain(),
+            "text_encoder": report.text_encoder,
             "modes": list(MODES),
-            "has_codes": fit.plan.geometry.has_codes,
-            "advice": list(fit.advice),
+            "has_codes": report.plan.geometry.has_codes,
+            "advice": memory_advice(report),
         }
     return plain
 
 
-def _span(seconds: float) -> str:
+def _describe_time(seconds: float) -> str:
     """A time for people: `40 s`, `12 min`, `3.1 h`."""
     if seconds < 120:
         return f"{seconds:.0f} s"

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations, product
-from typing import Any
+from typing import Any, Literal
 
 from arlon.film.geometry import GenerationDefaults, ModelConfigs, make_geometry
 from arlon.film.plan import Plan
@@ -18,164 +18,146 @@ from arlon.models.video_vae import VideoVAEConfig
 from pipelines.doctor.film_cost import FilmCost, gigabytes, plan_cost
 from pipelines.doctor.machine import Device, devices
 
+Availability = Literal["cached", "downloadable", "missing"]
+"""Whether the weights of a text encoder are on this machine, can be downloaded, or neither."""
+
 SMALLER = (0.75, 0.5, 0.375, 0.25)
-"""Factors of the frame size that are tried where a film does not fit."""
+"""Factors of the frame size that are tried if a film does not fit."""
 RELEASED_VAE_SIDE = 256
 """Side in pixels of the frames that the VAE of Open-Sora v1.2 was trained on."""
 TILE_LATENTS = 8
-"""Sides of tiles that are tried are multiples of so many latents."""
+"""The sides of the tiles that are tried are multiples of this many latents."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fit:
-    """Whether a film fits on a device."""
+class MemoryReport:
+    """Memory that a film needs, compared with what a device has free."""
 
     model: str
+    """Name of the model, or of the model size."""
+    configs: ModelConfigs
+    defaults: GenerationDefaults
     plan: Plan
     cost: FilmCost
     program_bytes: int
     """Memory of the program without any model."""
     device: Device
     settings: Settings
-    has_text_encoder: bool
-    lacks_text_encoder: bool
-    """Whether the text encoder is not here, and cannot be downloaded."""
-    text_encoder: str
-    """Where the text encoder comes from, in words that go on from its name."""
-    advice: tuple[str, ...]
-    """What to change; empty if it fits."""
+    text_encoder: Availability
 
     @property
     def needed_bytes(self) -> int:
-        """Memory on the device."""
+        """Memory that the film needs on the device."""
         return self.cost.bytes + (self.program_bytes if self.device.name == "cpu" else 0)
 
     @property
     def fits(self) -> bool | None:
-        """None: the device does not tell its memory."""
+        """Whether the film fits; None if the device does not tell its memory."""
         return None if self.device.free_bytes is None else self.needed_bytes <= self.device.free_bytes
 
+    def changed(self, changes: Sequence[Change]) -> MemoryReport:
+        """Report of the same film with changes."""
+        settings, film = self.settings, self.plan.storyboard
+        for change in changes:
+            settings = replace(settings, **change.settings)
+            film = with_overrides(film, change.film)
+        plan = self.plan
+        if film != plan.storyboard:  # planning is the slow part
+            plan = plan_storyboard(film, make_geometry(self.configs, self.defaults))
+        cost = plan_cost(plan, self.configs, settings)
+        return replace(self, plan=plan, settings=settings, cost=cost)
 
-def memory_advice(fit: Fit, configs: ModelConfigs, defaults: GenerationDefaults) -> list[str]:
-    """What to change, the change that keeps most first."""
-    free = fit.device.free_bytes or 0
-    advice = _options(fit, configs, defaults)
-    if fit.settings.dtype == "bfloat16":
-        rest = plan_cost(fit.plan, configs, settings=fit.settings).bytes
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """One way to need less memory."""
+
+    option: str
+    """As it is given on the command line."""
+    note: str = ""
+    """What it costs."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    film: Mapping[str, Any] = field(default_factory=dict)
+    """Film-level values of the storyboard."""
+
+
+def memory_advice(report: MemoryReport) -> list[str]:
+    """Advise what to change if a film does not fit, the change that keeps most of the film first."""
+    if report.fits is not False:
+        return []
+    free = report.device.free_bytes or 0
+    advice = _options_that_fit(report)
+    if report.settings.dtype == "bfloat16":
+        rest = plan_cost(report.plan, report.configs, replace(report.settings, dtype="float32")).bytes
         advice.append(f"--dtype float32 needs {gigabytes(rest)}: bfloat16 keeps a rounded copy of the weights at work")
-    if fit.cost.weight_bytes > free:
-        largest = max(fit.cost.largest_together, key=lambda part: part.weight_bytes)
-        shares = f"{gigabytes(fit.cost.weight_bytes)}, {gigabytes(largest.weight_bytes)} of it {largest.part}"
+    if report.cost.weight_bytes > free:
+        largest = max(report.cost.largest_together, key=lambda part: part.weight_bytes)
+        shares = f"{gigabytes(report.cost.weight_bytes)}, {gigabytes(largest.weight_bytes)} of it {largest.part}"
         advice.append(
             f"the weights alone take {shares}: use a machine or device with more memory, or spread the parts over "
             "machines with --executor ray"
         )
-    others = [device for device in devices(timed=False) if device.name not in ("cpu", fit.device.name)]
-    advice += [f"--device {d.name} has {gigabytes(d.free_bytes)} free" for d in others if (d.free_bytes or 0) > free]
+    for other in devices(timed=False):
+        if other.name not in ("cpu", report.device.name) and (other.free_bytes or 0) > free:
+            advice.append(f"--device {other.name} has {gigabytes(other.free_bytes or 0)} free")
     return [*advice, "--model shapes needs less than 1 GB and no text encoder beyond all-MiniLM-L6-v2"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Change:
-    """One way to need less memory."""
-
-    option: str
-    note: str = ""
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    film: Mapping[str, Any] = field(default_factory=dict)
-
-
-def _options(fit: Fit, configs: ModelConfigs, defaults: GenerationDefaults) -> list[str]:
-    """Options that make the film fit, what keeps most first: one alone; two together where none does; and so on."""
-    kinds = [kind for kind in _changes(fit, configs) if kind]
+def _options_that_fit(report: MemoryReport) -> list[str]:
+    """Options with which the film fits: single changes, or if none is enough, pairs of changes, and so on."""
+    kinds = [kind for kind in _kinds_of_changes(report) if kind]
     for count in range(1, len(kinds) + 1):
-        found = [_first_that_fits(fit, configs, defaults, chosen) for chosen in combinations(kinds, count)]
-        if any(found):
-            return [line for line in found if line]
+        lines = []
+        for chosen in combinations(kinds, count):
+            # The last change of a kind needs least memory; if even these are not enough, none is.
+            if not report.changed([kind[-1] for kind in chosen]).fits:
+                continue
+            changes = next(changes for changes in product(*chosen) if report.changed(changes).fits)
+            options = " ".join(change.option for change in changes)
+            notes = "".join(f"; {change.note}" for change in changes if change.note)
+            lines.append(f"{options} needs {gigabytes(report.changed(changes).needed_bytes)}: fits{notes}")
+        if lines:
+            return lines
     return []
 
 
-def _first_that_fits(
-    fit: Fit, configs: ModelConfigs, defaults: GenerationDefaults, kinds: Sequence[Sequence[_Change]]
-) -> str | None:
-    """The first changes, one of each kind, with which the film fits, in words; None if none do."""
-    least = tuple(kind[-1] for kind in kinds)
-    if not _changed(fit, configs, defaults, least).fits:
-        return None
-    for changes in product(*kinds):
-        changed = _changed(fit, configs, defaults, changes)
-        if changed.fits:
-            break
-    options = " ".join(change.option for change in changes)
-    notes = "".join(f"; {change.note}" for change in changes if change.note)
-    return f"{options} needs {gigabytes(changed.needed_bytes)}: fits{notes}"
-
-
-def _changed(fit: Fit, configs: ModelConfigs, defaults: GenerationDefaults, changes: Sequence[_Change]) -> Fit:
-    """The film with changes."""
-    settings, plan = fit.settings, fit.plan
-    for change in changes:
-        settings = replace(settings, **change.settings)
-        plan = (
-            plan_storyboard(with_overrides(plan.storyboard, change.film), make_geometry(configs, defaults))
-            if change.film
-            else plan
-        )
-    cost = plan_cost(plan, configs, dtype=settings.dtype, settings=settings)
-    return replace(fit, plan=plan, settings=settings, cost=cost)
-
-
-def _changes(fit: Fit, configs: ModelConfigs) -> list[list[_Change]]:
-    """Kinds of changes, that which keeps most first, and of each kind likewise; the last of a kind needs least."""
-    vae, settings = configs.vae, fit.settings
-    kinds: list[list[_Change]] = []
-    if (settings.vae_micro_batch or vae.micro_batch_size) != 1:
-        kinds.append([_Change(option="--set vae_micro_batch=1", settings={"vae_micro_batch": 1})])
-    largest = max(fit.cost.parts, key=lambda part: part.weight_bytes)
-    if largest.part == "text_encoder" and settings.text_dtype == "float32":
+def _kinds_of_changes(report: MemoryReport) -> Iterator[list[Change]]:
+    """Kinds of changes, the kind that keeps most of the film first, and the changes of a kind likewise."""
+    if (report.settings.vae_micro_batch or report.configs.vae.micro_batch_size) != 1:
+        yield [Change(option="--set vae_micro_batch=1", settings={"vae_micro_batch": 1})]
+    largest = max(report.cost.parts, key=lambda part: part.weight_bytes)
+    if largest.part == "text_encoder" and report.settings.text_dtype == "float32":
         note = "the text encoder is its largest part, and changes its features a little in bfloat16"
-        change = _Change(option="--set text_dtype=bfloat16", settings={"text_dtype": "bfloat16"}, note=note)
-        kinds.append([change])
-    return [*kinds, _tiles(fit, configs), _smaller_frames(fit)]
+        yield [Change(option="--set text_dtype=bfloat16", settings={"text_dtype": "bfloat16"}, note=note)]
+    yield tile_changes(report)
+    film, geometry = report.plan.storyboard, report.plan.geometry
+    if geometry.code_grid is None:  # otherwise the model makes frames of one size only
+        multiple = geometry.size_multiple
+        sizes = [
+            {
+                name: max(multiple, round(side * factor / multiple) * multiple)
+                for name, side in (("height", film.height or 0), ("width", film.width or 0))
+            }
+            for factor in SMALLER
+        ]
+        yield [Change(option=f"--height {size['height']} --width {size['width']}", film=size) for size in sizes]
 
 
-def _tiles(fit: Fit, configs: ModelConfigs) -> list[_Change]:
-    """Tiles, the largest first, of the frames the VAE was trained on at least."""
-    smallest, geometry = _trained_side(fit, configs), fit.plan.geometry
-    largest = max(fit.plan.frame_fit.made_height, fit.plan.frame_fit.made_width)
-    if fit.settings.vae_tile is not None:
-        largest = min(largest, fit.settings.vae_tile)
-    unit = TILE_LATENTS * geometry.space_stride
+def tile_changes(report: MemoryReport) -> list[Change]:
+    """VAE tiles smaller than the frames, the largest first, down to the size of the frames the VAE was trained on."""
+    geometry, defaults = report.plan.geometry, report.defaults
+    smallest, stride = RELEASED_VAE_SIDE, geometry.space_stride
+    stated = ((vae.spatial, vae.temporal) for vae in (report.configs.vae, VideoVAEConfig()))
+    if len({repr(shapes) for shapes in stated}) > 1:  # not the released VAE: take the frames that its model makes
+        smallest = ceil_div(max(defaults.height, defaults.width, MIN_TILE * stride), stride) * stride
+    largest = max(report.plan.frame_fit.made_height, report.plan.frame_fit.made_width)
+    if report.settings.vae_tile is not None:
+        largest = min(largest, report.settings.vae_tile)
+    unit = TILE_LATENTS * stride
     sides = [side for side in range(largest // unit * unit, smallest, -unit) if side < largest]
     note = f"smaller tiles than {smallest} would spoil the picture, the VAE was trained on frames of that size"
     return [
-        _Change(option=f"--set vae_tile={side}", settings={"vae_tile": side}, note=note)
+        Change(option=f"--set vae_tile={side}", settings={"vae_tile": side}, note=note)
         for side in (*sides, smallest)
         if smallest <= side < largest
     ]
-
-
-def _trained_side(fit: Fit, configs: ModelConfigs) -> int:
-    """Side in pixels of the frames the VAE was trained on; unless it has the shape of the released one, the model's."""
-    released = VideoVAEConfig()
-    stated = ((part.spatial, part.temporal) for part in (configs.vae, released))
-    if len({repr(shapes) for shapes in stated}) == 1:
-        return RELEASED_VAE_SIDE
-    defaults, stride = fit.plan.geometry.defaults, fit.plan.geometry.space_stride
-    return ceil_div(max(defaults.height, defaults.width, MIN_TILE * stride), stride) * stride
-
-
-def _smaller_frames(fit: Fit) -> list[_Change]:
-    """Smaller frames, the largest first, if the model makes other sizes than its own."""
-    film, geometry = fit.plan.storyboard, fit.plan.geometry
-    if geometry.code_grid is not None:
-        return []
-    sizes = []
-    for factor in SMALLER:
-        multiple = geometry.size_multiple
-        size = {
-            name: max(multiple, round(getattr(film, name) * factor / multiple) * multiple)
-            for name in ("height", "width")
-        }
-        sizes.append(_Change(option=f"--height {size['height']} --width {size['width']}", film=size))
-    return sizes

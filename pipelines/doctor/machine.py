@@ -6,6 +6,7 @@ import importlib.metadata
 import platform
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,52 +28,59 @@ OPTIONAL = {
 }
 MATMUL_SIZE = 1024
 MATMUL_S = 0.2
-"""How long one precision is timed."""
+"""Seconds that one precision is timed."""
 CGROUP_FILES = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
     ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
 )
+"""Files that tell the memory limit of a container and its use, in version 2 and 1 of cgroups."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
-    """Where networks can run."""
+    """A processor or GPU that networks can run on."""
 
     name: str
-    """As --device takes it."""
+    """Name as --device takes it."""
     kind: str
+    """What it is, for people."""
     memory_bytes: int | None
-    """None: not known."""
+    """Memory in all; None if the system does not tell."""
     free_bytes: int | None
+    """Memory that is free now; None if the system does not tell."""
     flops_per_s: dict[str, float]
-    """Operations a second of one large matrix product, by precision; empty: not measured."""
+    """Floating-point operations a second in one large matrix product, by precision; empty if not measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """What `arlon doctor` looks at."""
+    """A machine as `arlon doctor` finds it."""
 
     arlon: str
     python: str
     system: str
     packages: dict[str, str | None]
-    """Versions; None: not installed."""
+    """Versions by name; None if a package is not installed."""
     devices: tuple[Device, ...]
     video: str | None
-    """What is wrong with writing H.264; None: nothing."""
+    """Why no H.264 film can be written; None if one can."""
     has_minilm: bool
-    """Whether the text encoder of the small model is here."""
+    """Whether the text encoder of the small model is on this machine."""
     minilm: str
-    """Where that comes from, in words."""
+    """Where that text encoder comes from, in words that follow its name."""
 
 
 def examine() -> Machine:
-    """Look at this machine; takes a second."""
+    """Examine this machine, which takes a second."""
+    packages: dict[str, str | None] = dict.fromkeys((*PACKAGES, *OPTIONAL))
+    for name in packages:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            packages[name] = importlib.metadata.version(name)
     return Machine(
         arlon=version(),
         python=platform.python_version(),
         system=f"{platform.system()} {platform.machine()}",
-        packages={name: _version(name) for name in (*PACKAGES, *OPTIONAL)},
+        packages=packages,
         devices=tuple(devices()),
         video=video_problem(),
         has_minilm=is_at_hand(TextEncoderConfig()),
@@ -81,14 +89,16 @@ def examine() -> Machine:
 
 
 def machine_lines(machine: Machine) -> list[tuple[str, str]]:
-    """What to print about a machine: name and text."""
+    """Lines to print about a machine, as pairs of name and text."""
     packages = ", ".join(f"{name} {machine.packages[name] or 'missing'}" for name in PACKAGES)
     lines = [("arlon", f"{machine.arlon}, Python {machine.python}, {machine.system}"), ("packages", packages)]
     for device in machine.devices:
+        memory = "memory unknown"
+        if device.memory_bytes is not None and device.free_bytes is not None:
+            memory = f"{gigabytes(device.memory_bytes)} memory, {gigabytes(device.free_bytes)} free"
         rates = ", ".join(f"{rate / 1e9:.0f} GFLOP/s in {name}" for name, rate in device.flops_per_s.items())
-        lines.append(
-            ("device", f"{device.name}: {_memory(device)}" + (f"; one matrix product: {rates}" if rates else ""))
-        )
+        measured = f"; one matrix product: {rates}" if rates else ""
+        lines.append(("device", f"{device.name}: {device.kind}, {memory}{measured}"))
     if len(machine.devices) == 1:
         lines.append(("", "no GPU that PyTorch can use: the small model runs well without, the full size does not"))
     lines.append(("video", machine.video or "H.264 is encoded and decoded"))
@@ -97,14 +107,8 @@ def machine_lines(machine: Machine) -> list[tuple[str, str]]:
     return lines
 
 
-def _memory(device: Device) -> str:
-    if device.memory_bytes is None or device.free_bytes is None:
-        return f"{device.kind}, memory unknown"
-    return f"{device.kind}, {gigabytes(device.memory_bytes)} memory, {gigabytes(device.free_bytes)} free"
-
-
 def video_problem() -> str | None:
-    """What is wrong with writing a film, found by writing one; None: nothing."""
+    """Write a small film and read it back; why that fails, or None if it works."""
     frames = np.zeros((2, 16, 16, 3), dtype=np.uint8)
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -113,28 +117,30 @@ def video_problem() -> str | None:
                 writer.append(frames)
             if probe(path).num_frames != len(frames):
                 return "H.264 is encoded, but not all frames come back"
-    except Exception as error:  # whatever it is, it is what the user should read
+    except Exception as error:  # whatever fails in FFmpeg is what the user has to know
         return f"H.264 cannot be written: {error}"
     return None
 
 
 def devices(*, timed: bool = True) -> list[Device]:
-    """The processor and the GPUs that PyTorch can use; `timed` measures their rates, which takes a second."""
-    return [_cpu(timed=timed), *_accelerators(timed=timed)]
+    """List the processor and the GPUs that PyTorch can use.
 
-
-def _cpu(*, timed: bool) -> Device:
+    Args:
+        timed: Whether to measure their rates, which takes a second.
+    """
     total, free = memory_limits()
-    return Device(
+    cpu = Device(
         name="cpu",
         kind=f"{available_cores()} cores",
         memory_bytes=total,
         free_bytes=free,
         flops_per_s=_matmul_rates("cpu") if timed else {},
     )
+    return [cpu, *_accelerators(timed=timed)]
 
 
 def _accelerators(*, timed: bool) -> list[Device]:
+    """List the GPUs that PyTorch can use."""
     found = []
     for index in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(index)
@@ -150,7 +156,7 @@ def _accelerators(*, timed: bool) -> list[Device]:
 
 
 def memory_limits() -> tuple[int | None, int | None]:
-    """Memory of this machine or container, and what of it is free; None: the system does not tell."""
+    """Read the total and the free memory of this machine or container, in bytes; None if the system does not tell."""
     try:
         fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
         total, free = (int(fields[name].split()[0]) * 1024 for name in ("MemTotal", "MemAvailable"))
@@ -159,28 +165,21 @@ def memory_limits() -> tuple[int | None, int | None]:
     for limit_file, used_file in CGROUP_FILES:
         try:
             limit, used = (int(Path(file).read_text()) for file in (limit_file, used_file))
-        except (OSError, ValueError):  # not there, or "max"
+        except (OSError, ValueError):  # no such file, or "max": there is no limit
             continue
         total, free = min(total, limit), min(free, max(0, limit - used))
     return total, free
 
 
 def _matmul_rates(device: str) -> dict[str, float]:
-    """Operations a second of a matrix product in float32 and bfloat16."""
+    """Measure the operations a second of a matrix product in float32 and bfloat16."""
     rates = {}
     for name in ("float32", "bfloat16"):
         a = torch.ones(MATMUL_SIZE, MATMUL_SIZE, device=device, dtype=getattr(torch, name))
-        float((a @ a)[0, 0])  # warm up, and wait
+        float((a @ a)[0, 0])  # warm up; `float` waits for a GPU to finish
         count, started_s = 0, time.perf_counter()
         while (elapsed_s := time.perf_counter() - started_s) < MATMUL_S:
             float((a @ a)[0, 0])
             count += 1
         rates[name] = count * 2 * MATMUL_SIZE**3 / elapsed_s
     return rates
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None

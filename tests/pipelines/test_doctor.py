@@ -13,11 +13,11 @@ from huggingface_hub import constants
 from typer.testing import CliRunner, Result
 
 from arlon import cost
-from arlon.checkpoint import BASE_COMPONENTS
+from arlon.checkpoint import BASE_COMPONENTS, ModelFolder
 from arlon.film import workers
 from arlon.film.geometry import open_model, read_configs, read_geometry, read_size
 from arlon.film.plan import Plan, make_plan, resolve_storyboard
-from arlon.film.settings import Settings
+from arlon.film.prepare import make_settings
 from arlon.film.storyboard import parse_storyboard
 from pipelines.cli import app
 from pipelines.doctor import diagnosis as doctor
@@ -46,6 +46,10 @@ def plan_of(model: Path, *shots: dict[str, object], **film: object) -> Plan:
     )
 
 
+def cost_of(plan: Plan, model: ModelFolder, **settings: object) -> FilmCost:
+    return plan_cost(plan, read_configs(model), make_settings(plan.geometry, settings))
+
+
 @pytest.fixture
 def base(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A model file of the tiny model's base."""
@@ -71,7 +75,7 @@ def test_a_film_costs_its_segments_and_steps(tiny_model: Path) -> None:
     shots = ({"prompt": "a", "duration": "85f"}, {"prompt": "b", "duration": "51f", "transition": "cut"})
     plan = plan_of(tiny_model, *shots, num_inference_steps=3)
     assert len(plan.segments) == 3
-    parts = {part.part: part for part in plan_cost(plan, model).parts}
+    parts = {part.part: part for part in cost_of(plan, model).parts}
     configs = read_configs(model)
     once = cost.dit_cost(configs.dit, (15, 4, 6), text_length=tiny.TEXT_LENGTH, batch=2)
     assert parts["dit"].flops == 3 * 3 * once.flops
@@ -87,7 +91,7 @@ def test_without_guidance_the_dit_works_half_as_much(tiny_model: Path) -> None:
 
     def dit_flops(*scales: float) -> int:
         shots = [{"prompt": "a", "duration": "51f", "transition": "cut", "guidance_scale": scale} for scale in scales]
-        return {part.part: part.flops for part in plan_cost(plan_of(tiny_model, *shots), model).parts}["dit"]
+        return {part.part: part.flops for part in cost_of(plan_of(tiny_model, *shots), model).parts}["dit"]
 
     assert dit_flops(1, 1) * 2 == pytest.approx(dit_flops(3, 3))
     assert dit_flops(1, 3) * 2 == pytest.approx(dit_flops(1, 1) + dit_flops(3, 3))
@@ -100,7 +104,7 @@ def test_a_blend_costs_what_is_done_under_both_prompts(tiny_model: Path) -> None
         second = {"prompt": "b", "duration": "68f", "blend": blend}
         plan = plan_of(tiny_model, {"prompt": "a", "duration": "51f"}, second)
         assert len(plan.segments) == 3
-        return {part.part: part for part in plan_cost(plan, model).parts}
+        return {part.part: part for part in cost_of(plan, model).parts}
 
     plain, blended, longer = parts(0), parts(2), parts(8)
     assert blended["dit"].flops * 3 == plain["dit"].flops * 4  # one of three segments twice
@@ -128,10 +132,10 @@ def test_a_text_encoder_that_is_let_go_counts_alone() -> None:
         PartCost(part=name, weight_bytes=weights, working_bytes=working, flops=1)
         for name, weights, working in (("text_encoder", 100, 8), ("dit", 50, 12), ("vae", 20, 4), ("injection", 5, 4))
     )
-    together, apart = FilmCost(parts=parts), FilmCost(parts=parts, lets_text_go=True)
+    together, apart = FilmCost(parts=parts), FilmCost(parts=parts, unloads_text_encoder=True)
     assert (together.bytes, apart.bytes) == (175 + 28, 100 + 14)
     assert (apart.weight_bytes, apart.working_bytes) == (100, 8)
-    larger = FilmCost(parts=(replace(parts[0], weight_bytes=60), *parts[1:]), lets_text_go=True)
+    larger = FilmCost(parts=(replace(parts[0], weight_bytes=60), *parts[1:]), unloads_text_encoder=True)
     assert (larger.bytes, larger.weight_bytes, larger.working_bytes) == (75 + 28, 75, 16)
     memory, _ = cost_lines(larger)
     assert "dit 0 MB, vae 0 MB, injection 0 MB; at another time text_encoder 0 MB" in memory
@@ -144,7 +148,7 @@ def test_a_text_encoder_is_let_go_if_it_is_large_and_prompts_are_few(
 
     def lets_go(num_shots: int) -> bool:
         shots = [{"prompt": f"shot {i}", "duration": "17f"} for i in range(num_shots)]
-        return plan_cost(plan_of(tiny_model, *shots), model).lets_text_go
+        return cost_of(plan_of(tiny_model, *shots), model).unloads_text_encoder
 
     assert not lets_go(2)
     monkeypatch.setattr(workers, "LARGE_ENCODER_BYTES", 100)
@@ -156,7 +160,7 @@ def test_a_text_encoder_is_let_go_if_it_is_large_and_prompts_are_few(
 def test_autocast_keeps_a_rounded_copy(tiny_model: Path) -> None:
     model = open_model(str(tiny_model))[0]
     plan = plan_of(tiny_model, {"prompt": "a"})
-    full, half = (plan_cost(plan, model, dtype=dtype) for dtype in ("float32", "bfloat16"))
+    full, half = (cost_of(plan, model, dtype=dtype) for dtype in ("float32", "bfloat16"))
     for before, after in zip(full.parts, half.parts, strict=True):
         assert after.weight_bytes == before.weight_bytes
         copy = 0 if after.part in ("text_encoder", "ar") else before.weight_bytes // 2
@@ -165,7 +169,7 @@ def test_autocast_keeps_a_rounded_copy(tiny_model: Path) -> None:
 
 def test_a_text_encoder_in_bfloat16_takes_half(tiny_model: Path) -> None:
     plan, model = plan_of(tiny_model, {"prompt": "a"}), open_model(str(tiny_model))[0]
-    full, half = (plan_cost(plan, model, settings=Settings(text_dtype=dtype)) for dtype in ("float32", "bfloat16"))
+    full, half = (cost_of(plan, model, text_dtype=dtype) for dtype in ("float32", "bfloat16"))
     for before, after in zip(full.parts, half.parts, strict=True):
         is_text = after.part == "text_encoder"
         assert after.weight_bytes * (2 if is_text else 1) == before.weight_bytes
@@ -251,8 +255,8 @@ def test_a_model_that_fits(tiny_model: Path) -> None:
     assert result.exit_code == 0, result.stderr
     film = json.loads(result.stdout)["film"]
     assert (film["num_frames"], film["fits"], film["advice"]) == (51, True, [])
+    assert film["text_encoder"] == "cached"
     assert film["needed_bytes"] == film["cost"]["bytes"] + film["program_bytes"]
-    assert film["has_text_encoder"] is True
 
 
 def test_the_device_cuda_is_the_current_one_of_several(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -279,20 +283,20 @@ def test_a_base_that_does_not_fit_is_told_the_largest_size_that_does(base: Path)
     assert doctor.check_fit(str(base), duration="51f", height=height, width=width).fits
 
 
-def full_base(monkeypatch: pytest.MonkeyPatch, free: float, **settings: object) -> tuple[str, ...]:
+def full_base(monkeypatch: pytest.MonkeyPatch, free: float, **settings: object) -> list[str]:
     """Advice on 51 frames of 512 x 512 by the base of the full size, with so many GB free besides the program.
 
     The text encoder takes about 19 GB, 9.5 in bfloat16. The rest takes about 12.4, one frame at a time 10.1.
     """
     configs, defaults = read_size("opensora_v1_2")
-    monkeypatch.setattr(doctor, "_configs", lambda model: (configs.without_codes(), defaults, model))
+    monkeypatch.setattr(doctor, "_read_model", lambda model: (configs.without_codes(), defaults, model))
     monkeypatch.setattr(doctor, "process_memory_bytes", lambda: 0)
     monkeypatch.setattr(machine, "memory_limits", lambda: (10**12, round(free * 1e9)))
-    return doctor.check_fit("opensora_v1_2", duration="51f", settings=settings).advice
+    return film_fit.memory_advice(doctor.check_fit("opensora_v1_2", duration="51f", settings=settings))
 
 
 def test_advice_keeps_as_much_as_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert full_base(monkeypatch, 20) == ()
+    assert full_base(monkeypatch, 20) == []
     text, *_ = full_base(monkeypatch, 15)
     assert text.startswith("--set text_dtype=bfloat16 needs ")
     assert "fits; the text encoder is its largest part" in text
@@ -309,8 +313,8 @@ def test_of_tiles_the_largest_that_fits_is_advised(monkeypatch: pytest.MonkeyPat
     assert "smaller tiles than 256 would spoil the picture" in tile
     assert frames.startswith("--height ")
     side = int(tile.split("=")[1].split()[0])
-    assert full_base(monkeypatch, 11, text_dtype="bfloat16", vae_tile=side) == ()
-    assert full_base(monkeypatch, 11, text_dtype="bfloat16", vae_tile=side + 64) != ()
+    assert full_base(monkeypatch, 11, text_dtype="bfloat16", vae_tile=side) == []
+    assert full_base(monkeypatch, 11, text_dtype="bfloat16", vae_tile=side + 64) != []
 
 
 def test_no_tile_is_smaller_than_the_frames_of_training(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -322,8 +326,7 @@ def test_no_tile_is_smaller_than_the_frames_of_training(monkeypatch: pytest.Monk
 
 def test_tiles_of_another_vae_are_no_smaller_than_the_frames_of_its_model(base: Path) -> None:
     fit = doctor.check_fit(str(base), duration="51f", height=1536, width=1536)
-    configs, *_ = doctor._configs(str(base))
-    tiles = [change.settings["vae_tile"] for change in film_fit._tiles(fit, configs)]
+    tiles = [change.settings["vae_tile"] for change in film_fit.tile_changes(fit)]
     assert tiles == [*range(1472, 768, -64), 768]
 
 
@@ -332,13 +335,14 @@ def test_the_full_size_needs_no_weights(monkeypatch: pytest.MonkeyPatch) -> None
     fit = doctor.check_fit("opensora_v1_2", duration="68f")
     parts = {part.part: part for part in fit.cost.parts}
     assert parts["text_encoder"].weight_bytes == pytest.approx(19.05e9, rel=0.01)
-    assert fit.cost.lets_text_go
+    assert fit.cost.unloads_text_encoder
     assert fit.cost.weight_bytes == parts["text_encoder"].weight_bytes
     assert parts["dit"].weight_bytes == 4 * (1_207_643_972 + 300 * 4096)
     assert fit.fits is False
-    assert not fit.has_text_encoder
-    assert any("weights alone take" in line and "text_encoder" in line for line in fit.advice)
-    assert any("--model shapes" in line for line in fit.advice)
+    assert fit.text_encoder != "cached"
+    advice = film_fit.memory_advice(fit)
+    assert any("weights alone take" in line and "text_encoder" in line for line in advice)
+    assert any("--model shapes" in line for line in advice)
 
 
 def test_doctor_says_what_a_model_makes(tiny_model: Path, base: Path) -> None:
@@ -355,7 +359,7 @@ def test_doctor_says_what_a_model_makes(tiny_model: Path, base: Path) -> None:
     assert "--base-only" not in alone
     film = json.loads(arlon("doctor", "--model", base, "--json").stdout)["film"]
     assert film["modes"] == ["text", "image", "end_image", "video", "picture"]
-    assert (film["has_codes"], film["text_encoder"]) == (False, "its T5 is on this machine")
+    assert (film["has_codes"], film["text_encoder"]) == (False, "cached")
 
 
 @pytest.mark.parametrize(
@@ -371,7 +375,8 @@ def test_doctor_says_whether_the_t5_is_downloaded(monkeypatch: pytest.MonkeyPatc
     found = arlon("doctor", "--model", "opensora_v1_2").stdout
     assert text in found
     shapes = arlon("doctor", "--model", "shapes", "--json")
-    assert (shapes.exit_code, json.loads(shapes.stdout)["film"]["lacks_text_encoder"]) == (int(is_offline), is_offline)
+    state = "missing" if is_offline else "downloadable"
+    assert (shapes.exit_code, json.loads(shapes.stdout)["film"]["text_encoder"]) == (int(is_offline), state)
     assert ("hf download" in found) == is_offline
     assert ("Get T5 v1.1-XXL (19 GB)" in found) == is_offline
     small = next(line for line in found.splitlines() if "all-MiniLM-L6-v2" in line)
@@ -416,7 +421,7 @@ def test_other_names_are_no_size(name: str) -> None:
 
 
 def test_cost_lines_name_every_part_with_weights(tiny_model: Path) -> None:
-    film = plan_cost(plan_of(tiny_model, {"prompt": "a"}), open_model(str(tiny_model))[0])
+    film = cost_of(plan_of(tiny_model, {"prompt": "a"}), open_model(str(tiny_model))[0])
     memory, work = cost_lines(film)
     assert all(part.part in memory for part in film.parts)
     assert "dit" in work
