@@ -42,7 +42,8 @@ from arlon.film.storyboard_values import FILM_READERS, parse_duration
 from arlon.film.strict_yaml import parse_json, read_text, shown
 from pipelines.deliver.paths import output_paths, slug
 from pipelines.executors.local import KeptWorkers, WorkerSource, new_worker
-from pipelines.runs.generate import Begin, Prepared, generate, prepare, start_run
+from pipelines.runs.generate import Begin, generate, start_run
+from pipelines.runs.prepare import Prepared, prepare
 from pipelines.runs.resume import Run, continue_run, open_run
 from pipelines.runs.status import read_status
 from pipelines.store.lock import RunLockedError

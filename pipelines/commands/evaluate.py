@@ -107,7 +107,7 @@ def evaluate(
 def _read_backbones(given: list[str]) -> dict[str, str]:
     from arlon.evaluation.vbench.networks import BACKBONE_KINDS
 
-    backbones = {}
+    backbones: dict[str, str] = {}
     for text in given:
         name, equals, source = text.partition("=")
         if not equals or not source or name not in BACKBONE_KINDS:

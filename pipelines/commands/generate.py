@@ -26,8 +26,9 @@ from pipelines.commands.options import (
 )
 
 if TYPE_CHECKING:
-    from pipelines.runs.generate import Begin, FilmResult, Prepared, Progress
+    from pipelines.runs.generate import Begin, FilmResult, Progress
     from pipelines.runs.picture import PreparedPicture
+    from pipelines.runs.prepare import Prepared
 
 
 @grouped
@@ -52,8 +53,8 @@ def generate(
 ) -> None:
     """Make a film."""
     with reported():
-        from pipelines.runs.generate import prepare
         from pipelines.runs.picture import is_picture, prepare_picture
+        from pipelines.runs.prepare import prepare
 
         compute.check()
         storyboard, settings = read_film(film, how)

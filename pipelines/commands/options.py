@@ -207,8 +207,11 @@ class SettingOptions:
         Raises:
             UsageError: If --set has an unknown key or no value.
         """
-        own = {"dtype": None if self.dtype is None else self.dtype.value}
-        own |= {"device": self.device, "num_threads": self.num_threads}
+        own = {
+            "dtype": None if self.dtype is None else self.dtype.value,
+            "device": self.device,
+            "num_threads": self.num_threads,
+        }
         film, settings = read_assignments(self.assignments or ())
         return film, {name: value for name, value in own.items() if value is not None} | settings
 
@@ -304,7 +307,9 @@ class ComputeOptions:
 def grouped(command: Callable[..., None]) -> Callable[..., None]:
     """Let a command take groups of options: typer sees each field of a dataclass as an option of its own."""
     parameters = list(signature(command, eval_str=True).parameters.values())
-    groups = {given.name: given.annotation for given in parameters if is_dataclass(given.annotation)}
+    groups: dict[str, type[Any]] = {
+        given.name: given.annotation for given in parameters if is_dataclass(given.annotation)
+    }
 
     @wraps(command)
     def flat(**values: Any) -> None:

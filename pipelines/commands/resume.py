@@ -19,10 +19,11 @@ def resume(
     """Go on with a film that was interrupted; what is committed is not made again."""
     with reported():
         from pipelines.runs.resume import continue_run, open_run
+        from pipelines.runs.run_record import changed_libraries
 
         compute.check()
         opened = open_run(run, model=model)
-        for change in opened.changed_libraries:
+        for change in changed_libraries(opened.record):
             say(f"note: {change} since this run was started; what is made now may differ in its last bits")
         film = make_film(opened.prepared, compute, begin=lambda *_: continue_run(opened), quiet=quiet)
         print_film(film, as_json=as_json, quiet=quiet)

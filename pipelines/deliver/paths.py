@@ -18,7 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from arlon.film.storyboard import Storyboard, UsageError
+from arlon.errors import UsageError
+from arlon.files import sweep
+from arlon.film.storyboard import Storyboard
 from arlon.film.strict_yaml import shown
 from pipelines.store.run_folder import RUN_NAME, RunFolder, RunFolderError
 
@@ -51,6 +53,10 @@ class OutputPaths:
     def sidecar(self) -> Path:
         """What the film was made from, as JSON."""
         return self.film.with_suffix(".json")
+
+    def sweep(self) -> None:
+        """Remove what a crash left of the film and its sidecar while they were written."""
+        sweep([self.film.parent], (self.film.name, self.sidecar.name))
 
     def resolved(self) -> OutputPaths:
         """The same places as absolute paths, for a process with another working folder."""

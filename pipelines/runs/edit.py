@@ -24,8 +24,9 @@ from arlon.film.prompt_schedule import code_schedule
 from arlon.film.schedule import film_requests
 from arlon.film.storyboard import ResolvedStoryboard, Shot, UsageError, random_seed, with_shot
 from pipelines.deliver.paths import OutputPaths, check_output, output_paths
-from pipelines.runs.generate import assemble, run_record
+from pipelines.runs.prepare import assemble
 from pipelines.runs.resume import Run, continue_run, misfit
+from pipelines.runs.run_record import run_record
 from pipelines.store.lock import RunLock
 from pipelines.store.media import read_media
 from pipelines.store.run_folder import (

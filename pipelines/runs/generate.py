@@ -1,33 +1,28 @@
-"""From a storyboard to a film on disk: check everything, run, and put the film in its place.
+"""Making a film on disk: run an executor under the lock of the run, and put the finished film in its place.
 
-`prepare` does all the checks and no work; `generate` does the work. See `pipelines.deliver.paths` for where things go,
-and `pipelines.runs.resume` for going on with a film.
+`pipelines.runs.prepare` does all the checks before; `pipelines.runs.resume` continues a film.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from arlon.files import make_folder, sweep, write_json
+from arlon.errors import UsageError
+from arlon.files import make_folder, write_json
 from arlon.film.container import finalise
 from arlon.film.encode_media import encode_references
-from arlon.film.media import Reference, check_references
-from arlon.film.messages import Committed, Job, WriteResult
+from arlon.film.messages import Committed, WriteResult
 from arlon.film.plan import Plan
-from arlon.film.prepare import make_settings, plan_film
-from arlon.film.record import film_record, film_tags
-from arlon.film.settings import Settings
-from arlon.film.storyboard import Storyboard, UsageError
 from arlon.film.take_media import take_media
 from pipelines.deliver.hls import remove_stream
-from pipelines.deliver.paths import FilmOutput, OutputPaths, check_output, output_paths
+from pipelines.runs.prepare import Prepared
+from pipelines.runs.run_record import run_record
 from pipelines.store.lock import RunLock
 from pipelines.store.run_folder import RunFolder
 
@@ -36,52 +31,25 @@ if TYPE_CHECKING:
     from pipelines.executors.ray_graph import GraphConfig
 
 Executor = Literal["local", "ray"]
-FILM_LIBRARIES = (
-    *("av", "numpy", "safetensors", "torch"),
-    "diffusers",  # per-frame VAE
-    "vector-quantize-pytorch",  # codes
-    *("beautifulsoup4", "ftfy", "tokenizers", "transformers"),  # text and its features
-)
-"""Distributions whose code the bits of a film depend on; resuming a run tells if one has changed."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class Prepared:
-    """A film that can be made: every check is passed."""
-
-    job: Job
-    paths: OutputPaths
-    """Where the film goes, as it was asked for."""
-    output: FilmOutput
-    record: dict[str, Any]
-    """What is stored in the film and beside it."""
-    model_source: str
-    """The model as it was asked for; a folder by its full path."""
-    references: tuple[Reference, ...] = ()
-    """Files that it is given and that are not in its run folder yet."""
-
-    @property
-    def plan(self) -> Plan:
-        """The plan of the film."""
-        return self.job.plan
+Begin = Callable[[Prepared, str], Committed]
+"""Makes a run folder ready for an executor, under the lock of the run, and returns what the folder holds already."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """Where a film stands after a segment."""
+    """State of a film after a segment was stored."""
 
     done: int
-    """Segments stored, those of earlier runs included."""
+    """Segments stored, including those of earlier runs."""
     total: int
+    """Segments of the film."""
     result: WriteResult
     prompt: str
+    """Prompt of the shot that the segment belongs to."""
     elapsed_s: float
     left_s: float
     """Estimate of the time left, from the pace of the segments so far."""
-
-
-Begin = Callable[[Prepared, str], Committed]
-"""What makes a run folder ready for an executor, under the lock of the run, and tells what it holds already."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +58,7 @@ class FilmResult:
 
     film: Path
     sidecar: Path | None
-    """What it was made from; None if that was not to be stored."""
+    """JSON file beside the film that says what it was made from; None if that was not to be stored."""
     run_dir: Path
     seed: int
     num_frames: int
@@ -99,116 +67,24 @@ class FilmResult:
     num_made: int
     """Segments made; the others were in the run folder."""
     first_segment_s: float
-    """From the start until the first segment made could be played; 0 if none was made."""
+    """Seconds from the start until the first new segment could be played; 0 if none was made."""
     steps_s: dict[str, float]
-    """Seconds in each step, summed over segments made; with the ray executor steps overlap."""
+    """Seconds in each step, summed over the segments made; with the ray executor steps overlap."""
     film_hash: str
     """SHA-256 of the film."""
 
     def to_plain(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Convert to plain values for JSON."""
         return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items()}
 
 
-def prepare(
-    storyboard: Storyboard,
-    *,
-    model: str | None = None,
-    output: str | Path | None = None,
-    overwrite: bool = False,
-    settings: Mapping[str, Any] | None = None,
-    metadata: bool = True,
-    hls: bool = False,
-) -> Prepared:
-    """Check everything that can be checked before the work.
-
-    Args:
-        storyboard: The film.
-        model: Name or path of the model; None: the storyboard's, or `shapes`.
-        output: A film (`.mp4`) or a folder; see the module.
-        overwrite: Replace a film, or a run, that is already there.
-        settings: Values of `Settings`, where they differ from the model's.
-        metadata: Store in the film and beside it what it was made from.
-        hls: Make an HLS stream beside the film while it grows; see `pipelines.deliver.hls`.
-
-    Raises:
-        UsageError: If something asked for is not possible.
-        OSError: If the output cannot be written.
-        ValueError: If the model is damaged.
-    """
-    planned = plan_film(storyboard, model)
-    plan = planned.plan
-    checked = make_settings(plan.geometry, settings or {})
-    paths = output_paths(output, plan.storyboard)
-    check_output(paths, overwrite=overwrite)
-    references = check_references(plan)
-    if hls and paths.hls.exists() and not paths.hls.is_dir():
-        raise UsageError(f"'{paths.hls}' is in the way of the stream: it is not a folder")
-    prepared = assemble(
-        plan,
-        planned.identity,
-        planned.model.path,
-        settings=checked,
-        paths=paths,
-        model_source=planned.source,
-        metadata=metadata,
-        hls=hls,
-    )
-    return replace(prepared, references=references)
-
-
-def assemble(
-    plan: Plan,
-    identity: Mapping[str, str],
-    model_path: Path,
-    *,
-    settings: Settings,
-    paths: OutputPaths,
-    model_source: str,
-    metadata: bool = True,
-    hls: bool = False,
-    arlon_version: str | None = None,
-) -> Prepared:
-    """A film that can be made, from parts that were checked.
-
-    Args:
-        plan: Of the film.
-        identity: Name and content hash of the model.
-        model_path: Its folder.
-        settings: How it is computed.
-        paths: Where it goes.
-        model_source: The model as it was asked for.
-        metadata: Store the record in the film and beside it.
-        hls: Make a stream beside the film.
-        arlon_version: That the film names; None: this one.
-    """
-    record = film_record(plan, identity, settings, arlon_version=arlon_version)
-    job = Job(
-        plan=plan,
-        settings=settings,
-        model_path=str(model_path.resolve()),
-        model_hash=identity["hash"],
-    )
-    output = FilmOutput(
-        paths=paths.resolved(),
-        tags=film_tags(record, plan.storyboard.shots[0].prompt) if metadata else {},
-        has_stream=hls,
-    )
-    return Prepared(job=job, paths=paths, output=output, record=record, model_source=model_source)
-
-
 def start_run(prepared: Prepared, executor: str) -> Committed:
-    """Make the run folder ready for a new film."""
-    sweep_film(prepared.paths)
+    """Make the run folder ready for a new film, in place of whatever run was there."""
+    prepared.paths.sweep()
     tensors = encode_references(prepared.job, prepared.references)
     remove_stream(prepared.paths.hls)
     RunFolder(prepared.paths.run_dir).start(run_record(prepared, executor), tensors)
     return Committed(media=take_media(prepared.plan, tensors))
-
-
-def sweep_film(paths: OutputPaths) -> None:
-    """Remove what a crash left of a film and its sidecar while they were written."""
-    sweep([paths.film.parent], (paths.film.name, paths.sidecar.name))
 
 
 def generate(
@@ -223,16 +99,17 @@ def generate(
 ) -> FilmResult:
     """Make a film.
 
-    If it is interrupted or fails, the codes and segments made so far stay in the run folder, from which
-    `pipelines.runs.resume` goes on, and the segments in the partial film; if there is nothing, nothing stays.
+    If this is interrupted or fails, the codes and segments made so far stay in the run folder, from which
+    `pipelines.runs.resume` continues, and the segments stay in the partial film. If there are none, nothing stays.
 
     Args:
-        prepared: From `prepare`.
-        begin: Makes the run folder ready; a new film unless told otherwise.
+        prepared: The film.
+        begin: Makes the run folder ready. Default: for a new film.
         executor: `local`, or `ray` for the same film with its steps in parallel.
         address: Ray cluster to join.
         graph: Actors of each role of the ray executor.
-        worker: Source of the workers of `local`, such as `pipelines.executors.local.KeptWorkers`; None: new ones.
+        worker: Source of the workers of the local executor, such as `pipelines.executors.local.KeptWorkers`.
+            Default: new workers.
         on_progress: Called after every segment made.
 
     Raises:
@@ -241,21 +118,24 @@ def generate(
         ValueError, OSError, RuntimeError: If the work fails.
     """
     started_s = time.perf_counter()
-    _check_executor(executor)
+    if executor not in get_args(Executor):
+        raise UsageError(f"unknown executor {executor!r}, choose 'local' or 'ray'")
+    if executor == "ray" and importlib.util.find_spec("ray") is None:
+        raise UsageError("the ray executor needs Ray: pip install 'arlon[ray]'")
     folder = RunFolder(prepared.paths.run_dir)
     make_folder(folder.path)
     with RunLock(folder.path):
         committed = begin(prepared, executor)
         folder.log("start", executor=executor, segments=len(committed.segments))
         tally = _Tally(prepared.plan, committed, started_s)
-        segments = _run(prepared, committed, executor, address, graph, worker)
+        segments = _execute(prepared, committed, executor, address, graph, worker)
         try:
             for result in segments:
                 progress = tally.add(result)
                 if on_progress is not None:
                     on_progress(progress)
         except BaseException as error:
-            with suppress(OSError):  # what failed is told, not that nothing can be cleared away
+            with suppress(OSError):  # an error while clearing up must not hide the one that matters
                 segments.close()
                 folder.log("stopped", reason=type(error).__name__, segments=tally.done)
                 if not tally.done:
@@ -266,21 +146,15 @@ def generate(
         return _finish(prepared, folder, tally)
 
 
-def _check_executor(executor: str) -> None:
-    if executor not in get_args(Executor):
-        raise UsageError(f"unknown executor {executor!r}, choose 'local' or 'ray'")
-    if executor == "ray" and importlib.util.find_spec("ray") is None:
-        raise UsageError("the ray executor needs Ray: pip install 'arlon[ray]'")
-
-
-def _run(
+def _execute(
     prepared: Prepared,
     committed: Committed,
-    executor: str,
+    executor: Executor,
     address: str | None,
     graph: GraphConfig | None,
     worker: WorkerSource | None,
 ) -> Generator[WriteResult, None, None]:
+    # Both load networks and their libraries; the one that is not used need not be installed.
     if executor == "local":
         from pipelines.executors.local import new_worker, run_local
 
@@ -290,22 +164,8 @@ def _run(
     return run_graph(prepared.job, prepared.output, committed, address=address, config=graph)
 
 
-def run_record(prepared: Prepared, executor: str) -> dict[str, Any]:
-    """What `run.json` says: the film's record, and where and with what it is made."""
-    record = prepared.record | {"versions": library_versions(), "executor": executor}
-    record |= {"film": prepared.paths.film_from_run_dir, "metadata": bool(prepared.output.tags)}
-    record |= {"hls": True} if prepared.output.has_stream else {}
-    record["model"] = record["model"] | {"source": prepared.model_source}
-    return record | {"plan": prepared.plan.to_plain()}
-
-
-def library_versions() -> dict[str, str]:
-    """Versions of the libraries that decide the bits of a film."""
-    return {name: importlib.metadata.version(name) for name in FILM_LIBRARIES}
-
-
 class _Tally:
-    """Running sums over the segments made; a long film needs no list of them."""
+    """Running sums over the segments made, so that a long film needs no list of them."""
 
     def __init__(self, plan: Plan, committed: Committed, started_s: float) -> None:
         self.plan, self.started_s = plan, started_s
@@ -318,7 +178,8 @@ class _Tally:
     def add(self, result: WriteResult) -> Progress:
         """Count a segment.
 
-        Time left: frames to come at the pace since the first segment, whose time holds the start-up too.
+        The time left is estimated for the frames to come at the pace since the first segment, because the time of the
+        first segment includes the start-up.
         """
         elapsed_s = time.perf_counter() - self.started_s
         segment, prompts = result.segment, self.plan.storyboard.shots
@@ -344,7 +205,7 @@ class _Tally:
 
 
 def _finish(prepared: Prepared, folder: RunFolder, tally: _Tally) -> FilmResult:
-    """Put the sidecar and then the film in their places."""
+    """Put the sidecar and then the film in their places: a film in place has everything beside it."""
     paths, plan = prepared.paths, prepared.plan
     if prepared.output.tags:
         write_json(paths.sidecar, prepared.record)

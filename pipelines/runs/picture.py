@@ -1,8 +1,8 @@
-"""One frame from one prompt: a PNG, made in this process, without a run folder.
+"""Pictures: one frame from one prompt, made in this process as a PNG, without a run folder.
 
-The diffusion transformer makes one latent frame, under the frame rate that stands for pictures (Open-Sora v1.2); the
-VAE decodes it as one frame. A model with codes writes one frame of them first. The PNG carries what it was made from as
-a film does, under the same key.
+The diffusion transformer makes one latent frame, under the frame rate that stands for pictures (Open-Sora v1.2), and
+the VAE decodes it as one frame. A model with codes writes one frame of codes first. The PNG carries its record as a
+film does, under the same key.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from arlon.files import make_folder, write_bytes
 from arlon.film.media import reference_names
@@ -24,6 +26,7 @@ from arlon.film.prepare import make_settings, plan_film
 from arlon.film.record import film_record, film_tags
 from arlon.film.schedule import film_requests
 from arlon.film.storyboard import Storyboard, UsageError
+from arlon.film.workers import CodeWorker, DecodeWorker, RefineWorker, TextWorker, torch_threads
 from pipelines.deliver.paths import check_output_folder, slug
 
 SUFFIX = ".png"
@@ -31,7 +34,7 @@ SUFFIX = ".png"
 
 @dataclass(frozen=True, kw_only=True)
 class PreparedPicture:
-    """A picture that can be made: every check is passed."""
+    """A picture that can be made, because it has passed every check."""
 
     job: Job
     path: Path
@@ -50,32 +53,33 @@ class PictureResult:
     elapsed_s: float
 
     def to_plain(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Convert to plain values for JSON."""
         return {"picture": str(self.picture), "seed": self.seed, "elapsed_s": self.elapsed_s}
 
 
 def is_picture(storyboard: Storyboard, output: str | Path | None) -> bool:
-    """Whether a picture is asked for: one shot of one frame.
+    """Whether a storyboard asks for a picture: one shot of one frame.
 
     Raises:
         UsageError: If the name of the output says otherwise.
     """
     is_one = len(storyboard.shots) == 1 and storyboard.shots[0].duration.frames == 1
-    suffix = "" if output is None else Path(output).suffix.lower()
+    output = Path("" if output is None else output)
+    suffix = output.suffix.lower()
     if suffix == SUFFIX and not is_one:
         raise UsageError(
             f"'{output}' would be a picture, which is one frame of one prompt: give --num-frames 1, or name a film .mp4"
         )
     if is_one and suffix not in ("", SUFFIX):
-        raise UsageError(f"one frame is a picture: name the output '{Path(output).with_suffix(SUFFIX)}'")
+        raise UsageError(f"one frame is a picture: name the output '{output.with_suffix(SUFFIX)}'")
     return is_one
 
 
 def check_picture(storyboard: Storyboard) -> None:
-    """Refuse a picture that is given files.
+    """Refuse a storyboard whose shot names pictures or videos, which one frame has no room for.
 
     Raises:
-        UsageError: If so.
+        UsageError: If it does.
     """
     if kinds := reference_names(storyboard):
         raise UsageError(f"a picture is made from its prompt alone: leave out {', '.join(kinds)}")
@@ -90,12 +94,20 @@ def prepare_picture(
     settings: Mapping[str, Any] | None = None,
     metadata: bool = True,
 ) -> PreparedPicture:
-    """Check everything that can be checked before the work; arguments as of `pipelines.runs.generate.prepare`.
+    """Check everything that can be checked before a picture is made.
+
+    Args:
+        storyboard: The picture, one shot of one frame.
+        model: Name or path of the model. Default: the one that the storyboard names, or `shapes`.
+        output: Path of the picture (`.png`) or of a folder. Default: a file under `outputs`.
+        overwrite: Whether a file that is already there may be replaced.
+        settings: Values of `Settings` that differ from the model's.
+        metadata: Whether to store the record in the picture.
 
     Raises:
         UsageError: If something asked for is not possible.
         OSError: If the output cannot be written.
-        ValueError: If the model is damaged.
+        CheckpointError: If the model is damaged.
     """
     check_picture(storyboard)
     planned = plan_film(storyboard, model)
@@ -119,9 +131,7 @@ def prepare_picture(
 
 
 def make_picture(prepared: PreparedPicture) -> PictureResult:
-    """Make the picture; the file appears complete."""
-    from arlon.film.workers import CodeWorker, DecodeWorker, RefineWorker, TextWorker, torch_threads
-
+    """Make a picture; the file appears complete."""
     started_s = time.perf_counter()
     job = prepared.job
     request = next(iter(film_requests(job)))
@@ -138,10 +148,7 @@ def make_picture(prepared: PreparedPicture) -> PictureResult:
 
 
 def _png(frame: np.ndarray, tags: Mapping[str, str]) -> bytes:
-    """A frame (pH, pW, 3) uint8 with text chunks."""
-    from PIL import Image
-    from PIL.PngImagePlugin import PngInfo
-
+    """Encode a frame (pH, pW, 3) uint8 as PNG, with tags as text chunks."""
     info, buffer = PngInfo(), io.BytesIO()
     for name, text in tags.items():
         info.add_itxt(name, text)

@@ -1,7 +1,7 @@
-"""Going on with a film: what of it is in its run folder, whether that fits, and the rest.
+"""Resuming a film: what its run folder holds, and whether that is what the plan would make now.
 
-A segment is kept if its record says that it was made from what the plan would make it from now: the same prompt, seed
-and settings, the same codes and the same frames carried over. The last two are compared by hash.
+A segment is kept if its record names what the plan would make it from: the same prompt, seed and settings, the same
+codes, and the same frames carried over. The last two are compared by hash.
 """
 
 from __future__ import annotations
@@ -13,23 +13,24 @@ from typing import Any
 
 from torch import Tensor
 
+from arlon.errors import StoryboardError, UsageError
 from arlon.files import hash_plain, hash_tensor
 from arlon.film.geometry import open_model, read_geometry
 from arlon.film.messages import Committed, SegmentInputs
 from arlon.film.plan import Plan, Segment, make_plan
 from arlon.film.schedule import film_requests
 from arlon.film.settings import Settings
-from arlon.film.storyboard import ResolvedStoryboard, StoryboardError, UsageError, parse_storyboard
+from arlon.film.storyboard import ResolvedStoryboard, parse_storyboard
 from arlon.film.take_media import TakeMedia
 from pipelines.deliver.paths import paths_of_run
-from pipelines.runs.generate import Prepared, assemble, library_versions, sweep_film
+from pipelines.runs.prepare import Prepared, assemble
 from pipelines.store.media import read_media
 from pipelines.store.run_folder import RUN_NAME, RunFolder, RunFolderError
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A run as its folder tells it, ready to go on."""
+    """A run as its folder describes it, ready to be continued."""
 
     folder: RunFolder
     record: Mapping[str, Any]
@@ -43,25 +44,19 @@ class Run:
 
     @property
     def stale(self) -> frozenset[int]:
-        """Segments of an earlier version that are to be made again."""
+        """Indices of segments that belong to an earlier version and have to be made again."""
         return frozenset(self.record.get("stale", ()))
-
-    @property
-    def changed_libraries(self) -> list[str]:
-        """Libraries that are not those the run was started with: what is made now may differ in its last bits."""
-        then, now = self.record.get("versions", {}), library_versions()
-        return [f"{name} {then[name]} -> {now[name]}" for name in now if then.get(name, now[name]) != now[name]]
 
 
 def open_run(run_dir: str | Path, *, model: str | None = None) -> Run:
-    """Read a run and check that it can go on here. Nothing is written.
+    """Read a run and check that it can be continued on this machine. Nothing is written.
 
     Args:
-        run_dir: The run folder.
-        model: Name or path of the model, where it has moved; None: as the run names it.
+        run_dir: The run folder, or the film beside it.
+        model: Name or path of the model. Default: the one that the run names.
 
     Raises:
-        UsageError: If this is no run folder, or the model is not the one the run was started with.
+        UsageError: If there is no such run, or the model is not the one the run was started with.
         RunFolderError: If `run.json` is damaged or was changed.
     """
     folder = find_run(run_dir)
@@ -76,14 +71,18 @@ def open_run(run_dir: str | Path, *, model: str | None = None) -> Run:
             f"'{run_dir}' was made with another model: expected '{record['model']['name']}' with hash "
             f"{record['model']['hash'][:12]}, got {identity['hash'][:12]} from '{source}'; say which with --model"
         )
-    plan = make_plan(read_storyboard(record, folder), read_geometry(model_folder))
+    try:
+        storyboard = ResolvedStoryboard.of(parse_storyboard(record["storyboard"]))
+    except StoryboardError as error:
+        raise RunFolderError(f"'{folder.path / RUN_NAME}' holds no storyboard: {error}") from error
+    plan = make_plan(storyboard, read_geometry(model_folder))
     if hash_plain(plan.to_plain()) != hash_plain(record["plan"]):
-        raise RunFolderError(f"'{folder.path / RUN_NAME}' holds a plan that this version would make otherwise")
+        raise RunFolderError(f"'{folder.path / RUN_NAME}' holds a plan that this version would make differently")
     prepared = assemble(
         plan,
         {name: record["model"][name] for name in ("name", "hash")},
         model_folder.path,
-        settings=read_settings(record),
+        settings=Settings.from_plain(record["settings"]),
         paths=paths_of_run(folder.path, record["film"]),
         model_source=record["model"]["source"],
         metadata=record["metadata"],
@@ -94,10 +93,10 @@ def open_run(run_dir: str | Path, *, model: str | None = None) -> Run:
 
 
 def find_run(run_dir: str | Path) -> RunFolder:
-    """The run folder of a path; a film stands for the run beside it.
+    """Find a run folder by its path, or by the path of the film beside it.
 
     Raises:
-        UsageError: If there is none.
+        UsageError: If there is no run.
     """
     path = Path(run_dir).expanduser()
     for candidate in (path, path.with_suffix(".run")) if path.name else (path,):
@@ -106,47 +105,30 @@ def find_run(run_dir: str | Path) -> RunFolder:
     raise UsageError(f"'{run_dir}' is not a run folder: it holds no {RUN_NAME}")
 
 
-def read_storyboard(record: Mapping[str, Any], folder: RunFolder) -> ResolvedStoryboard:
-    """The resolved storyboard of a run.
-
-    Raises:
-        RunFolderError: If it is not one.
-    """
-    try:
-        return ResolvedStoryboard.of(parse_storyboard(record["storyboard"]))
-    except StoryboardError as error:
-        raise RunFolderError(f"'{folder.path / RUN_NAME}' holds no storyboard: {error}") from error
-
-
-def read_settings(record: Mapping[str, Any]) -> Settings:
-    """The settings of a run."""
-    return Settings.from_plain(record["settings"])
-
-
 def continue_run(run: Run) -> Committed:
-    """Make the run folder ready to go on: sweep what a crash left, drop what is stale, and tell what is there.
+    """Make the run folder ready to be continued: remove what a crash left and what is stale.
+
+    Returns:
+        What is left.
 
     Raises:
-        RunFolderError: If something was changed by hand or damaged.
-        RuntimeError: If the run was changed since it was opened; it was not locked then.
+        RunFolderError: If something is damaged or was changed by hand.
+        RuntimeError: If another process changed the run after it was opened, when it was not locked yet.
     """
-    if _content(run.folder.read_run()) != _content(run.record):
+    found, opened = ({**record, "format": None} for record in (run.folder.read_run(), run.record))
+    if hash_plain(found) != hash_plain(opened):
         raise RuntimeError(f"'{run.folder.path}' was changed by another process just now: try again")
     run.folder.sweep()
-    sweep_film(run.prepared.paths)
+    run.prepared.paths.sweep()
     codes, media = read_fitting_codes(run), read_media(run.folder, run.plan)
     return Committed(codes=codes, segments=fitting_segments(run, codes, media), media=media)
 
 
-def _content(record: Mapping[str, Any]) -> str:
-    return hash_plain({name: value for name, value in record.items() if name != "format"})
-
-
 def read_fitting_codes(run: Run) -> dict[int, Tensor]:
-    """The codes that are stored, by take.
+    """Read the stored codes, by take; none if there are none yet.
 
     Raises:
-        RunFolderError: If they are more than the plan has, or damaged.
+        RunFolderError: If they are damaged, or more than the plan has.
     """
     try:
         codes = run.folder.read_codes()
@@ -160,18 +142,17 @@ def read_fitting_codes(run: Run) -> dict[int, Tensor]:
 
 
 def fitting_segments(run: Run, codes: Mapping[int, Tensor], media: Mapping[int, TakeMedia]) -> frozenset[int]:
-    """Committed segments that fit the plan.
+    """Find the committed segments that are what the plan would make, and remove those that have to be made again.
 
-    Stale ones that do not are removed, and so are those whose codes or segment before are missing: they are made again
-    with these.
+    Removed are stale segments that do not fit, and segments whose codes, or whose segment before, are missing.
 
     Args:
         run: The run.
         codes: Its stored codes, by take.
-        media: What its shots are given, by shot.
+        media: Encoded media of its shots, by shot.
 
     Raises:
-        RunFolderError: If another one does not fit.
+        RunFolderError: If a segment does not fit and the run does not say why.
     """
     folder, fitting = run.folder, set[int]()
     there = set(folder.committed_indices())
@@ -183,8 +164,11 @@ def fitting_segments(run: Run, codes: Mapping[int, Tensor], media: Mapping[int, 
         if segment.index not in there:
             continue
         known = codes.get(segment.take)
-        has_codes = known is not None and known.shape[1] >= segment.num_code_frames
-        if not has_codes or (segment.overlap and segment.index - 1 not in fitting):
+        if (
+            known is None
+            or known.shape[1] < segment.num_code_frames
+            or (segment.overlap and segment.index - 1 not in fitting)
+        ):
             folder.remove_segment(segment.index)
         elif (problem := misfit(folder, segment, request.write.inputs, known)) is None:
             fitting.add(segment.index)
@@ -197,13 +181,13 @@ def fitting_segments(run: Run, codes: Mapping[int, Tensor], media: Mapping[int, 
 
 
 def misfit(folder: RunFolder, segment: Segment, inputs: SegmentInputs, codes: Tensor) -> str | None:
-    """Why a committed segment is not what the plan would make; None: it is.
+    """Say why a committed segment is not what the plan would make; None if it is.
 
     Args:
-        folder: The run folder; the segment before is committed if this one carries frames over.
+        folder: The run folder. If the segment carries frames over, the segment before must be committed.
         segment: The segment.
-        inputs: What the plan makes it from.
-        codes: Codes of its take, (1, n, cH, cW), as many as it needs or more.
+        inputs: What the plan makes the segment from.
+        codes: Codes of the take, (1, n, cH, cW), as many as the segment needs or more.
 
     Raises:
         RunFolderError: If the segment is damaged.
@@ -216,13 +200,9 @@ def misfit(folder: RunFolder, segment: Segment, inputs: SegmentInputs, codes: Te
     window = codes[:, segment.start_code_frame : segment.num_code_frames]
     if record.inputs["codes"] != hash_tensor(window):
         return "it was made from other codes"
-    if record.inputs["overlap"] != carried_hash(folder, segment):
-        return "it goes on from other frames than the segment before it has"
+    carried = None
+    if segment.overlap:
+        carried = hash_tensor(folder.read_latent(segment.index - 1)[:, :, -segment.overlap :].contiguous())
+    if record.inputs["overlap"] != carried:
+        return "it continues other frames than the segment before it has"
     return None
-
-
-def carried_hash(folder: RunFolder, segment: Segment) -> str | None:
-    """SHA-256 of the latent frames that a segment carries over, None if it carries none."""
-    if not segment.overlap:
-        return None
-    return hash_tensor(folder.read_latent(segment.index - 1)[:, :, -segment.overlap :].contiguous())

@@ -1,8 +1,8 @@
-"""Where a run stands, seen from outside: from its folder alone, while another process works on it."""
+"""State of a run, read from its folder alone, even while another process works on it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,35 +16,38 @@ State = Literal["running", "interrupted", "complete"]
 
 @dataclass(frozen=True, kw_only=True)
 class RunStatus:
-    """Where a run stands."""
+    """State of a run."""
 
     state: State
     holder: str | None
-    """Who works on it."""
+    """Process that works on it; None if there is none."""
     num_segments: int
     num_committed: int
     num_code_frames: int
     """Code frames of the whole film."""
     num_codes_written: int
     now: str | None
-    """What is made at this moment."""
+    """What is being made; None if no process works on the run."""
     left_s: float | None
-    """Estimate of the time left at the pace since the last start; None: not known yet."""
+    """Estimate of the seconds left at the pace since the last start; None if it is not known yet."""
     drift: dict[str, float] | None
-    """Of the segment that was committed last, from the first of its shot; see `arlon.film.appearance`."""
+    """Drift of the segment that was committed last from the first of its shot; see `arlon.film.appearance`."""
     film: str
-    """Where the film is, or is going to be."""
+    """Path of the film, or of the growing one."""
 
     def to_plain(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Convert to plain values for JSON."""
         return asdict(self)
 
 
 def read_status(run_dir: str | Path) -> RunStatus:
-    """Where a run stands.
+    """Read the state of a run.
+
+    Args:
+        run_dir: The run folder, or the film beside it.
 
     Raises:
-        UsageError: If this is no run folder.
+        UsageError: If there is no such run.
         RunFolderError: If it is damaged.
     """
     folder = find_run(run_dir)
@@ -55,12 +58,21 @@ def read_status(run_dir: str | Path) -> RunStatus:
     except FileNotFoundError:
         num_codes = {}
     num_code_frames = sum(take["num_code_frames"] for take in plan["takes"])
-    events = list(_since_start(folder.events()))
+    events: list[Mapping[str, Any]] = []
+    for event in folder.events():
+        # Only what happened since a process last began to work on the run tells its pace.
+        if event.get("event") == "start":
+            events.clear()
+        events.append(event)
     holder = holder_of(folder.path)
     paths = paths_of_run(folder.path, record["film"])
     is_published = bool(events) and events[-1]["event"] == "film" and paths.film.exists()
     state: State = "running" if holder else "complete" if is_published else "interrupted"
     segments = [s for s in plan["segments"] if s["index"] not in committed]
+    times = [event["time"] for event in events if event["event"] == "commit"]
+    left_s = None
+    if len(times) > 1:
+        left_s = round(len(segments) * (times[-1] - times[0]) / (len(times) - 1), 1)
     return RunStatus(
         state=state,
         holder=holder,
@@ -69,30 +81,22 @@ def read_status(run_dir: str | Path) -> RunStatus:
         num_code_frames=num_code_frames,
         num_codes_written=sum(num_codes.values()),
         now=_now(segments, num_codes) if holder else None,
-        left_s=_left_s(events, len(segments)) if holder else None,
+        left_s=left_s if holder else None,
         drift=next((event["drift"] for event in reversed(events) if event["event"] == "commit"), None),
         film=str(paths.film if is_published else paths.partial),
     )
 
 
-def _since_start(events: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The events since a process last began to work on the run."""
-    last: list[Mapping[str, Any]] = []
-    for event in events:
-        last = [event] if event.get("event") == "start" else [*last, event]
-    return last
-
-
 def _now(segments: list[dict[str, Any]], num_codes: Mapping[int, int]) -> str:
-    """What is made, given the segments that are not committed and the code frames there are, by take."""
+    """Say what is being made.
+
+    Args:
+        segments: Segments of the plan that are not committed.
+        num_codes: Code frames that are stored, by take.
+    """
     if not segments:
         return "putting the film together"
     first = segments[0]
     lacks_codes = num_codes.get(first["take"], 0) < first["num_code_frames"]
     what = "writing the codes of" if lacks_codes else "making"
     return f"{what} segment {first['index']}, of shot {first['shot'] + 1}"
-
-
-def _left_s(events: list[Mapping[str, Any]], num_left: int) -> float | None:
-    times = [event["time"] for event in events if event["event"] == "commit"]
-    return round(num_left * (times[-1] - times[0]) / (len(times) - 1), 1) if len(times) > 1 else None

@@ -18,7 +18,8 @@ from arlon.film.storyboard import parse_storyboard
 from arlon.models.injection import SemanticInjection
 from arlon.models.video_vae import VideoVAE
 from benchmarks import prompt_accuracy as bench
-from pipelines.runs.generate import generate, prepare
+from pipelines.runs.generate import generate
+from pipelines.runs.prepare import prepare
 from pipelines.store.run_folder import RunFolder
 from tests.pipelines.tiny_model import FPS, HEIGHT, WIDTH, make_tiny_model
 

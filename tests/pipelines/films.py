@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from arlon.film.storyboard import parse_storyboard
-from pipelines.runs.generate import Prepared, prepare
+from pipelines.runs.prepare import Prepared, prepare
 from pipelines.store.run_folder import RunFolder
 
 SHOTS = (

@@ -17,11 +17,11 @@ from arlon.film.container import read_film_record
 from arlon.film.geometry import read_geometry
 from arlon.film.prepare import make_settings
 from arlon.film.schedule import film_requests
+from arlon.film.settings import Settings
 from arlon.film.storyboard import UsageError, parse_storyboard, storyboard_from_prompts
 from pipelines.deliver.paths import output_paths, slug
-from pipelines.runs import generate as module
-from pipelines.runs.generate import FilmResult, Progress, generate, prepare
-from pipelines.runs.resume import read_settings
+from pipelines.runs.generate import FilmResult, Progress, generate
+from pipelines.runs.prepare import prepare
 from pipelines.store.run_folder import CODES_NAME, RunFolder, hash_bytes
 from tests.pipelines.films import SHOTS, assert_same_film, prepared_film
 
@@ -190,7 +190,7 @@ def test_codes_stay_when_the_first_segment_fails(
 
 def test_without_metadata_nothing_is_said(film: FilmResult, tiny_model: Path, tmp_path: Path) -> None:
     board = parse_storyboard({"seed": 7, "shots": list(SHOTS)})
-    prepared = module.prepare(
+    prepared = prepare(
         board, model=str(tiny_model), output=tmp_path / "a.mp4", settings={"num_threads": 1}, metadata=False
     )
     made = generate(prepared)
@@ -223,7 +223,7 @@ def test_a_run_of_another_program_is_never_replaced(tiny_model: Path, tmp_path: 
         (tmp_path / name).write_text("{}")
     film = parse_storyboard({"shots": ["a"]})
     with pytest.raises(UsageError, match="will not replace"):
-        module.prepare(film, model=str(tiny_model), output=tmp_path, overwrite=True)
+        prepare(film, model=str(tiny_model), output=tmp_path, overwrite=True)
     assert (tmp_path / "segments" / "mine.txt").exists()
 
 
@@ -232,7 +232,7 @@ def test_a_place_that_cannot_be_written_is_refused(tiny_model: Path, tmp_path: P
     with pytest.raises(OSError, match=r"cannot write to .*file' is not a folder"):
         prepared_film(tiny_model, tmp_path / "file" / "a.mp4")
     with pytest.raises(UsageError, match="the output is empty"):
-        module.prepare(parse_storyboard({"shots": ["a"]}), model=str(tiny_model), output="")
+        prepare(parse_storyboard({"shots": ["a"]}), model=str(tiny_model), output="")
 
 
 def test_preparing_creates_nothing(tiny_model: Path, tmp_path: Path) -> None:
@@ -303,7 +303,7 @@ def test_newer_settings_are_told_where_they_are_not_at_their_default(
     for plain, chosen in (records, inputs):
         assert name not in plain
         assert chosen[name] == other
-    assert [read_settings(film.record) for film in films] == [film.job.settings for film in films]
+    assert [Settings.from_plain(film.record["settings"]) for film in films] == [film.job.settings for film in films]
 
 
 def test_a_model_says_how_many_frames_are_blended(tiny_model: Path) -> None:
@@ -317,7 +317,7 @@ def test_a_model_says_how_many_frames_are_blended(tiny_model: Path) -> None:
 
 def test_unknown_model_solver_and_executor_are_refused(tiny_model: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="did you mean 'shapes'"):
-        module.prepare(storyboard_from_prompts(["a"]), model="shape", output=tmp_path / "a.mp4")
+        prepare(storyboard_from_prompts(["a"]), model="shape", output=tmp_path / "a.mp4")
     with pytest.raises(UsageError, match="unknown solver 'euller', choose from 'euler'"):
         prepared_film(tiny_model, tmp_path / "a.mp4", solver="euller")
     with pytest.raises(UsageError, match="unknown executor 'cloud'"):

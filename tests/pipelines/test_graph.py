@@ -19,7 +19,8 @@ from pipelines.batch import ray_batch as batch_graph
 from pipelines.cli import app
 from pipelines.executors import ray_graph as graph
 from pipelines.executors.ray_graph import GraphConfig, Role
-from pipelines.runs.generate import FilmResult, Prepared, generate
+from pipelines.runs.generate import FilmResult, generate
+from pipelines.runs.prepare import Prepared
 from pipelines.runs.resume import continue_run, open_run
 from pipelines.store.run_folder import RunFolder
 from tests.pipelines.films import prepared_film

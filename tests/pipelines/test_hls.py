@@ -17,7 +17,8 @@ from pipelines.cli import app
 from pipelines.deliver import hls
 from pipelines.deliver.hls import HlsFolder
 from pipelines.runs.edit import begin_change, change_run, with_shot_changed, with_shots_added
-from pipelines.runs.generate import FilmResult, Prepared, Progress, generate, prepare
+from pipelines.runs.generate import FilmResult, Progress, generate
+from pipelines.runs.prepare import Prepared, prepare
 from pipelines.runs.resume import Run, continue_run, open_run
 from tests.arlon.data.clips import CRF, frame_numbers, make_clip
 from tests.pipelines.films import SHOTS

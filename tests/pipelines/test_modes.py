@@ -25,8 +25,9 @@ from arlon.film.workers import DecodeWorker, RefineWorker
 from arlon.models.video_vae import VideoVAE
 from pipelines.cli import app
 from pipelines.executors.local import KeptWorkers
-from pipelines.runs.generate import Progress, generate, prepare
+from pipelines.runs.generate import Progress, generate
 from pipelines.runs.picture import is_picture, make_picture, prepare_picture
+from pipelines.runs.prepare import prepare
 from pipelines.runs.resume import continue_run, open_run
 from pipelines.runs.verify import verify_run
 from pipelines.store.run_folder import RunFolder

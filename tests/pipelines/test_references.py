@@ -31,7 +31,8 @@ from arlon.protocols import VideoSize
 from arlon.text.encoders import load_text_encoder
 from pipelines.executors.ray_graph import GraphConfig
 from pipelines.runs.edit import begin_change, change_run, fork_run, with_shot_changed, with_shots_added
-from pipelines.runs.generate import Prepared, generate, prepare
+from pipelines.runs.generate import generate
+from pipelines.runs.prepare import Prepared, prepare
 from pipelines.runs.resume import continue_run, open_run
 from pipelines.runs.verify import replay_segment, verify_run
 from pipelines.store.media import read_media

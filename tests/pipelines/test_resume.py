@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from arlon.files import CRASH_VARIABLE, hash_plain
 from arlon.film.storyboard import UsageError
 from pipelines.runs.generate import FilmResult, Progress, generate
 from pipelines.runs.resume import continue_run, open_run
+from pipelines.runs.run_record import changed_libraries
 from pipelines.runs.verify import replay_segment, verify_run
 from pipelines.store.lock import RunLock, RunLockedError
 from pipelines.store.run_folder import CODES_NAME, RunFolder, RunFolderError
@@ -137,7 +137,7 @@ def test_a_torn_line_of_codes_does_not_count(film: FilmResult, tiny_model: Path,
     prepared = prepared_film(tiny_model, tmp_path / "film.mp4")
     folder = RunFolder(prepared.paths.run_dir)
     codes = RunFolder(film.run_dir).read_codes()
-    from pipelines.runs.generate import run_record
+    from pipelines.runs.run_record import run_record
 
     folder.start(run_record(prepared, "local"))
     folder.append_codes(0, 0, codes[0][:, :8])
@@ -304,13 +304,13 @@ def test_a_run_that_was_changed_after_it_was_opened_is_refused(film: FilmResult,
 @pytest.mark.parametrize("name", ["torch", "av", "diffusers", "vector-quantize-pytorch", "transformers", "ftfy"])
 def test_other_libraries_are_told(film: FilmResult, name: str) -> None:
     run = open_run(film.run_dir)
-    assert run.changed_libraries == []
-    older = replace(run, record={**run.record, "versions": {**run.record["versions"], name: "0.1"}})
-    assert len(older.changed_libraries) == 1
-    assert older.changed_libraries[0].startswith(f"{name} 0.1 -> ")
+    assert changed_libraries(run.record) == []
+    older = {**run.record, "versions": {**run.record["versions"], name: "0.1"}}
+    (change,) = changed_libraries(older)
+    assert change.startswith(f"{name} 0.1 -> ")
 
 
 def test_libraries_that_an_earlier_version_did_not_record_are_not_told(film: FilmResult) -> None:
     run = open_run(film.run_dir)
     versions = {name: run.record["versions"][name] for name in ("av", "numpy", "safetensors", "torch")}
-    assert replace(run, record={**run.record, "versions": versions}).changed_libraries == []
+    assert changed_libraries({**run.record, "versions": versions}) == []

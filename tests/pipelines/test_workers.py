@@ -38,7 +38,8 @@ from pipelines.deliver.paths import FilmOutput, OutputPaths
 from pipelines.executors import ray_graph as graph
 from pipelines.executors.local import KeptWorkers, WorkerSource, new_worker
 from pipelines.executors.write import WriteWorker
-from pipelines.runs.generate import generate, prepare
+from pipelines.runs.generate import generate
+from pipelines.runs.prepare import prepare
 from pipelines.store.run_folder import RunFolder
 from tests.closeness import assert_close_to_scale
 from tests.hash_encoder import HashEncoder
