@@ -59,7 +59,7 @@ def plan_film(storyboard: Storyboard, model: str | None = None) -> PlannedFilm:
 
 
 def plan_storyboard(storyboard: Storyboard, geometry: ModelGeometry) -> Plan:
-    """Plan a film for a model of which only the sizes are known.
+    """Plan a film for a model of which only the sizes need to be known.
 
     A storyboard without a seed gets a random one.
 

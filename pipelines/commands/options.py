@@ -307,9 +307,7 @@ class ComputeOptions:
 def grouped(command: Callable[..., None]) -> Callable[..., None]:
     """Let a command take groups of options: typer sees each field of a dataclass as an option of its own."""
     parameters = list(signature(command, eval_str=True).parameters.values())
-    groups: dict[str, type[Any]] = {
-        given.name: given.annotation for given in parameters if is_dataclass(given.annotation)
-    }
+    groups: dict[str, Any] = {given.name: given.annotation for given in parameters if is_dataclass(given.annotation)}
 
     @wraps(command)
     def flat(**values: Any) -> None:
