@@ -1,14 +1,14 @@
-"""A film as an HLS stream (RFC 8216) that is watched while it grows: `--hls`.
+"""HLS streams (RFC 8216) of films, to watch them while they grow: `--hls`.
 
     film.hls/film.m3u8      the playlist: byte ranges of the growing film, one a segment
     film.hls/stream.mp4     the growing film under a second name, so that no byte is stored twice while it grows
 
-The playlist is replaced as a whole after every segment and only ever gets longer; it never names bytes that are not
-there. It is of type EVENT, and ends with ENDLIST when the film is complete. A film that goes on after an interruption
-goes on in the same stream. A film that was changed gets a new one: then the old playlist is taken away first.
+The playlist is replaced as a whole after every segment and only ever gets longer; it never names bytes that do not
+exist yet. It has type EVENT, and ends with ENDLIST when the film is complete. A film that is resumed continues the same
+stream. A film that was changed gets a new stream, and its old playlist is removed first.
 
-`stream.mp4` is a hard link. It stays when the film is finished and the growing film goes, so a finished film is there
-twice: seekable and as a stream. Where the file system has no hard links it is a copy that grows along.
+`stream.mp4` is a hard link. It stays when the film is finished and the growing film is removed, so a finished film
+exists twice: seekable and as a stream. On a file system without hard links it is a copy that grows too.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ _COPY_CHUNK = 1 << 20
 
 
 class HlsFolder:
-    """The stream of a growing film, in a folder of its own.
+    """Folder with the stream of a growing film.
 
     Args:
-        path: The folder; it is made with the first fragment.
-        partial: The growing film. It holds at least the fragments that are added.
+        path: The folder; it is made when the first fragment is published.
+        partial: The growing film, which holds the fragments that are added.
         fps: Frames a second.
-        longest_s: Seconds of the longest fragment there will be: players must be told at the start.
+        longest_s: Seconds of the longest fragment to come, which players must know at the start.
     """
 
     def __init__(self, path: Path, partial: Path, *, fps: float, longest_s: float) -> None:
@@ -71,7 +71,11 @@ class HlsFolder:
         self._end = end
 
     def publish(self, *, is_whole: bool) -> None:
-        """Show what was added; `is_whole`: nothing more will come. Without a fragment nothing is shown."""
+        """Write the playlist with the fragments added so far; without any, nothing is written.
+
+        Args:
+            is_whole: Whether these are all fragments of the film.
+        """
         if not self._lines:
             return
         lines = [*self._lines, "#EXT-X-ENDLIST"] if is_whole else self._lines
@@ -97,7 +101,7 @@ class HlsFolder:
         temporary.replace(self.path / STREAM_NAME)
 
     def _copy(self) -> None:
-        """Bring the copy up to the end of the last fragment."""
+        """Copy what the growing film has gained, up to the end of the last fragment."""
         with self.partial.open("rb") as source, (self.path / STREAM_NAME).open("ab") as target:
             left = self._end - source.seek(target.tell())
             while left > 0 and (data := source.read(min(left, _COPY_CHUNK))):
@@ -113,7 +117,7 @@ def stream_of(plan: Plan, output: FilmOutput) -> HlsFolder | None:
 
 
 def _goes_on(old: str, lines: list[str]) -> bool:
-    """Whether a playlist is the beginning of another one."""
+    """Whether the lines of a playlist begin with those of an old one."""
     shown = [line for line in old.splitlines() if line != "#EXT-X-ENDLIST"]
     return lines[: len(shown)] == shown
 

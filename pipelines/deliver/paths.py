@@ -1,12 +1,10 @@
-"""Where a film and what belongs to it go, and whether they can go there.
+"""Paths of a film and its other files, and whether they can be written.
 
     --output film.mp4     film.mp4, film.json (sidecar), film.run/ (run folder)
     --output folder       folder/film.mp4, folder/film.json; the folder is the run folder
     nothing               outputs/<first prompt>-<seed>/ as such a folder
 
-With `--hls` the folder film.hls is beside the film.
-
-While it grows the film is film.partial.mp4, which plays; it is renamed when it is complete.
+With `--hls` the folder film.hls is beside the film. While the film grows it is film.partial.mp4, which plays.
 """
 
 from __future__ import annotations
@@ -29,29 +27,29 @@ MAX_SLUG_LENGTH = 40
 
 @dataclass(frozen=True, kw_only=True)
 class OutputPaths:
-    """Where a film and what belongs to it go."""
+    """Paths of a film and its other files."""
 
     film: Path
     run_dir: Path
 
     @property
     def partial(self) -> Path:
-        """The film while it grows."""
+        """Path of the film while it grows."""
         return self.film.with_name(f"{self.film.stem}.partial.mp4")
 
     @property
     def film_from_run_dir(self) -> str:
-        """Where the film is, seen from the run folder; `paths_of_run` reads it."""
+        """Path of the film relative to the run folder; `paths_of_run` reads it."""
         return self.film.name if self.film.parent == self.run_dir else f"../{self.film.name}"
 
     @property
     def hls(self) -> Path:
-        """The film as a stream, a folder; where it is asked for."""
+        """Folder of the film as a stream, which is made on request."""
         return self.film.with_suffix(".hls")
 
     @property
     def sidecar(self) -> Path:
-        """What the film was made from, as JSON."""
+        """Path of the JSON file that says what the film was made from."""
         return self.film.with_suffix(".json")
 
     def sweep(self) -> None:
@@ -76,7 +74,11 @@ class FilmOutput:
 
 
 def output_paths(output: str | Path | None, storyboard: Storyboard) -> OutputPaths:
-    """Where a film goes; see the module.
+    """Choose the paths of a film.
+
+    Args:
+        output: Path of the film (`.mp4`) or of a folder. Default: a new folder under `outputs`.
+        storyboard: The film, for the name of that folder.
 
     Raises:
         UsageError: If `output` names another kind of file.
@@ -95,10 +97,14 @@ def output_paths(output: str | Path | None, storyboard: Storyboard) -> OutputPat
 
 
 def paths_of_run(run_dir: Path, film: Any) -> OutputPaths:
-    """Where the film of a run goes, from what `run.json` says.
+    """Find the paths of the film of a run.
+
+    Args:
+        run_dir: The run folder.
+        film: Path of the film relative to it, as `run.json` says.
 
     Raises:
-        RunFolderError: If that is neither in the run folder nor beside it.
+        RunFolderError: If the film is neither in the run folder nor beside it.
     """
     name = str(film).removeprefix("../")
     if not isinstance(film, str) or Path(name).name != name or Path(name).suffix.lower() != ".mp4":
@@ -111,22 +117,26 @@ def paths_of_run(run_dir: Path, film: Any) -> OutputPaths:
 
 
 def slug(text: str) -> str:
-    """A short, safe folder name from a prompt."""
+    """Make a short, safe folder name from a prompt."""
     words = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
     return words[:MAX_SLUG_LENGTH].strip("-") or "film"
 
 
 def check_output(paths: OutputPaths, *, overwrite: bool) -> None:
-    """Refuse what is there already, and make sure that both folders can be written. Nothing is created.
+    """Refuse to replace a film unasked, and make sure that both folders can be written. Nothing is created.
+
+    Args:
+        paths: Paths of the film.
+        overwrite: Whether a film or a run that is already there may be replaced.
 
     Raises:
-        UsageError: If something is there that must not, or may not, be replaced.
+        UsageError: If something is there that must not be replaced.
         OSError: If a folder cannot be written.
     """
     for path in (paths.film, paths.sidecar, paths.partial):
         if path.is_dir():
             raise UsageError(f"'{path}' is a folder, a file cannot be written there: choose another --output")
-        if path.exists() and not path.is_file():  # opening a pipe would wait for a reader forever
+        if path.exists() and not path.is_file():  # opening a pipe would block until somebody reads it
             raise UsageError(f"'{path}' is a device or a pipe, not a file: choose another --output")
     if not overwrite:
         for path in (paths.film, paths.sidecar):
@@ -143,10 +153,10 @@ def check_output(paths: OutputPaths, *, overwrite: bool) -> None:
 
 
 def check_output_folder(folder: Path) -> None:
-    """Refuse a folder that cannot be written, or not be made where it is missing.
+    """Refuse a folder that cannot be written or, if it is missing, made.
 
     Raises:
-        OSError: If so.
+        OSError: If it cannot.
     """
     there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     if not there.is_dir():

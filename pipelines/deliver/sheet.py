@@ -1,4 +1,4 @@
-"""Contact sheets: one row a shot, its prompt above it, frames evenly spaced over its length."""
+"""Contact sheets: a row of evenly spaced frames for each shot, with its prompt above."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FONT_SIZE = 14
 BACKGROUND = (255, 255, 255)
 INK = (20, 20, 20)
 MIN_CELL = 96
-"""Frames smaller than this are shown at a whole multiple of their size."""
+"""Height in pixels below which frames are enlarged to a whole multiple of their size."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,16 +33,16 @@ class SheetRow:
 
     title: str
     frames: np.ndarray
-    """(n, pH, pW, 3) uint8; all are shown."""
+    """(n, pH, pW, 3) uint8, all of which are shown."""
 
 
 def frames_to_sheet(rows: Sequence[SheetRow], *, scale: int | None = None) -> Image.Image:
     """Draw a contact sheet.
 
     Args:
-        rows: At least one; frames may differ in number and size.
-        scale: Whole factor by which frames are enlarged, pixels kept square and sharp. None: so that the smallest
-            frame is at least 96 pixels high.
+        rows: At least one row; frames of different rows may differ in number and size.
+        scale: Whole factor by which frames are enlarged, with sharp pixels. Default: so that the smallest frame is at
+            least 96 pixels high.
 
     Raises:
         ValueError: If there is no row, or a row has no frames of the right shape.
@@ -68,18 +68,18 @@ def frames_to_sheet(rows: Sequence[SheetRow], *, scale: int | None = None) -> Im
 
 
 def evenly_spaced(start: int, num_frames: int, count: int) -> list[int]:
-    """Up to `count` different frame indices from `start` on, in the middle of equal parts of `num_frames` frames."""
+    """Choose up to `count` different frame indices from `start` on, in the middle of equal parts of `num_frames`."""
     count = min(count, num_frames)
     return [start + int((i + 0.5) * num_frames / count) for i in range(count)]
 
 
 def film_sheet(film: str | Path, *, num_columns: int = 8, scale: int | None = None) -> Image.Image:
-    """Contact sheet of a film, with a row for every shot it says it has; any other video gives one row.
+    """Draw a contact sheet of a film, with a row for each shot of its record; any other video gives one row.
 
     Args:
         film: A film, or a run folder with one.
-        num_columns: Frames a shot.
-        scale: See `frames_to_sheet`.
+        num_columns: Frames for each shot.
+        scale: Whole factor by which frames are enlarged; see `frames_to_sheet`.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -108,10 +108,10 @@ def write_sheet(sheet: Image.Image, path: str | Path) -> None:
 
 
 def find_film(path: str | Path) -> Path:
-    """The film itself, or that of a run folder (which names its film in `run.json`), finished or not.
+    """Find the film of a run folder, finished or not; any other path is returned as it is.
 
     Raises:
-        FileNotFoundError: If there is none.
+        FileNotFoundError: If the folder has no film.
     """
     path = Path(path)
     if not path.is_dir():
@@ -127,7 +127,7 @@ def find_film(path: str | Path) -> Path:
 
 
 def _shots_of(path: Path, tags: dict[str, str], num_frames: int) -> list[tuple[str, int, int]]:
-    """Triples (title, first frame, frames) of the shots of a film; what is not there yet is left out."""
+    """Triples (title, first frame, number of frames) of the shots of a film, as far as the film has grown."""
     shots = []
     for number, shot in enumerate(_timeline(path, tags), start=1):
         start, fps = shot["start_frame"], shot["fps"]
@@ -139,7 +139,7 @@ def _shots_of(path: Path, tags: dict[str, str], num_frames: int) -> list[tuple[s
 
 
 def _timeline(path: Path, tags: dict[str, str]) -> list[dict[str, Any]]:
-    """Shots with their frame ranges, from the sidecar or the tag inside the film; empty if it has neither."""
+    """Read the shots with their frame ranges from the sidecar or from inside the film; empty if it has neither."""
     try:
         sidecar = path.with_suffix(".json")
         record = json.loads(sidecar.read_text(encoding="utf-8") if sidecar.is_file() else tags.get(RECORD_TAG, "{}"))

@@ -1,11 +1,11 @@
-"""Measuring a set of films: one file of figures and one page, resumable, several films at a time.
+"""Evaluation of a set of films: figures in one file and one page, several films at a time, resumable.
 
     OUTPUT/evaluation.json      every figure of every film, and their means with bootstrap intervals
-    OUTPUT/index.html           the same to look at, in one file
-    OUTPUT/films/KEY.json, .png what was measured of one film, and its contact sheet
+    OUTPUT/index.html           the same figures as a page to look at
+    OUTPUT/films/KEY.json, .png figures of one film, and its contact sheet
 
-KEY is a hash of the film, of what is known of its prompts, and of the networks used: a film that has it is not measured
-again.
+KEY is a hash of the film, of its prompts as far as they are known, and of the networks used. A film whose KEY is there
+already is not measured again.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
@@ -26,11 +27,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from arlon.data.video_io import probe, read_video
 from arlon.errors import UsageError
-from arlon.evaluation import cases as suite
+from arlon.evaluation import cases
 from arlon.evaluation.film import measure_film
 from arlon.evaluation.metric_table import FIGURES, FORMAT
 from arlon.evaluation.vbench.networks import Backbone, load_backbone
@@ -51,13 +53,13 @@ BOOTSTRAP_SEED = 0
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """Where an evaluation stands after a film."""
+    """State of an evaluation after a film."""
 
     done: int
     total: int
     name: str
     problem: str = ""
-    """Why the film could not be measured."""
+    """Why the film could not be measured; empty if it was."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,16 +69,16 @@ class Evaluation:
     result: Path
     page: Path
     num_films: int
-    """Films measured, now or before."""
+    """Films measured, in this evaluation or an earlier one."""
     num_reused: int
-    """Of these, films measured before."""
+    """Number of those that an earlier evaluation measured."""
     problems: tuple[Problem, ...]
-    figures: dict[str, suite.Share]
+    figures: dict[str, cases.Share]
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Task:
-    """One film to measure; everything in it can go to another process."""
+    """One film to measure; all fields can be sent to another process."""
 
     film: Film
     key: str
@@ -85,7 +87,7 @@ class _Task:
 
 @dataclass(kw_only=True)
 class _Worker:
-    """What a measuring process holds."""
+    """State of a process that measures films: its networks, which are loaded once."""
 
     backbones: Mapping[str, Backbone] = field(default_factory=dict)
 
@@ -103,18 +105,18 @@ def evaluate(
     num_workers: int = 1,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> Evaluation:
-    """Measure films, and write figures and page.
+    """Measure films, and write the figures and the page.
 
-    A film, prompt or backbone that cannot be used is a problem of the result; everything else is still measured. An
-    interrupted evaluation goes on where it was.
+    A film, prompt or backbone that cannot be used becomes a problem of the result, and everything else is measured. An
+    interrupted evaluation continues where it was.
 
     Args:
         sources: Films and folders; see `pipelines.evaluation.film_set`.
         output: Folder of the results.
         prompts: Prompt file; see `pipelines.evaluation.film_set`.
-        backbones: Folder or hub id of a network, by VBench's dimension.
-        device: Where the networks compute.
-        num_workers: Processes.
+        backbones: Folder or hub id of a network, by VBench's name of the dimension.
+        device: Device that the networks compute on.
+        num_workers: Number of processes.
         on_progress: Called after every film.
 
     Raises:
@@ -163,7 +165,7 @@ def evaluate(
 
 
 def film_key(film: Film, backbones: Mapping[str, str]) -> str:
-    """Hash of all that the figures of a film depend on.
+    """Hash everything that the figures of a film depend on.
 
     Raises:
         OSError: If the film cannot be read.
@@ -183,7 +185,7 @@ def film_key(film: Film, backbones: Mapping[str, str]) -> str:
 
 
 def _stored(task: _Task) -> dict[str, Any] | None:
-    """What was measured of a film; None if it was not, or is damaged."""
+    """Read the figures of a film that was measured before; None if there are none, or they are damaged."""
     try:
         values = json.loads((task.folder / f"{task.key}.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -193,6 +195,7 @@ def _stored(task: _Task) -> dict[str, Any] | None:
 
 
 def _load_backbones(sources: Mapping[str, str], device: str) -> tuple[dict[str, Backbone], list[Problem]]:
+    """Load networks by VBench's names of their dimensions; those that cannot be loaded become problems."""
     loaded, problems = {}, []
     for name, source in sources.items():
         try:
@@ -213,10 +216,17 @@ def _measure_all(
     num_workers: int,
     on_progress: Callable[[Progress], None] | None,
 ) -> dict[str, str]:
-    """Measure films and store what was found; reasons of those that failed, by key."""
+    """Measure films and store their figures.
+
+    Returns:
+        Reasons why films failed, by key.
+    """
     failed = {}
     num_workers = min(num_workers, len(tasks))
-    steps = _in_turn(tasks, loaded) if num_workers < 2 else _at_once(tasks, sources, device, num_workers)
+    if num_workers < 2:
+        steps: Iterable[tuple[_Task, str]] = ((task, _measure(task, loaded)) for task in tasks)
+    else:
+        steps = _measure_in_processes(tasks, sources, device, num_workers)
     for done, (task, problem) in enumerate(steps, start=1):
         if problem:
             failed[task.key] = problem
@@ -225,18 +235,17 @@ def _measure_all(
     return failed
 
 
-def _in_turn(tasks: Sequence[_Task], loaded: Mapping[str, Backbone]) -> Iterator[tuple[_Task, str]]:
-    for task in tasks:
-        yield task, _measure(task, loaded)
-
-
-def _at_once(
+def _measure_in_processes(
     tasks: Sequence[_Task], sources: Mapping[str, str], device: str, num_workers: int
 ) -> Iterator[tuple[_Task, str]]:
-    """Measure several at a time. A process that ends takes its pool with it: what was not measured then is measured
-    again, each film in a process of its own, so that only the film that ends it is to blame."""
+    """Measure several films at a time, and yield each with its problem.
+
+    A process that dies takes its whole pool with it. The films that were not measured by then are measured again, each
+    in a process of its own, so that only the film that kills its process fails.
+    """
     left = list(tasks)
-    with suppress(BrokenProcessPool), _pool(sources, device, num_workers) as pool:  # it may break before all are in it
+    # The pool may break while films are still being submitted.
+    with suppress(BrokenProcessPool), _pool(sources, device, num_workers) as pool:
         futures = {pool.submit(_measure_here, task): task for task in tasks}
         for future in as_completed(futures):
             with suppress(BrokenProcessPool):
@@ -254,7 +263,8 @@ def _at_once(
 
 @contextmanager
 def _pool(sources: Mapping[str, str], device: str, num_workers: int) -> Iterator[Executor]:
-    context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
+    """A pool of processes that have the networks loaded; it ends with the `with` block."""
+    context = multiprocessing.get_context("spawn")  # a forked process may hang, since PyTorch has threads
     pool = ProcessPoolExecutor(
         num_workers, mp_context=context, initializer=_start_worker, initargs=(dict(sources), device)
     )
@@ -265,16 +275,15 @@ def _pool(sources: Mapping[str, str], device: str, num_workers: int) -> Iterator
 
 
 def _start_worker(sources: dict[str, str], device: str) -> None:
-    import torch
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides; a film that is begun is finished
+    """Make a process of the pool ready: load the networks, and end with the process that owns the pool."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides; a film that is started is finished
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     _worker.backbones = {name: load_backbone(name, source, device=device) for name, source in sources.items()}
 
 
 def _end_with_parent() -> None:
-    """A pool whose owner was killed would wait for its next film for ever."""
+    """End this process when its parent dies; it would wait forever for its next film."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
@@ -282,11 +291,12 @@ def _end_with_parent() -> None:
 
 
 def _measure_here(task: _Task) -> str:
+    """Measure a film with the networks of this process."""
     return _measure(task, _worker.backbones)
 
 
 def _measure(task: _Task, backbones: Mapping[str, Backbone]) -> str:
-    """Measure a film and store what was found; the reason if it cannot be measured."""
+    """Measure a film and store its figures; returns the reason if it cannot be measured, else an empty text."""
     try:
         info = probe(task.film.path)
         frames = read_video(task.film.path)
@@ -308,25 +318,22 @@ def _measure(task: _Task, backbones: Mapping[str, Backbone]) -> str:
 
 
 def _sheet(frames: np.ndarray, shots: Sequence[Mapping[str, Any]]) -> bytes:
-    """Contact sheet as PNG, a row a shot, what is wrong with it in its title."""
+    """Draw a contact sheet as PNG, with a row for each shot and what the oracle found wrong in its title."""
     rows = []
     for number, shot in enumerate(shots, start=1):
-        scores = {name: shot["scores"].get(name) for name in suite.PROMPT_ATTRIBUTES}
+        scores = {name: shot["scores"].get(name) for name in cases.PROMPT_ATTRIBUTES}
         wrong = [name for name, value in scores.items() if value is not None and value < 1]
         title = f"{number}. {shot['prompt']}" + (f"   (not as asked: {', '.join(wrong)})" if wrong else "")
         picked = frames[evenly_spaced(shot["start_frame"], shot["num_frames"], SHEET_COLUMNS)]
-        rows.append(SheetRow(title=title, frames=np.stack([_reduced(frame) for frame in picked])))
+        height, width = picked.shape[1:3]
+        if height > SHEET_HEIGHT:
+            size = (max(1, round(width * SHEET_HEIGHT / height)), SHEET_HEIGHT)
+            small = [Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS) for frame in picked]
+            picked = np.stack([np.asarray(frame) for frame in small])
+        rows.append(SheetRow(title=title, frames=picked))
     buffer = io.BytesIO()
     frames_to_sheet(rows).save(buffer, format="PNG", optimize=True)
     return buffer.getvalue()
-
-
-def _reduced(frame: np.ndarray) -> np.ndarray:
-    height, width = frame.shape[:2]
-    if height <= SHEET_HEIGHT:
-        return frame
-    size = (max(1, round(width * SHEET_HEIGHT / height)), SHEET_HEIGHT)
-    return np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS))
 
 
 # --- the result ----------------------------------------------------------------------------------------------
@@ -335,11 +342,20 @@ def _reduced(frame: np.ndarray) -> np.ndarray:
 def summarise(
     films: Sequence[Mapping[str, Any]], problems: Sequence[Problem], backbones: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Everything that is known, in plain values: `evaluation.json`.
+    """Build the content of `evaluation.json` in plain values.
 
-    Means are over films, or over the films that have a shot at a position; intervals are 95 % percentile bootstrap
-    intervals over the same.
+    Means are over films, or over the films that have a shot at a position. Intervals are 95 % percentile bootstrap
+    intervals over the same films.
+
+    Args:
+        films: Figures of each film.
+        problems: What could not be used.
+        backbones: Descriptions of the networks used, by VBench's name of the dimension.
     """
+    skipped: dict[str, Counter[str]] = {}
+    for film in films:
+        for name, reason in film["skipped"].items():
+            skipped.setdefault(name, Counter())[reason] += 1
     return {
         "format": FORMAT,
         "arlon": version(),
@@ -349,42 +365,32 @@ def summarise(
         "backbones": dict(backbones),
         "bootstrap_seed": BOOTSTRAP_SEED,
         "figures": {name: _plain_share(share) for name, share in _shares(films).items()},
-        "skipped": _reasons(films),
+        "skipped": {name: dict(counts) for name, counts in skipped.items()},
         "by_shot": {name: [_plain_share(share) for share in shares] for name, shares in _shares_by_shot(films).items()},
         "films": list(films),
     }
 
 
-def _shares(films: Sequence[Mapping[str, Any]]) -> dict[str, suite.Share]:
-    """Mean and interval of every figure over films."""
+def _shares(films: Sequence[Mapping[str, Any]]) -> dict[str, cases.Share]:
+    """Compute mean and interval of every figure over films."""
     rows = [{name: _number(film["figures"][name]) for name in FIGURES} for film in films]
-    return suite.summarise(rows, seed=BOOTSTRAP_SEED) if rows else {}
+    return cases.summarise(rows, seed=BOOTSTRAP_SEED) if rows else {}
 
 
-def _shares_by_shot(films: Sequence[Mapping[str, Any]]) -> dict[str, list[suite.Share]]:
-    """Mean and interval of every attribute over the films that have a shot at a position, by position."""
-    shares: dict[str, list[suite.Share]] = {}
+def _shares_by_shot(films: Sequence[Mapping[str, Any]]) -> dict[str, list[cases.Share]]:
+    """Compute mean and interval of every prompt attribute at each position of a shot, over the films that have one."""
+    shares: dict[str, list[cases.Share]] = {}
     for position in range(max((len(film["shots"]) for film in films), default=0)):
         shots = [film["shots"][position] for film in films if position < len(film["shots"])]
-        rows = [{name: _number(shot["scores"].get(name)) for name in suite.PROMPT_ATTRIBUTES} for shot in shots]
-        for name, share in suite.summarise(rows, seed=BOOTSTRAP_SEED).items():
+        rows = [{name: _number(shot["scores"].get(name)) for name in cases.PROMPT_ATTRIBUTES} for shot in shots]
+        for name, share in cases.summarise(rows, seed=BOOTSTRAP_SEED).items():
             shares.setdefault(name, []).append(share)
     return {name: row for name, row in shares.items() if any(share.count for share in row)}
-
-
-def _reasons(films: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, int]]:
-    """Why figures are missing, and in how many films."""
-    reasons: dict[str, dict[str, int]] = {}
-    for film in films:
-        for name, reason in film["skipped"].items():
-            counts = reasons.setdefault(name, {})
-            counts[reason] = counts.get(reason, 0) + 1
-    return reasons
 
 
 def _number(value: float | None) -> float:
     return math.nan if value is None else float(value)
 
 
-def _plain_share(share: suite.Share) -> dict[str, Any]:
+def _plain_share(share: cases.Share) -> dict[str, Any]:
     return {name: None if isinstance(v, float) and math.isnan(v) else v for name, v in asdict(share).items()}

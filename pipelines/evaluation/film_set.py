@@ -1,11 +1,12 @@
-"""Sets of films to measure: which files, and what each was asked for.
+"""Sets of films to measure: which files they are, and which prompts they were made from.
 
-Films are files, run folders, or folders searched for films to any depth; pieces of runs, films that still grow, their
-HLS streams and exports for VBench in such a folder are left out. What a film was asked for comes from, in this order:
-a prompt file, the record inside or beside the film, a file name as VBench has it (`a red circle-0.mp4`).
+Films are files, run folders, or folders that are searched to any depth. A search leaves out the segments of runs, films
+that still grow, their HLS streams, and exports for VBench. The prompts of a film come from a prompt file, or else from
+the record inside or beside the film, or else from a file name in VBench's form (`a red circle-0.mp4`).
 
-A prompt file is JSON, film name to prompt, or to a list of prompts, one a shot; or text, one prompt a line, in the
-order of the film names (2 before 10). What is wrong with a film or with a prompt is collected, and the others go on.
+A prompt file is either JSON that maps the name of a film to a prompt, or to a list of prompts, one for each shot; or
+text with one prompt a line, in the order of the film names (2 before 10). What is wrong with one film or prompt is
+collected, and the others are measured.
 """
 
 from __future__ import annotations
@@ -31,15 +32,15 @@ FILM_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
 PARTIAL = ".partial"
 SEGMENT_MARK = "segment.json"
 EXPORT_MARK = "arlon_full_info.json"
-"""In a folder with copies of films for VBench."""
+"""File that marks a folder with copies of films for VBench."""
 MAX_DIGITS = 24
-"""Of numbers in file names that are sorted by their value."""
+"""Most digits of numbers in file names that are sorted by their value."""
 _NUMBERED = re.compile(r"(?P<prompt>.*\S.*\s.*\S)-\d+")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """Something that could not be used."""
+    """A film, prompt or network that could not be used."""
 
     source: str
     reason: str
@@ -50,18 +51,21 @@ class Film:
     """A film to measure."""
 
     name: str
-    """Its path from the folder that holds all films, with `/`."""
+    """Path relative to the folder that holds all films, with `/`."""
     path: Path
     prompts: tuple[str, ...] | None = None
-    """From a prompt file; None: those of its record or name."""
+    """Prompts from a prompt file; None if its record or name gives them."""
 
 
 def find_films(sources: Sequence[Path], *, leave_out: Path | None = None) -> tuple[list[Film], list[Problem]]:
-    """Films in files and folders, each once, sorted by name, numbers in names by their value.
+    """Find the films in files and folders, each once, sorted by name, with numbers in names by their value.
 
     Args:
         sources: Files and folders.
         leave_out: Folder that is not searched, unless it is a source itself.
+
+    Returns:
+        The films, and the sources that could not be used.
     """
     paths: list[Path] = []
     problems: list[Problem] = []
@@ -74,21 +78,26 @@ def find_films(sources: Sequence[Path], *, leave_out: Path | None = None) -> tup
         if not films:
             problems.append(Problem(source=str(source), reason=f"no film in it ({', '.join(FILM_SUFFIXES)})"))
         paths += films
-    found = {path.resolve(): Path(os.path.abspath(path)) for path in paths}  # links keep their names
-    unique = sorted(found.values(), key=_order)
+    found = {path.resolve(): Path(os.path.abspath(path)) for path in paths}  # abspath: a link keeps its own name
+    unique = sorted(found.values(), key=_sort_key)
     if not unique:
         return [], problems
     common = Path(os.path.commonpath([path.parent for path in unique]))
     return [Film(name=path.relative_to(common).as_posix(), path=path) for path in unique], problems
 
 
-def _order(path: Path) -> tuple[list[str], Path]:
-    """Key to sort by: `film 2` stands before `film 10`."""
+def _sort_key(path: Path) -> tuple[list[str], Path]:
+    """Sort key of a path under which `film 2` comes before `film 10`."""
     return [re.sub("[0-9]+", lambda number: number[0].zfill(MAX_DIGITS), part) for part in path.parts], path
 
 
 def _films_of(source: Path, leave_out: Path | None, problems: list[Problem]) -> list[Path]:
-    """Films of a source; folders that cannot be searched are added to `problems`."""
+    """Find the films of one source; folders that cannot be searched are added to `problems`.
+
+    Raises:
+        FileNotFoundError: If there is no such source.
+        ValueError: If it is a run whose film is not finished.
+    """
 
     def note(error: OSError) -> None:
         problems.append(Problem(source=str(error.filename), reason=_reason(error)))
@@ -98,7 +107,10 @@ def _films_of(source: Path, leave_out: Path | None, problems: list[Problem]) -> 
     if source.is_file():
         return [source]
     if (source / RUN_NAME).is_file():
-        return [_finished(find_film(source))]
+        film = find_film(source)
+        if film.stem.endswith(PARTIAL):
+            raise ValueError(f"its film is not finished: there is only '{film.name}'")
+        return [film]
     found = []
     for folder, names, files in os.walk(source, onerror=note):
         if _is_left_out(Path(folder), files, source, leave_out):
@@ -111,23 +123,22 @@ def _films_of(source: Path, leave_out: Path | None, problems: list[Problem]) -> 
 
 
 def _is_left_out(folder: Path, files: Sequence[str], source: Path, leave_out: Path | None) -> bool:
+    """Whether a search skips a folder, with everything in it."""
     if leave_out is not None and folder != source and folder.resolve() == leave_out.resolve():
         return True
     has_copies = EXPORT_MARK in files or PLAYLIST_NAME in files
     return SEGMENT_MARK in files or (folder != source and (has_copies or folder.name.endswith(PARTIAL)))
 
 
-def _finished(film: Path) -> Path:
-    if film.stem.endswith(PARTIAL):
-        raise ValueError(f"its film is not finished: there is only '{film.name}'")
-    return film
-
-
 # --- prompts -------------------------------------------------------------------------------------------------
 
 
 def add_prompts(films: Sequence[Film], prompt_file: Path) -> tuple[list[Film], list[Problem]]:
-    """Films with the prompts of a file; a film that the file does not name, or names wrongly, stays as it is."""
+    """Give films the prompts of a file; a film that the file does not name, or names wrongly, stays as it is.
+
+    Returns:
+        The films, and what is wrong with the file.
+    """
     source = prompt_file.name
     try:
         text = read_text(prompt_file)
@@ -170,7 +181,7 @@ def _add_by_line(films: Sequence[Film], text: str) -> tuple[list[Film], list[Pro
 
 
 def _misfit(film: Film) -> str:
-    """Why its given prompts cannot be those of its shots; empty if they can, or if it cannot be read."""
+    """Say why the given prompts of a film cannot be those of its shots; empty if they can, or if it is unreadable."""
     if film.prompts is None:
         return ""
     try:
@@ -180,7 +191,7 @@ def _misfit(film: Film) -> str:
             return ""
         given = "1 prompt is" if len(film.prompts) == 1 else f"{len(film.prompts)} prompts are"
         return f"{shown(film.name)}: {given} given for its {len(shots)} shots; those of its record are used"
-    except (OSError, ValueError, KeyError, TypeError):  # told when it is measured
+    except (OSError, ValueError, KeyError, TypeError):  # reported when the film is measured
         return ""
 
 
@@ -192,12 +203,12 @@ def _with_prompts(film: Film, prompts: tuple[str, ...] | None) -> Film:
 
 
 def outline_of(film: Film, tags: Mapping[str, str], num_frames: int) -> Outline:
-    """Shots and segments of a film.
+    """Find the shots and segments of a film.
 
     Args:
         film: The film.
-        tags: Of its container.
-        num_frames: Frames it has.
+        tags: Tags of its container.
+        num_frames: Frames that it has.
 
     Raises:
         ValueError: If its record is damaged, names another number of frames, or does not fit the given prompts.
@@ -230,14 +241,14 @@ def outline_of(film: Film, tags: Mapping[str, str], num_frames: int) -> Outline:
 
 
 def _read_record(path: Path, tags: Mapping[str, str]) -> dict[str, Any] | None:
-    """The record inside the film, or else the sidecar; None if it has neither.
+    """Read the record inside a film, or else in the sidecar beside it; None if it has neither.
 
     Raises:
-        ValueError: If the film has a sidecar only, and that is not JSON.
+        ValueError: If the film has only a sidecar, and that is not JSON.
     """
-    told = {name.lower(): text for name, text in tags.items()}  # Matroska has them in capitals
+    found = {name.lower(): text for name, text in tags.items()}  # Matroska writes tag names in capitals
     with suppress(ValueError, RecursionError):  # any program may write a comment into a film
-        record = json.loads(told.get(RECORD_TAG, ""))
+        record = json.loads(found.get(RECORD_TAG, ""))
         if isinstance(record, dict) and "timeline" in record:
             return record
     sidecar = path.with_suffix(".json")
@@ -270,13 +281,13 @@ def _outline_from_record(timeline: Mapping[str, Any]) -> Outline:
 
 
 def prompt_of_name(path: Path) -> str | None:
-    """The prompt in a file name such as `a red circle-0.mp4`."""
+    """Read the prompt in a file name such as `a red circle-0.mp4`; None if the name has another form."""
     match = _NUMBERED.fullmatch(path.stem)
     return match["prompt"] if match else None
 
 
 def _outline_without_record(film: Film, num_frames: int) -> Outline:
-    """Given prompts share the film evenly."""
+    """Outline of a film that says nothing of its shots: the given prompts share it evenly."""
     prompts = film.prompts or (prompt_of_name(film.path) or "",)
     if len(prompts) > num_frames:
         raise ValueError(f"{len(prompts)} prompts are given for its {num_frames} frames")

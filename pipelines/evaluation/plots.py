@@ -15,7 +15,7 @@ Points = Sequence[tuple[float, float]]
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """A point with its interval; `label` shows when it is pointed at."""
+    """A point with its interval; a browser shows `label` when the mouse is over it."""
 
     x: float
     mean: float
@@ -32,16 +32,16 @@ class Axes:
     y: tuple[float, float]
 
     def px(self, x: float) -> float:
-        """Pixels from the left."""
+        """Convert to pixels from the left."""
         return LEFT + (x - self.x[0]) / (self.x[1] - self.x[0]) * (WIDTH - LEFT - RIGHT)
 
     def py(self, y: float) -> float:
-        """Pixels from the top."""
+        """Convert to pixels from the top."""
         return HEIGHT - BOTTOM - (y - self.y[0]) / (self.y[1] - self.y[0]) * (HEIGHT - TOP - BOTTOM)
 
 
 def estimates_plot(estimates: Sequence[Estimate], *, x_ticks: Sequence[tuple[float, str]], name: str) -> str:
-    """Estimates in [0, 1] with their intervals, joined by a line."""
+    """Plot estimates in [0, 1] with their intervals, joined by a line."""
     last = max((tick for tick, _ in x_ticks), default=1.0)
     axes = Axes(x=(0.5, max(last, 1.0) + 0.5), y=(0.0, 1.0))
     parts = [_frame(axes, x_ticks, [(v, f"{v:g}") for v in (0, 0.25, 0.5, 0.75, 1)])]
@@ -54,7 +54,7 @@ def estimates_plot(estimates: Sequence[Estimate], *, x_ticks: Sequence[tuple[flo
 
 
 def curves_plot(curves: Sequence[Points], mean: Points, *, x_label: str, name: str) -> str:
-    """Thin curves and their mean; x in [0, 1]."""
+    """Plot thin curves and their mean, with x in [0, 1]."""
     values = [y for curve in curves for _, y in curve]
     low, high = nice_range(min(values), max(values))
     axes = Axes(x=(0.0, 1.0), y=(low, high))
@@ -66,7 +66,7 @@ def curves_plot(curves: Sequence[Points], mean: Points, *, x_label: str, name: s
 
 
 def strip_plot(rows: Sequence[tuple[str, Sequence[tuple[float, str]]]], *, rules: Sequence[float], name: str) -> str:
-    """Labelled values side by side, one column a row of the input, with horizontal rules, the first labelled."""
+    """Plot labelled values in a column for each row of the input, with horizontal rules, the first of them labelled."""
     values = [value for _, row in rows for value, _ in row] + list(rules)
     low, high = nice_range(min(0.0, *values), max(values))
     axes = Axes(x=(0.5, len(rows) + 0.5), y=(low, high))
@@ -82,7 +82,7 @@ def strip_plot(rows: Sequence[tuple[str, Sequence[tuple[float, str]]]], *, rules
 
 
 def interval_bar(mean: float, low: float, high: float) -> str:
-    """A share in [0, 1] and its interval, as wide as a table cell."""
+    """Draw a share in [0, 1] and its interval, as wide as a table cell."""
     width, middle = 120, 7
     return (
         f'<svg class="bar" viewBox="0 0 {width} 14" width="{width}" height="14" role="img" '
@@ -93,7 +93,7 @@ def interval_bar(mean: float, low: float, high: float) -> str:
 
 
 def nice_range(low: float, high: float) -> tuple[float, float]:
-    """A range of round ends around values."""
+    """Round a range outwards, so that its ends make good axis labels."""
     if high - low < 1e-9:
         low, high = low - 0.5, high + 0.5
     step = 10 ** math.floor(math.log10(high - low))
@@ -105,7 +105,7 @@ def nice_range(low: float, high: float) -> tuple[float, float]:
 
 
 def _frame(axes: Axes, x_ticks: Sequence[tuple[float, str]], y_ticks: Sequence[tuple[float, str]]) -> str:
-    """Grid and labels. Labels that would touch are thinned out."""
+    """Draw the grid and the labels; labels that would touch are thinned out."""
     parts = []
     for value, label in y_ticks:
         y = axes.py(value)

@@ -1,7 +1,7 @@
-"""The page of an evaluation: one HTML file that needs nothing else, no network and no script.
+"""Page of an evaluation: one HTML file that needs no network and no script.
 
-What comes from films (names, prompts, reasons) is escaped, and the page allows itself nothing but its own styles and
-inlined pictures.
+Text that comes from films (names, prompts, reasons) is escaped, and the page's security policy allows nothing but its
+own styles and inlined pictures.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from arlon.evaluation.metric_table import FIGURES, GROUPS
 from pipelines.evaluation.plots import Estimate, curves_plot, estimates_plot, interval_bar, strip_plot
 
 SEAM_RULES = (1.0, 1.2)
-"""No seam, and what still passes."""
+"""Seam strength without any seam, and the largest that passes."""
 SHARES = ("prompt", "quarters", "switch")
 """Groups whose figures are shares in [0, 1]."""
 CARD_FIGURES = ("prompt_accuracy", "temporal_flickering", "flow_speed", "seam_strength", "drift_contrast")
@@ -53,11 +53,11 @@ font-variant-numeric:tabular-nums}details img{max-width:100%;margin-top:12px;bor
 
 
 def render_report(record: Mapping[str, Any], sheets: Mapping[str, bytes]) -> str:
-    """The page.
+    """Build the page.
 
     Args:
         record: Content of `evaluation.json`.
-        sheets: Contact sheet of every film as PNG, by the film's key.
+        sheets: Contact sheet of every film as PNG, by the key of the film.
     """
     films = record["films"]
     parts = [_heading(record), _problems(record["problems"])]
@@ -92,7 +92,7 @@ def _problems(problems: Sequence[Mapping[str, str]]) -> str:
 
 
 def _group(group: str, title: str, record: Mapping[str, Any]) -> str:
-    """Table of the figures of a group; nothing if no film could have any of them for one and the same reason."""
+    """Table of the figures of a group, or the reasons if no film has any of them."""
     names = [name for name, figure in FIGURES.items() if figure.group == group]
     rows = "".join(_row(name, record) for name in names)
     has_any = any(_count(name, record) for name in names)
@@ -130,7 +130,7 @@ def _row(name: str, record: Mapping[str, Any]) -> str:
 
 
 def _by_shot(record: Mapping[str, Any]) -> str:
-    """A plot for every attribute: accuracy against the place of the shot in the film."""
+    """A plot for each prompt attribute: accuracy against the position of the shot in the film."""
     plots = []
     for name, shares in record["by_shot"].items():
         estimates = [_estimate(i, share, f"shot {i}") for i, share in enumerate(shares, start=1) if share["count"]]
@@ -164,7 +164,7 @@ def _estimate(x: int, share: Mapping[str, Any], place: str) -> Estimate:
 
 
 def _long_film(films: Sequence[Mapping[str, Any]]) -> str:
-    """Contrast and sharpness from start to end, and seams."""
+    """Plots of contrast and sharpness from start to end, and of seams."""
     plots = []
     for name in ("contrast", "sharpness"):
         curves = [_over_length(film["curves"][name]) for film in films if len(film["curves"][name]) > 1]
@@ -178,7 +178,7 @@ def _long_film(films: Sequence[Mapping[str, Any]]) -> str:
         rows += [(label, [(value, f"{film}: {value:.2f}") for value, film in values])] if values else []
     if rows:
         svg = strip_plot(rows, rules=SEAM_RULES, name="seam strength of every film")
-        plots.append(_figure("seam strength, a dot a film; lines at 1 and 1.2", svg))
+        plots.append(_figure("seam strength, one dot for each film; lines at 1 and 1.2", svg))
     return _section("From start to end", "Pixels are in [0, 1]. What prompts change shows here too.", plots)
 
 
@@ -202,7 +202,7 @@ def _films(films: Sequence[Mapping[str, Any]], sheets: Mapping[str, bytes]) -> s
 
 
 def _cards(films: Sequence[Mapping[str, Any]], sheets: Mapping[str, bytes]) -> Iterator[str]:
-    """A card a film; only the first is open, so that a page of many films can be overlooked."""
+    """A card for each film; only the first is open, so that a page of many films stays scannable."""
     for index, film in enumerate(films):
         facts = [f"{film['duration_s']:.1f} s", f"{film['width']} x {film['height']}"]
         shown = ((name, film["figures"][name]) for name in CARD_FIGURES)

@@ -1,10 +1,10 @@
-"""Films in the folder layout of the official VBench suite.
+"""Export of films in the folder layout of the official VBench suite.
 
-    FOLDER/videos/PROMPT-INDEX.mp4     index 0, 1, ... for films of one prompt
-    FOLDER/arlon_full_info.json        what VBench calls full info: prompt_en, dimension, video_list
+    FOLDER/videos/PROMPT-INDEX.mp4     index 0, 1, ... for films of the same prompt
+    FOLDER/arlon_full_info.json        "full info" in VBench's terms: prompt_en, dimension, video_list
 
-VBench knows one prompt a video. A film of one shot is copied as it is; of a film of several, every shot becomes a
-video, encoded again at the highest quality. Dimensions are those that VBench can compute of any prompt.
+VBench knows one prompt for each video. A film of one shot is copied as it is. Of a longer film every shot becomes a
+video, encoded again without loss. The dimensions are those that VBench can compute for any prompt.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ DIMENSIONS = (
     "overall_consistency",
     "temporal_flickering",
 )
-"""What VBench measures without knowing more of a prompt than its words."""
+"""Dimensions that VBench measures without knowing more of a prompt than its words."""
 MAX_NAME_BYTES = 220
-"""Of a prompt; file names have at most 255, index and temporary suffix included."""
+"""Most bytes of a prompt: file names have at most 255, including the index and a temporary suffix."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """What was exported."""
+    """Result of an export."""
 
     info: Path
     num_videos: int
@@ -55,13 +55,13 @@ def export_films(
 
     Args:
         sources: Films and folders; see `pipelines.evaluation.film_set`.
-        folder: Where to; the videos of an export that is there are replaced, others are not touched.
+        folder: Folder to write; the videos of an earlier export are replaced.
         prompts: Prompt file.
         leave_out: Folder that is not searched for films.
 
     Raises:
         UsageError: If the folder holds other videos, or is one of the sources.
-        OSError: If it cannot be written.
+        OSError: If the folder cannot be written.
     """
     check_export(folder, sources)
     videos = folder / VIDEOS_NAME
@@ -69,7 +69,7 @@ def export_films(
     if prompts is not None:
         films, more = add_prompts(films, prompts)
         problems += more
-    growing = folder / f"{VIDEOS_NAME}{PARTIAL}"  # an export that was killed is made again
+    growing = folder / f"{VIDEOS_NAME}{PARTIAL}"  # what a killed export left
     shutil.rmtree(growing, ignore_errors=True)
     growing.mkdir(parents=True)
     written: dict[str, list[str]] = {}
@@ -92,8 +92,8 @@ def check_export(folder: Path, sources: Sequence[Path]) -> None:
     """Refuse a folder that cannot take an export of films from `sources`.
 
     Raises:
-        UsageError: If it holds videos that are of no export, is a file, or is one of the sources: the videos in it
-            would be taken for films of their own.
+        UsageError: If it holds videos that are not from an export, is a file, or is one of the sources, whose search
+            would find the exported videos.
     """
     if folder.resolve() in {source.resolve() for source in sources}:
         raise UsageError(f"'{folder}' is a folder of the films: name another one as --export-vbench")
@@ -105,7 +105,7 @@ def check_export(folder: Path, sources: Sequence[Path]) -> None:
 
 
 def _exported(folder: Path) -> set[str]:
-    """File names of the videos of an export."""
+    """Read the file names of the videos of an earlier export; none if there is no export."""
     try:
         entries = json.loads((folder / INFO_NAME).read_text(encoding="utf-8"))
         return {Path(name).name for entry in entries for name in entry["video_list"]}
@@ -114,7 +114,7 @@ def _exported(folder: Path) -> set[str]:
 
 
 def _export(film: Film, videos: Path, written: dict[str, list[str]]) -> None:
-    """Write the videos of a film into a folder; `written` has the names so far, by prompt."""
+    """Write the videos of a film into a folder, and add their names to `written`, by prompt."""
     info = probe(film.path)
     frames = read_video(film.path)
     shots = outline_of(film, info.tags, len(frames)).shots
@@ -136,10 +136,10 @@ def _export(film: Film, videos: Path, written: dict[str, list[str]]) -> None:
 
 
 def check_prompt(prompt: str) -> None:
-    """Refuse a prompt that cannot be a file name, as VBench needs it.
+    """Refuse a prompt that cannot be a file name, since VBench names videos by their prompt.
 
     Raises:
-        ValueError: If so.
+        ValueError: If it cannot.
     """
     if not prompt:
         raise ValueError("its prompt is not known: give --prompts")
