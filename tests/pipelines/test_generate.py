@@ -318,7 +318,7 @@ def test_a_model_says_how_many_frames_are_blended(tiny_model: Path) -> None:
 def test_unknown_model_solver_and_executor_are_refused(tiny_model: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="did you mean 'shapes'"):
         prepare(storyboard_from_prompts(["a"]), model="shape", output=tmp_path / "a.mp4")
-    with pytest.raises(UsageError, match="euller.*euler"):
+    with pytest.raises(UsageError, match=r"euller.*euler"):
         prepared_film(tiny_model, tmp_path / "a.mp4", solver="euller")
     with pytest.raises(UsageError, match="unknown executor 'cloud'"):
         generate(prepared_film(tiny_model, tmp_path / "a.mp4"), executor="cloud")
