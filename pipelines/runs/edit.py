@@ -1,10 +1,9 @@
-"""Changing a run: another prompt or seed for a shot, more shots at the end, a copy to go on from.
+"""Changes of a run: another prompt or seed for a shot, more shots at the end, or a copy of the run.
 
-A change keeps what the run was as a version (`versions/0001`, a run folder of its own that shares the files of the
-run), then writes the new `run.json`, then goes on as after a crash. So at every moment either the old run or the new
-one can be gone on with, and what the old one had is in its version. Only what depends on the change is made again:
-codes from the first changed code frame of a take on, and the segments that read such codes or go on from one that is
-made again.
+A change first keeps the run as a version (`versions/0001`, a run folder of its own that shares the files of the run),
+then writes the new `run.json`, and then continues as after a crash. So at every moment either the old run or the new
+one can be resumed, and the old one stays in its version. Only what depends on the change is made again: codes from the
+first changed code frame of a take on, and the segments that read such codes or continue a segment that is made again.
 """
 
 from __future__ import annotations
@@ -42,17 +41,17 @@ from pipelines.store.run_folder import (
 )
 
 _LOG_NAMES = (CODES_LOG_NAME, EVENTS_NAME)
-"""Files that grow in place, so that they cannot be shared."""
+"""Files that grow in place and therefore cannot be shared."""
 
 
 def with_shot_changed(run: Run, shot: int, *, prompt: str | None = None, seed: int | None = None) -> ResolvedStoryboard:
-    """The storyboard of a run with another prompt or seed for a shot; with neither, it gets a fresh seed.
+    """Change the prompt or the seed of a shot in the storyboard of a run; without either, the shot gets a random seed.
 
     Args:
         run: The run.
         shot: Number of the shot, from 1.
-        prompt: Its new prompt.
-        seed: Its new seed; -1: a fresh one.
+        prompt: New prompt of the shot.
+        seed: New seed of the shot; -1 takes a random one.
 
     Raises:
         UsageError: If there is no such shot, or a value is wrong.
@@ -66,13 +65,13 @@ def with_shot_changed(run: Run, shot: int, *, prompt: str | None = None, seed: i
 
 
 def with_shots_added(run: Run, shots: Sequence[Shot]) -> ResolvedStoryboard:
-    """The storyboard of a run with more shots at its end; the first says itself how it follows."""
+    """Add shots at the end of the storyboard of a run; the first one says how it follows."""
     film = run.plan.storyboard
     return replace(film, shots=(*film.shots, *shots))
 
 
 def change_run(run: Run, storyboard: ResolvedStoryboard) -> Run:
-    """The run under another storyboard, checked; nothing is written. `begin_change` does that.
+    """Check a run under another storyboard. Nothing is written; `begin_change` does that.
 
     Raises:
         StoryboardError: If the storyboard does not fit the model, or a file that a new shot is given is not usable.
@@ -95,7 +94,11 @@ def change_run(run: Run, storyboard: ResolvedStoryboard) -> Run:
 
 
 def begin_change(old: Run, new: Run, executor: str) -> Committed:
-    """Keep the old version, make the run folder ready for the new one, and tell what of it is there already."""
+    """Keep the old version of a run, and make its folder ready for the new one.
+
+    Returns:
+        What the new version can use of the old one.
+    """
     folder = old.folder
     committed = continue_run(old)
     codes = dict(_unchanged_codes(old.plan, new.plan, committed.codes))
@@ -103,10 +106,10 @@ def begin_change(old: Run, new: Run, executor: str) -> Committed:
     _copy(old, OutputPaths(film=version / "film.mp4", run_dir=version))
     if given := encode_references(new.prepared.job, new.prepared.references):
         known = folder.read_references() if folder.has_references() else {}
-        shots = len(old.plan.storyboard.shots)  # what a change that ended here gave to later ones does not count
+        shots = len(old.plan.storyboard.shots)  # a change that ended here may have given media to later shots
         folder.write_references({name: t for name, t in known.items() if int(name.split("/")[0]) < shots} | given)
     stale = sorted(committed.segments & _changed_segments(new, committed.segments, codes))
-    # Codes that both versions share are right for either, whichever run.json a crash leaves.
+    # Codes that both versions share are right whichever run.json a crash leaves.
     folder.write_codes(codes)
     record = run_record(new.prepared, executor) | {"versions": old.record["versions"], "stale": stale}
     folder.write_run(record)
@@ -115,11 +118,11 @@ def begin_change(old: Run, new: Run, executor: str) -> Committed:
 
 
 def fork_run(run: Run, output: str | Path) -> Path:
-    """Copy a run, to go on from it elsewhere; files are shared where the file system can, and never changed in place.
+    """Copy a run, finished or not, to continue it elsewhere. Files are shared if the file system has hard links.
 
     Args:
-        run: The run; finished or not.
-        output: A film (`.mp4`) or a folder that is not there yet; see `pipelines.deliver.paths`.
+        run: The run.
+        output: Path of a film (`.mp4`) or of a folder that does not exist yet; see `pipelines.deliver.paths`.
 
     Returns:
         The new run folder.
@@ -140,9 +143,9 @@ def fork_run(run: Run, output: str | Path) -> Path:
 
 
 def _unchanged_codes(old: Plan, new: Plan, codes: Mapping[int, Tensor]) -> Iterator[tuple[int, Tensor]]:
-    """Pairs (take, first code frames (1, n, cH, cW)) that are the same under both plans.
+    """Yield the take and the first code frames (1, n, cH, cW) that are the same under both plans.
 
-    A code frame depends on the prompts and seeds up to its own, on where they switch, and on nothing behind it.
+    A code frame depends on the prompts and seeds up to its own and on where they switch, and on nothing after it.
     """
     for take, stored in codes.items():
         schedules = (code_schedule(plan, plan.takes[take]).spans for plan in (old, new))
@@ -158,7 +161,13 @@ def _unchanged_codes(old: Plan, new: Plan, codes: Mapping[int, Tensor]) -> Itera
 
 
 def _changed_segments(new: Run, committed: frozenset[int], codes: Mapping[int, Tensor]) -> set[int]:
-    """Committed segments that cannot stay, given the codes that do."""
+    """Find the committed segments that have to be made again.
+
+    Args:
+        new: The run under its new storyboard.
+        committed: Indices of the committed segments.
+        codes: Codes that stay, by take.
+    """
     changed: set[int] = set()
     for request in film_requests(new.prepared.job, read_media(new.folder, new.plan)):
         segment = request.segment
@@ -176,7 +185,7 @@ def _changed_segments(new: Run, committed: frozenset[int], codes: Mapping[int, T
 
 
 def _copy(run: Run, paths: OutputPaths) -> None:
-    """A copy of the run folder that appears whole; going on with it puts its film together from its segments."""
+    """Copy the run folder in one step; resuming the copy puts its film together from its segments."""
     make_folder(paths.run_dir.parent)
     temporary = temporary_beside(paths.run_dir)
     source, target = run.folder, RunFolder(temporary)

@@ -1,6 +1,6 @@
-"""What a run does at this moment, for the terminal, from the files it writes anyway: `run.json`, codes and events.
+"""Progress of a run on a terminal, read from the files that the run writes anyway: `run.json`, codes and events.
 
-So the view costs the run nothing, is the same for both executors, and shows a run of another process too.
+So the view costs the run nothing, is the same for both executors, and can show a run of another process.
 
     segments ━━━━━━━━━━━━╸         3/5   0:21, about 0:14 left
     role     queue   done   s/segment   busy
@@ -10,7 +10,8 @@ So the view costs the run nothing, is the same for both executors, and shows a r
     segment   shot   colour   contrast
     2            2      1.4       -0.6
 
-`queue`: segments that wait for the role or are at it. `busy`: its share of the time since the start.
+`queue`: segments that wait for the role or are being processed by it. `busy`: share of the time since the start that
+the role worked.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -34,20 +35,20 @@ from pipelines.store.run_folder import CODES_LOG_NAME, CODES_NAME, EVENTS_NAME, 
 
 ROLES = ("text", "code", "refine", "decode", "write")
 SHOWN_SEGMENTS = 5
-"""Segments whose drift is shown."""
+"""Number of segments whose drift is shown."""
 REFRESHES_PER_SECOND = 2.0
 WATCH_INTERVAL_S = 0.5
 
 
 class Tail:
-    """The lines of a log that came since the last look; a line that is not ended yet is left for the next."""
+    """Reads the lines that were added to a log since the last time; an unfinished last line waits for the next time."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._offset = 0
 
     def lines(self) -> Iterator[dict[str, Any]]:
-        """New lines, as JSON objects; of a log that was replaced by a shorter one, all."""
+        """Yield the new lines as JSON objects; if a shorter log replaced the old one, all of its lines."""
         try:
             size = self.path.stat().st_size
             if size < self._offset:
@@ -72,10 +73,10 @@ class Tail:
 
 
 class RunView:
-    """Where a run stands, kept up to date by `look`.
+    """State of a run, brought up to date by `poll`.
 
     Args:
-        run_dir: The run folder; it may be empty still.
+        run_dir: The run folder; it may still be empty.
     """
 
     def __init__(self, run_dir: Path) -> None:
@@ -98,8 +99,8 @@ class RunView:
         self.last: deque[dict[str, Any]] = deque(maxlen=SHOWN_SEGMENTS)
         self.has_ended = False
 
-    def look(self) -> list[dict[str, Any]]:
-        """Take in what is new on disk, and give the commits among it."""
+    def poll(self) -> list[dict[str, Any]]:
+        """Read what is new on disk, and return the commits among it."""
         commits = []
         for event in self._events.lines():
             if event.get("event") == "start" or not self.segments:
@@ -149,33 +150,33 @@ class RunView:
 
     @property
     def num_done(self) -> int:
-        """Segments committed."""
+        """Number of segments that are committed."""
         return self.num_before + self.num_commits
 
     @property
     def num_with_codes(self) -> int:
-        """Segments whose codes are stored."""
+        """Number of segments whose codes are stored."""
         return sum(self._num_codes.get(s["take"], 0) >= s["num_code_frames"] for s in self.segments)
 
     def left_s(self) -> float | None:
-        """Estimate of the time left, from the pace since the first commit; None: not known yet."""
+        """Estimate the seconds left from the pace since the first commit; None if it is not known yet."""
         if self.num_commits < 2 or self.first_commit_s is None:
             return None
         pace_s = (self.commit_times[-1] - self.first_commit_s) / (self.num_commits - 1)
         return pace_s * (len(self.segments) - self.num_done)
 
     def depths(self) -> dict[str, int]:
-        """Segments that wait for each role or are at it."""
+        """Count the segments that wait for each role or are being processed by it."""
         later = {role: self.queue.get(role, 0) for role in ("decode", "write")}
         with_codes = max(self.num_with_codes, self.num_done)
         refine = max(0, with_codes - self.num_done - sum(later.values()))
         return {"text": 0, "code": len(self.segments) - with_codes, "refine": refine, **later}
 
     def render(self, now_s: float | None = None) -> Group:
-        """The view, for a rich console; whatever the files look like, it never stops the run that it shows."""
+        """Draw the view for a rich console; damaged files never stop the run that it shows."""
         now_s = time.time() if now_s is None else now_s
         try:
-            self.look()
+            self.poll()
             passed_s = max(0.0, now_s - self.started_s) if self.started_s else 0.0
             return Group(self._header(passed_s), self._roles(passed_s), *([self._drift()] if self.last else []))
         except (OSError, KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
@@ -218,7 +219,7 @@ def _clock(seconds: float) -> str:
 
 
 def commit_line(view: RunView, event: Mapping[str, Any]) -> str:
-    """One line about a commit, where there is no terminal."""
+    """One line about a commit, for output that is not a terminal."""
     drift = event["drift"]
     return (
         f"segment {event['segment'] + 1}/{len(view.segments)}  "
@@ -228,9 +229,9 @@ def commit_line(view: RunView, event: Mapping[str, Any]) -> str:
 
 @contextmanager
 def live_view(run_dir: Path, console: Console | None = None) -> Iterator[RunView]:
-    """Show the view of a run on a terminal while the body runs; the cursor comes back however it ends."""
+    """Show the progress of a run on a terminal while the `with` block runs; the cursor is restored however it ends."""
     view = RunView(run_dir)
-    view.look()  # what came before is not shown as if it were new
+    view.poll()  # earlier commits are not new
     view._begin(0.0, 0)
     console = console or Console(stderr=True)
     with Live(
@@ -243,24 +244,26 @@ def live_view(run_dir: Path, console: Console | None = None) -> Iterator[RunView
         yield view
 
 
-def watch(run_dir: Path, console: Console, *, is_running: Any, sleep: Any = time.sleep) -> None:
-    """Show a run that another process makes, until that ends: a view on a terminal, else a line a segment.
+def watch(
+    run_dir: Path, console: Console, *, is_running: Callable[[], bool], sleep: Callable[[float], object] = time.sleep
+) -> None:
+    """Show the progress of a run until the process that works on it ends.
 
     Args:
         run_dir: The run folder.
-        console: Where it is shown.
-        is_running: Called without arguments: whether a process works on the run.
-        sleep: Waits some seconds.
+        console: Where to show it: a changing view on a terminal, else one line for each segment.
+        is_running: Returns whether a process works on the run.
+        sleep: Waits for a number of seconds.
     """
     view = RunView(run_dir)
-    view.look()
+    view.poll()
     live = Live(get_renderable=view.render, console=console, refresh_per_second=REFRESHES_PER_SECOND)
     with live if console.is_terminal else nullcontext():
         goes_on = True
         while goes_on:
             goes_on = is_running()
             if not console.is_terminal:
-                for event in view.look():
+                for event in view.poll():
                     console.print(commit_line(view, event), markup=False, highlight=False)
             if goes_on:
                 sleep(WATCH_INTERVAL_S)

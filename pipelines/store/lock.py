@@ -1,13 +1,12 @@
-"""One process at a time works on a run.
+"""Locks of a run folder, so that only one process at a time works on a run.
 
-The lock is the operating system's (flock) on a file in the run folder, so it ends with the process that holds it,
-however that ends: a lock file left by a killed process or a restarted machine is in nobody's way. What the file says
-tells who holds it, for messages and for writers.
+The lock is the operating system's (flock) on a file in the run folder. It ends with the process that holds it, however
+that ends, so a stale lock file blocks nobody. The content of the file says who holds it, for messages and for writers.
 
-Under Ray another process writes into the folder: the writer. It may outlive a command that was killed, so it has a
-lock of its own, for as long as it lives, and works only for the holder of the run: `WriterLock`. `RunLock` waits until
-no writer is left. Since a holder makes itself known before it looks for writers, and a writer takes its lock before it
-looks for the holder, there is no moment at which two of them write.
+Under Ray another process, the writer, writes into the folder. It may outlive a command that was killed, so it holds a
+lock of its own as long as it lives (`WriterLock`), and works only for the holder of the run. `RunLock` waits until no
+writer is left. A holder writes down who it is before it looks for writers, and a writer takes its lock before it looks
+for the holder. So there is no moment at which two processes write.
 """
 
 from __future__ import annotations
@@ -28,11 +27,11 @@ from arlon.errors import ArlonError
 LOCK_NAME = "run.lock"
 WRITER_LOCK_NAME = "writer.lock"
 PATIENCE_S = 0.1
-"""For a lock of another command; one that only looks has it for a moment."""
+"""Seconds to wait for the lock of another command; `arlon status` holds it for a moment only."""
 WRITER_PATIENCE_S = 20.0
-"""For the writer of a killed command, which Ray ends within seconds."""
+"""Seconds to wait for the writer of a killed command, which Ray ends within seconds."""
 LEAVING_PATIENCE_S = 2.0
-"""For the writer of a command that ends; if it takes longer, its lock file stays."""
+"""Seconds to wait for the writer of a command that ends; after that its lock file stays."""
 
 
 class RunLockedError(ArlonError, RuntimeError):
@@ -40,10 +39,10 @@ class RunLockedError(ArlonError, RuntimeError):
 
 
 class RunLock:
-    """Held inside a `with`; the folder must be there.
+    """Lock of a run, held inside a `with` block.
 
     Args:
-        folder: The run folder.
+        folder: The run folder, which must exist.
         writer_patience_s: Seconds to wait for the writer of a killed command.
 
     Raises:
@@ -60,7 +59,7 @@ class RunLock:
         self._descriptor = _lock_file(self.path, PATIENCE_S)
         if self._descriptor is None:
             raise RunLockedError(f"'{self.path.parent}' is in use by {_holder(self.path)}: wait for it")
-        with suppress(OSError):  # a full disk: the lock holds all the same
+        with suppress(OSError):  # on a full disk the lock holds all the same
             os.truncate(self._descriptor, 0)
             os.write(self._descriptor, json.dumps(_ourselves()).encode())
         try:
@@ -77,12 +76,12 @@ class RunLock:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with suppress(OSError):  # a disk that became read-only: the lock ends all the same
+        with suppress(OSError):  # on a disk that became read-only the lock ends all the same
             self._writer_is_gone(LEAVING_PATIENCE_S)
         self._release()
 
     def _writer_is_gone(self, patience_s: float) -> bool:
-        """Wait until no writer is left, and remove its lock file."""
+        """Wait until no writer is left, and remove its lock file; False if one is left after `patience_s` seconds."""
         if not self._writer_path.exists():
             return True
         descriptor = _lock_file(self._writer_path, patience_s)
@@ -98,19 +97,20 @@ class RunLock:
             self.path.unlink(missing_ok=True)
         os.close(self._descriptor)
         self._descriptor = None
-        with suppress(OSError):  # a run that left nothing leaves no folder either
+        with suppress(OSError):  # not empty: only a run that left nothing leaves no folder
             self.path.parent.rmdir()
 
 
 class WriterLock:
-    """Held from now on by a process that writes for another one, until it ends or `release` is called.
+    """Lock of a process that writes for the holder of a run, from now until the process ends or calls `release`.
 
     Args:
         folder: The run folder.
-        holder: What `holder_mark` told the command for which this process writes.
+        holder: Result of `holder_mark` in the command for which this process writes.
+        patience_s: Seconds to wait for another writer.
 
     Raises:
-        RunLockedError: If there is another writer, or the run is in other hands by now.
+        RunLockedError: If there is another writer, or another command holds the run by now.
     """
 
     def __init__(self, folder: str | Path, holder: str, *, patience_s: float = WRITER_PATIENCE_S) -> None:
@@ -122,18 +122,18 @@ class WriterLock:
         if holder_mark(folder) != holder:
             path.unlink(missing_ok=True)
             self.release()
-            raise RunLockedError(f"'{folder}' is in other hands: this writer's command was ended")
+            raise RunLockedError(f"'{folder}' is held by another command: the one of this writer has ended")
         with suppress(OSError):
             os.truncate(descriptor, 0)
             os.write(descriptor, json.dumps(_ourselves()).encode())
 
     def release(self) -> None:
-        """Give the lock up before the process ends."""
+        """Release the lock before the process ends."""
         os.close(self._descriptor)
 
 
 def holder_mark(folder: str | Path) -> str:
-    """A text that differs for everyone who ever locks a run; empty if nobody did since it was last given up."""
+    """Text that identifies the process that locked a run last, different each time; empty if the run is not locked."""
     try:
         return (Path(folder) / LOCK_NAME).read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
@@ -145,7 +145,7 @@ def _ourselves() -> dict[str, Any]:
 
 
 def holder_of(folder: str | Path) -> str | None:
-    """Who works on a run, for messages; None: nobody."""
+    """Describe the process that works on a run, for messages; None if there is none."""
     path = Path(folder) / LOCK_NAME
     try:
         descriptor = os.open(path, os.O_RDONLY)
@@ -161,7 +161,7 @@ def holder_of(folder: str | Path) -> str | None:
 
 
 def _lock_file(path: Path, patience_s: float) -> int | None:
-    """Lock a file, which is made if it is missing; None if somebody else has it all the time."""
+    """Lock a file, which is made if it is missing; None if another process holds it for all of `patience_s` seconds."""
     until_s = time.monotonic() + patience_s
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -174,7 +174,7 @@ def _lock_file(path: Path, patience_s: float) -> int | None:
                 os.close(descriptor)
                 return None
             time.sleep(0.02)
-        os.close(descriptor)  # it is another's, or its last holder removed it just after we opened it
+        os.close(descriptor)  # another process holds it, or its last holder removed the file after we opened it
 
 
 def _is_file_at(path: Path, descriptor: int) -> bool:

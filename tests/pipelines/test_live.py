@@ -70,7 +70,7 @@ def test_view_tells_roles_queues_time_left_and_drift(tmp_path: Path) -> None:
 def test_view_starts_again_with_the_run(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run")
     view = RunView(folder.path)
-    view.look()
+    view.poll()
     folder.log("start", executor="ray", segments=2)
     lines = shown(view, time.time())
     assert lines[0][2] == "2/5"

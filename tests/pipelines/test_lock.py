@@ -95,9 +95,9 @@ def test_a_writer_works_for_the_holder_of_the_run_only(tmp_path: Path) -> None:
             WriterLock(tmp_path, earlier, patience_s=0.1)
         writer.release()
     with RunLock(tmp_path):
-        with pytest.raises(RunLockedError, match="in other hands"):
+        with pytest.raises(RunLockedError, match="another command"):
             WriterLock(tmp_path, earlier)
         WriterLock(tmp_path, holder_mark(tmp_path)).release()
-    with pytest.raises(RunLockedError, match="in other hands"):
+    with pytest.raises(RunLockedError, match="another command"):
         WriterLock(tmp_path, earlier)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
