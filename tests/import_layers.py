@@ -82,8 +82,9 @@ LAYERS = {
         local ray_graph
     """,
     "pipelines.runs": """
-        generate picture inspect
-        resume
+        prepare picture inspect
+        run_record
+        generate resume
         edit verify status
         progress_view
     """,
