@@ -1,8 +1,8 @@
 """Stage `ar`: the code transformer, next-code cross-entropy with the caption as prefix.
 
 Source: ARLON, arXiv:2410.20502, AR model: codes of the frozen fine VQ-VAE, teacher forcing, text dropped at
-random for guidance. Where a window goes over a prompt switch only the codes behind the switch are learned,
-with the new caption as prefix: that is what generation asks for.
+random for guidance. If a window crosses a prompt switch, only the codes after the switch are learned, with the new
+caption as prefix, as in generation.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ class ExtraTakesConfig:
     """Other rendered takes that some of the steps are made with, such as longer ones with more prompt switches."""
 
     shapes: ShapesTakesConfig = field(default_factory=ShapesTakesConfig)
-    """What they are like."""
+    """Settings of the takes."""
     share: float = 0.5
-    """Share of the steps, in (0, 1)."""
+    """Share of the training steps, in (0, 1)."""
 
     def __post_init__(self) -> None:
         if not 0 < self.share < 1:
@@ -59,10 +59,10 @@ class ARStageConfig:
     vqvae: str = "runs/vqvae/export"
     """Component folder of the fine VQ-VAE."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    """How the codes of the sample pictures are drawn."""
+    """Sampling of the codes of the sample pictures."""
     code_noise: float = 0.0
-    """Share of the codes before the one to learn that are replaced by any code, [0, 1): a model that has only seen true
-    codes goes astray behind its own mistakes, and learns few films by heart."""
+    """Probability in [0, 1) that a code of the input is replaced by a random one. A model that has only seen true codes
+    drifts after its own errors; noise also reduces memorisation."""
     extra_takes: tuple[ExtraTakesConfig, ...] = ()
     """Takes of the steps that are not made with those of `data`; a manifest replaces them, see `data.mix_rendered`."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -90,7 +90,7 @@ class TakeExample:
 
 
 class ARStage(Stage):
-    """Trains a CodeTransformer."""
+    """Training of a CodeTransformer on next-code prediction."""
 
     stage_name: ClassVar[str] = "ar"
     adamw_layers = ("text_proj", "head")
@@ -106,15 +106,15 @@ class ARStage(Stage):
         latent_shape: tuple[int, int, int, int],
         examples: Sequence[TakeExample],
     ) -> None:
-        """Set up the stage; `vqvae` and `vae` decode the pictures, made of the prompts in `examples`.
+        """Set up the stage.
 
         Args:
             config: Its settings.
             model: What is trained.
-            vqvae: The fine VQ-VAE.
-            vae: The video VAE.
+            vqvae: The fine VQ-VAE, which decodes codes of the sample pictures.
+            vae: The video VAE, which decodes their latents.
             latent_shape: (C, T, H, W) of a take.
-            examples: Takes of the pictures.
+            examples: Takes whose prompts the sample pictures are made from.
         """
         super().__init__(config, model, {"vqvae": vqvae, "vae": vae})
         self._latent_shape, self._examples = latent_shape, tuple(examples)
@@ -131,8 +131,8 @@ class ARStage(Stage):
     def validate(self, batches: Iterable[Sample]) -> dict[str, float]:
         """Figures over all learned codes of the validation batches.
 
-        `loss`: cross-entropy in nats; `unigram_entropy`: entropy of the codes' frequencies in nats, what a
-        model that knows only those would reach; `accuracy`: share of codes that are the most likely one.
+        `loss`: cross-entropy in nats. `unigram_entropy`: entropy of the code frequencies in nats, the loss of a model
+        that knows only these. `accuracy`: share of codes to which the model gives the highest probability.
         """
         losses, hits, codes = [], [], []
         for batch in batches:
@@ -150,7 +150,7 @@ class ARStage(Stage):
         }
 
     def sample_picture(self) -> np.ndarray:
-        """Rows in pairs: a validation take through its codes, and one written from its prompts."""
+        """Contact sheet in pairs of rows: a validation take, decoded from its codes, and one made from its prompts."""
         made = [self._write(example, number) for number, example in enumerate(self._examples)]
         truth = torch.stack([example.codes for example in self._examples])
         return picture_of_pairs(self.frozen["vae"], self._decode(truth), self._decode(torch.cat(made)))
@@ -179,7 +179,7 @@ class ARStage(Stage):
 
 
 def replace_codes(codes: Tensor, share: float, codebook_size: int, generator: torch.Generator) -> Tensor:
-    """Codes (any shape, int64) of which each is replaced by a uniform one with probability `share`."""
+    """Replace each of the codes (any shape, int64) by a uniformly drawn one with probability `share`."""
     if not share:
         return codes
     chosen = torch.rand(codes.shape, generator=generator) < share
@@ -188,7 +188,7 @@ def replace_codes(codes: Tensor, share: float, codebook_size: int, generator: to
 
 
 def span_schedule(cache: LatentCache, index: int, texts: TextCache, *, num_frames: int, ratio: int) -> list[PromptSpan]:
-    """The captions of a take as prompts over its `num_frames` code frames of `ratio` latent frames each."""
+    """Captions of a take as prompts over its `num_frames` code frames of `ratio` latent frames each."""
     spans = cache.spans(index)
     starts = [ceil_div(num_latent_frames(s.start_frame) if s.start_frame else 0, ratio) for s in spans]
     schedule = []

@@ -1,7 +1,7 @@
-"""What happens around the steps of a training: averages, validation, pictures, checkpoints, progress.
+"""Callbacks of a training: averages, validation, sample pictures, checkpoints and progress.
 
-Everything here counts in optimizer steps (`trainer.global_step`), never in epochs or batches, so that a
-resumed run does the same things at the same steps as an uninterrupted one.
+All of them count optimizer steps (`trainer.global_step`), never epochs or batches, so that a resumed run does the same
+things at the same steps as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class WeightAverage(L.Callback):
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:
-        """The averaged weights in place of the trained ones, in eval mode, without gradients."""
+        """Context in which the averaged weights replace the trained ones, in eval mode and without gradients."""
         own = {name: p for name, p in model.named_parameters() if name in self._average}
         kept = {name: p.detach().clone() for name, p in own.items()}
         training = model.training
@@ -249,7 +249,7 @@ class Checkpoints(L.Callback):
 
 
 class ProgressLine(L.Callback):
-    """Step, loss, samples a second and time spent, on stderr; written rarely where there is no terminal."""
+    """Progress on stderr: step, loss, samples per second and elapsed time; rarely if stderr is no terminal."""
 
     def __init__(self, run: RunConfig, clock: RunClock) -> None:
         self._run, self._clock = run, clock

@@ -41,11 +41,11 @@ log = logging.getLogger(__name__)
 
 
 class Stage(L.LightningModule):
-    """Base of all stages: `model` is what is trained, averaged and exported.
+    """Base class of all stages; `model` is trained, averaged and exported.
 
     Every draw of step n comes from a generator seeded by (seed, stage, n) and the process or the row of the batch, and
-    the global generator is seeded likewise before each step, so that a resumed training goes on exactly as it would
-    have. What is drawn by row does not depend on how many processes share the rows.
+    the global generator is seeded likewise before each step, so that a resumed training continues exactly as an
+    uninterrupted one. Draws by row do not depend on how many processes share the rows.
     """
 
     stage_name: ClassVar[str]
@@ -58,8 +58,8 @@ class Stage(L.LightningModule):
 
         Args:
             config: Configuration of the stage, with `optim` and `train` among its fields.
-            model: What is trained, averaged and exported.
-            frozen: Networks that are only used. In a dict they are no submodules, so checkpoints stay small.
+            model: Network that is trained, averaged and exported.
+            frozen: Networks that are not trained. In a dict they are no submodules, so checkpoints stay small.
         """
         super().__init__()
         self.save_hyperparameters({"config": config_to_dict(config)})
@@ -68,7 +68,7 @@ class Stage(L.LightningModule):
         """Share of the run that is done when a step begins; `make_training` also counts time."""
 
     def configure_model(self) -> None:
-        """Shard the model where the strategy does: every block by itself, then what is left."""
+        """Shard the model if the strategy shards."""
         if self.device_mesh is not None:
             shard_model(self.model, self.device_mesh["data_parallel"])
 
@@ -100,16 +100,16 @@ class Stage(L.LightningModule):
         torch.manual_seed(address_seed(self.config.train.seed, self.stage_name, *address))
 
     def step_generator(self) -> torch.Generator:
-        """CPU generator of this step's draws in this process."""
+        """CPU generator for the draws of this step in this process."""
         return self._generator("step", self.global_step, self.global_rank)
 
     def row_generators(self, count: int) -> list[torch.Generator]:
-        """CPU generators of this step's draws, one for each of the `count` rows that this process has."""
+        """CPU generators for the draws of this step, one for each of the `count` rows of this process."""
         first = self.global_rank * count
         return [self._generator("row", self.global_step, first + row) for row in range(count)]
 
     def validation_generators(self, number: int, count: int) -> list[torch.Generator]:
-        """CPU generators of the draws of validation batch `number`, one for each of its `count` rows."""
+        """CPU generators for the draws of validation batch `number`, one for each of its `count` rows."""
         return [self._generator("validation", number, row) for row in range(count)]
 
     def log_figures(self, **figures: Tensor | float) -> None:
@@ -130,7 +130,7 @@ class Stage(L.LightningModule):
         raise NotImplementedError
 
     def sample_picture(self) -> np.ndarray | None:
-        """What the stage can do by now, as a picture (pH, pW, 3) uint8; None if it cannot show it."""
+        """Picture (pH, pW, 3) uint8 of what the model can do so far; None if the stage has none."""
         return None
 
     def before_export(self) -> None:
@@ -149,12 +149,12 @@ class Stage(L.LightningModule):
 
 @dataclass(frozen=True)
 class StageParts:
-    """What a stage hands to the trainer."""
+    """Module and data of a stage, for the trainer."""
 
     stage: Stage
     train: BatchSet
     val: Iterable[Sample]
-    """The batches of a validation, the same ones each time."""
+    """Batches of a validation, the same every time."""
 
 
 def window_parts(stage: Stage, train: SampleSet, val: SampleSet, run: RunConfig) -> StageParts:
@@ -164,7 +164,7 @@ def window_parts(stage: Stage, train: SampleSet, val: SampleSet, run: RunConfig)
 
 
 def mix_in(parts: StageParts, extra: Sequence[BatchSet], shares: Sequence[float]) -> StageParts:
-    """The same parts, with a share of the steps made with each of the extra sets."""
+    """Make a share of the training steps with batches of each of the extra sets."""
     if not extra:
         return parts
     sets, seed = [parts.train, *extra], parts.stage.config.train.seed
@@ -199,7 +199,7 @@ def init_model(model: nn.Module, run: RunConfig, *, free: Sequence[str] = ()) ->
 
 @dataclass(frozen=True)
 class Training:
-    """A trainer with the callbacks that the caller asks questions of."""
+    """A trainer with the callbacks that are used after the training."""
 
     trainer: L.Trainer
     checkpoints: Checkpoints
@@ -283,7 +283,7 @@ def export_checkpoint(stage: Stage, checkpoint: Path, run_dir: Path) -> None:
 
 
 def _resolved(precision: str) -> Any:
-    """Lightning's name of a precision, on the device that its `accelerator="auto"` takes."""
+    """Resolve the precision `auto` for the device that Lightning chooses."""
     if precision != "auto":
         return precision
     device = "cuda" if torch.cuda.is_available() else "cpu"

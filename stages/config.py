@@ -1,7 +1,9 @@
 """Settings that every stage shares: data, optimizer, run. Each stage nests them in a config of its own.
 
-The rate of learning follows the progress of a run, the larger of steps done over `max_steps` and minutes
-spent over `max_minutes`, so that a run on a time budget decays as it should on any machine.
+The learning rate follows the progress of a run: the share of `max_steps` that is done, or of `max_minutes` if that is
+larger. A run with a time budget therefore ends its decay in time on any machine. But its learning rate depends on the
+clock from the first step, so two such runs differ: limit a run that must repeat exactly by steps alone. Warm-up is
+counted in steps, so on a slow machine a short budget can end before it does.
 """
 
 from __future__ import annotations
@@ -24,21 +26,21 @@ class OptimConfig:
     lr: float = 1e-4
     """Peak learning rate."""
     muon_lr: float = 1e-3
-    """Peak learning rate of what Muon takes, on AdamW's scale of update size."""
+    """Peak learning rate of the weights that Muon updates; an update is as large as one of AdamW at that rate."""
     betas: tuple[float, float] = (0.9, 0.99)
     """AdamW's decay rates of the two moments."""
     eps: float = 1e-8
     """AdamW's eps."""
     weight_decay: float = 0.0
-    """Decoupled decay of matrices and kernels; vectors are never decayed."""
+    """Decoupled weight decay of matrices and kernels; vectors are not decayed."""
     warmup_steps: int = 100
     """Steps of linear warm-up."""
     schedule: Literal["cosine", "constant"] = "cosine"
-    """What follows the warm-up."""
+    """Schedule after the warm-up."""
     min_lr_ratio: float = 0.02
-    """Share of the peak rate that a cosine schedule ends at."""
+    """Final learning rate of a cosine schedule, as a share of the peak."""
     grad_clip: float = 1.0
-    """Largest gradient norm; 0 does not clip."""
+    """Gradients are clipped to this norm; 0: no clipping."""
 
     def __post_init__(self) -> None:
         problems = []
@@ -59,35 +61,35 @@ class RunConfig:
     seed: int = 0
     """Seed of weights, data order and every draw of the training."""
     batch_size: int = 16
-    """Samples a step in each process."""
+    """Samples per step in each process."""
     max_steps: int = 10000
-    """Optimizer steps in all."""
+    """Optimizer steps of the whole run."""
     max_minutes: float | None = None
-    """Minutes of training in all, interruptions left out; the run ends cleanly when they are over."""
+    """Minutes of training of the whole run, without interruptions; the run ends cleanly when they are over."""
     precision: Literal["auto", "32-true", "bf16-mixed"] = "32-true"
-    """Lightning's name of the precision of forward and backward; `auto` is bf16-mixed where that is fast."""
+    """Lightning's name of the precision of forward and backward; `auto` is bf16-mixed if the hardware is fast at it."""
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
     """How several processes share the work: `ddp` repeats the model in each, `fsdp` shards it (needs adamw)."""
     devices: int = 1
-    """Processes on this machine, each with a device of its own."""
+    """Processes on each machine, one per device."""
     num_nodes: int = 1
     """Machines."""
     num_threads: int | None = None
-    """Threads of PyTorch; its own choice if None."""
+    """Threads of PyTorch; None: PyTorch chooses."""
     checkpoint_minutes: float = 5.0
-    """Minutes between checkpoints; one is written at the end and on Ctrl-C too."""
+    """Minutes between checkpoints; one is also written at the end, on Ctrl-C and on SIGTERM."""
     checkpoint_steps: int | None = None
-    """Steps between checkpoints, besides."""
+    """Steps between checkpoints, in addition to those by time; None: only by time."""
     log_steps: int = 10
     """Steps between logged figures."""
     val_steps: int = 250
     """Steps between validations; 0 does none."""
     val_batches: int = 4
-    """Batches of a validation, the same ones each time."""
+    """Batches of a validation; they are the same every time."""
     sample_steps: int = 500
     """Steps between sample pictures; 0 makes none."""
     ema_decay: float = 0.999
-    """Decay of the exponential moving average of the weights, which is what is exported."""
+    """Decay of the exponential moving average of the weights; the average is exported."""
     init_from: str | None = None
     """Component folder to start from (fine-tuning); its config must be that of the stage, and the export is stored as
     it was. For `dit` also a file with the weights of PixArt-Sigma; see `arlon/models/pixart.py`."""
@@ -129,7 +131,7 @@ def _validation_takes() -> ShapesTakesConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Where the takes come from, and the frozen networks whose outputs are cached."""
+    """Source of the takes, and the frozen networks whose outputs are cached."""
 
     cache_dir: str = "data/cache"
     """Folder of latents, codes and text features; see `arlon/data/latent_cache.py`."""
@@ -140,20 +142,20 @@ class DataConfig:
     shapes_val: ShapesTakesConfig = field(default_factory=_validation_takes)
     """Rendered takes of the validation; another seed."""
     manifest: str | None = None
-    """Manifest of one's own clips, which replace all rendered takes; they are brought to the frame size, length
+    """Manifest of your own clips, which replace all rendered takes; they are brought to the frame size, length
     and frame rate of `shapes`."""
     mix_rendered: bool = False
     """With a manifest, train on the rendered takes of `extra_shapes` (and of `extra_takes` in the stage `ar`) too."""
     val_clips: int = 32
-    """Clips at the end of the manifest that are kept for validation."""
+    """Clips at the end of the manifest that are used for validation only."""
     buckets: tuple[Bucket, ...] = ()
     """Sizes and lengths at which `dit` trains on the clips of the manifest, instead of the one size of `shapes`."""
     strict_buckets: bool = True
-    """A clip must have more frames than its bucket, as in Open-Sora; false takes also clips of exactly as many."""
+    """Whether a clip must have more frames than its bucket, as in Open-Sora; if false, as many are enough."""
     clip_fps: float | None = None
-    """Frames a second that clips in buckets are brought to; None leaves each at its own."""
+    """Frame rate to which clips in buckets are resampled; None: each clip keeps its own."""
     keep_latents: bool = True
-    """Keep the latents of clips in buckets in `cache_dir`, rather than encode them whenever they are drawn."""
+    """Cache the latents of clips in buckets in `cache_dir` instead of encoding a clip each time it is drawn."""
     vae: str = "runs/vae/export"
     """Component folder of the video VAE."""
     text_encoder: str = "minilm"
@@ -165,9 +167,9 @@ class DataConfig:
     encode_batch_size: int = 8
     """Takes encoded at a time while the cache is built."""
     encode_precision: Literal["auto", "float32", "bfloat16"] = "float32"
-    """Precision of the VAE while the cache is built; `auto` is bfloat16 where that is fast."""
+    """Precision of the VAE while the cache is built; `auto` is bfloat16 if the hardware is fast at it."""
     shard_size: int = 256
-    """Takes of a cache shard; an interrupted build loses one at most."""
+    """Takes per cache shard; an interrupted build loses at most one shard."""
 
     def __post_init__(self) -> None:
         if self.clip_fps is not None and not 0 < self.clip_fps < math.inf:
@@ -198,7 +200,7 @@ class FlowConfig:
     """Standard deviation of the normal under the logit-normal."""
     shift_scale: float = 1.0
     """Factor of the resolution-aware shift towards noise; see `flow.shift_times`."""
-    base_size: float = 64.0
+    base_size: int = 64
     """Frame side in pixels at which the spatial part of the shift is 1."""
     windows: WindowConfig = field(default_factory=WindowConfig)
     """Window length and frame masks."""

@@ -1,4 +1,4 @@
-"""What stages read: takes, the frozen networks, and the caches of what those make of the takes."""
+"""Data of the stages: takes, frozen networks, and caches of the latents, codes and text features that these compute."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 
 def make_sources(config: DataConfig) -> tuple[TakeSource, TakeSource]:
-    """Takes to train on and to validate on: the clips of a manifest, or shapes world."""
+    """Training and validation takes: the clips of a manifest, or rendered takes of shapes world."""
     if config.buckets:
         raise ValueError("data.buckets is read by the stage dit only: leave it out, clips are brought to data.shapes")
     if config.manifest is None:
@@ -53,7 +53,7 @@ def make_sources(config: DataConfig) -> tuple[TakeSource, TakeSource]:
     if len(clips) <= config.val_clips:
         raise ValueError(
             f"{config.manifest!r} makes {len(clips)} takes, of which data.val_clips = {config.val_clips} are "
-            "kept for validation: give more clips, or a smaller data.val_clips"
+            "used for validation: give more clips, or a smaller data.val_clips"
         )
     takes = VideoTakes(clips, clips.identity)
     first_val = len(clips) - config.val_clips
@@ -73,7 +73,7 @@ def data_facts(config: DataConfig, windows: WindowConfig | None = None) -> Train
 
 
 class TakeRange:
-    """Some of the takes of a source."""
+    """A range of the takes of a source."""
 
     def __init__(self, source: TakeSource, indices: range) -> None:
         self._source, self._indices = source, indices
@@ -89,7 +89,7 @@ class TakeRange:
 
 @dataclass(frozen=True)
 class CachedData:
-    """Latents of both sets, and the captions of both if asked for."""
+    """Latents of the training and the validation set, and their captions if the stage reads text."""
 
     train: LatentCache
     val: LatentCache
@@ -97,7 +97,7 @@ class CachedData:
 
 
 def load_data(config: DataConfig, *, with_text: bool) -> CachedData:
-    """Open the caches of latents and captions, building what is missing."""
+    """Open the caches of latents and captions; missing entries are computed."""
     train_source, val_source = make_sources(config)
     encoder = load_encoder(config)
 
@@ -126,7 +126,7 @@ def load_data(config: DataConfig, *, with_text: bool) -> CachedData:
 
 @dataclass(frozen=True)
 class Encoder:
-    """The frozen video VAE, and the hash of what decides its latents."""
+    """The frozen video VAE, with a key that changes whenever its latents would."""
 
     vae: VideoVAE
     key: str
@@ -140,7 +140,7 @@ class Encoder:
 
 
 def load_encoder(config: DataConfig) -> Encoder:
-    """The VAE that `data.vae` names, on a GPU if there is one."""
+    """Load the VAE that `data.vae` names, onto a GPU if there is one."""
     device = _frozen_device()
     vae = load_frozen(VideoVAE, config.vae, "data.vae").to(device)
     named = config.encode_precision
@@ -149,7 +149,7 @@ def load_encoder(config: DataConfig) -> Encoder:
 
 
 def load_codes(config: DataConfig, cache: LatentCache, vqvae: nn.Module, folder: str) -> CodeCache:
-    """Open the codes of a latent cache under the VQ-VAE in `folder`, building what is missing."""
+    """Open the codes of a latent cache under the VQ-VAE in `folder`; missing codes are computed."""
     with torch.inference_mode():
         return build_code_cache(
             cache,
@@ -164,7 +164,7 @@ def load_frozen(model_class: type[nn.Module], folder: str, key: str) -> Any:
     """Load a frozen component in eval mode, without gradients.
 
     Raises:
-        FileNotFoundError: If it is not there; the message names the config key and how to get it.
+        FileNotFoundError: If the folder holds no component; the message names the config key and the remedy.
     """
     try:
         model = load_component(model_class, folder)
@@ -176,7 +176,7 @@ def load_frozen(model_class: type[nn.Module], folder: str, key: str) -> Any:
 
 
 def progress_bar(label: str, unit: str) -> Progress:
-    """A bar on stderr for the building of a cache; nothing is shown where nothing is built."""
+    """Progress bar on stderr for building a cache; it appears with the first entry that is computed."""
     bars: list[tqdm] = []
 
     def show(done: int, total: int) -> None:
@@ -190,24 +190,24 @@ def progress_bar(label: str, unit: str) -> Progress:
 
 
 def load_texts(config: DataConfig, captions: Sequence[str]) -> TextCache:
-    """Open the cache of captions, encoding what is missing."""
+    """Open the cache of captions and encode the missing ones."""
     texts = open_texts(config)
     fill_texts(texts, config, captions)
     return texts
 
 
 def open_texts(config: DataConfig) -> TextCache:
-    """Open the cache of captions with what it holds."""
+    """Open the cache of captions as it is on disk."""
     key = "minilm" if config.text_encoder == "minilm" else hash_component(config.text_encoder)
     return TextCache(config.cache_dir, key + _precision_suffix(_text_dtype(config)), max_length=config.text_length)
 
 
 def fill_texts(texts: TextCache, config: DataConfig, captions: Sequence[str]) -> None:
-    """Encode the captions that a cache lacks. The encoder, a T5 of many gigabytes, is gone when this returns."""
+    """Encode the captions that a cache lacks. The encoder, which may hold many gigabytes, is freed on return."""
     if all(caption in texts for caption in captions):
         return
     _encode_texts(texts, config, captions)
-    gc.collect()  # networks may hold themselves in a ring
+    gc.collect()  # modules may be kept alive by reference cycles
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
@@ -222,7 +222,7 @@ def _encode_texts(texts: TextCache, config: DataConfig, captions: Sequence[str])
 
 
 def make_text_encoder(config: DataConfig) -> TextEncoder:
-    """The frozen text encoder that `data.text_encoder` names, on a GPU if there is one."""
+    """Load the frozen text encoder that `data.text_encoder` names, onto a GPU if there is one."""
     options = {"device": _frozen_device(), "dtype": _text_dtype(config)}
     if config.text_encoder == "minilm":
         return MiniLMEncoder(max_length=config.text_length, **options)
@@ -234,17 +234,17 @@ def _text_dtype(config: DataConfig) -> torch.dtype:
 
 
 def _frozen_device() -> str:
-    """Where frozen networks fill the caches."""
+    """Device on which frozen networks fill the caches."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _precision_suffix(dtype: torch.dtype) -> str:
-    """What the key of a cache says of the precision of the network that filled it."""
+    """Part of a cache key that tells the precision of the network that filled the cache."""
     return "-bf16" if dtype is torch.bfloat16 else ""
 
 
 def trim_text(batch: Sample) -> Sample:
-    """Cut padding that all captions of a batch share: text (B, L, E) and its mask to L', a multiple of 8."""
+    """Cut padding that all captions of a batch share: text (B, L, E) and its mask to a shorter L, a multiple of 8."""
     needed = int(batch["text_mask"].sum(dim=1).max())
     length = min(batch["text"].shape[1], -(-needed // TEXT_STEP) * TEXT_STEP)
     return batch | {"text": batch["text"][:, :length], "text_mask": batch["text_mask"][:, :length]}

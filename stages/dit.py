@@ -56,16 +56,16 @@ TRAINING_FIELDS = (
 
 @dataclass(frozen=True, kw_only=True)
 class ExtraWindowsConfig:
-    """Windows of another length that some of the steps are made with, as Open-Sora trains on pictures and clips."""
+    """Windows of another length for a share of the steps, as Open-Sora trains on both pictures and clips."""
 
     windows: WindowConfig = field(default_factory=WindowConfig)
-    """Their length must be that of no other windows."""
+    """Settings of the windows; every length must occur only once."""
     share: float = 0.5
-    """Share of the steps, in (0, 1)."""
+    """Share of the training steps, in (0, 1)."""
     batch_size: int = 16
-    """Windows a step in each process."""
+    """Windows per step in each process."""
     shift_scale: float = 1.0
-    """As in `flow`, for these windows."""
+    """`flow.shift_scale` of these windows."""
 
     def __post_init__(self) -> None:
         if not 0 < self.share < 1 or self.batch_size < 1:
@@ -81,10 +81,10 @@ class DiTStageConfig:
 
     dit: STDiT3Config = field(default_factory=STDiT3Config)
     gradient_checkpointing: bool = False
-    """Compute every block again in the backward pass: a fraction of the memory for about a third more time."""
+    """Recompute every block in the backward pass: a fraction of the memory for about a third more time."""
     flow: FlowConfig = field(default_factory=FlowConfig)
     extra_windows: tuple[ExtraWindowsConfig, ...] = ()
-    """What the steps that are not made with `flow.windows` are made with."""
+    """Windows of the steps that are not made with `flow.windows`."""
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: RunConfig = field(default_factory=RunConfig)
@@ -106,7 +106,7 @@ class DiTStageConfig:
 
 
 class DiTStage(Stage):
-    """Trains an STDiT3 to predict the velocity of noisy latents."""
+    """Training of an STDiT3 to predict the velocity of noisy latents."""
 
     stage_name: ClassVar[str] = "dit"
     adamw_layers = ("x_embedder", "t_embedder", "fps_embedder", "y_embedder", "t_block", "final_layer")

@@ -1,4 +1,4 @@
-"""The flow-matching step that the `dit` and `inject` stages share."""
+"""Flow-matching loss and sampling, shared by the stages `dit` and `inject`."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from arlon.models.stdit import Inject, STDiT3
 from stages.config import FlowConfig
 
 EVAL_TIMES = 10
-"""Times of a validation loss on a fixed grid."""
+"""Number of flow times of a validation loss on a fixed grid."""
 
 
 def shift_for(config: FlowConfig, batch: Sample) -> Callable[[Tensor], Tensor]:
-    """The resolution-aware shift of flow times for the clips of a batch, which have one size."""
+    """Resolution-aware shift of flow times for the clips of a batch, which all have the same size."""
     return partial(
         flow.shift_times,
         height=float(batch["height"][0]),
@@ -31,7 +31,7 @@ def shift_for(config: FlowConfig, batch: Sample) -> Callable[[Tensor], Tensor]:
 
 
 def draw_times(config: FlowConfig, generators: Sequence[torch.Generator]) -> Tensor:
-    """Flow times (B,) of a training step, before the shift; one from the generator of each row."""
+    """Draw the unshifted flow times (B,) of a training step, each from the generator of its row."""
     if config.times == "uniform":
         return torch.cat([flow.uniform_times(1, generator) for generator in generators])
     loc, scale = config.time_loc, config.time_scale
@@ -39,7 +39,7 @@ def draw_times(config: FlowConfig, generators: Sequence[torch.Generator]) -> Ten
 
 
 def even_times(count: int) -> Tensor:
-    """Times (count,) in the middles of `count` equal parts of [0, 1], for a validation loss."""
+    """Midpoints (count,) of `count` equal parts of [0, 1], the flow times of a validation loss."""
     return (torch.arange(count) + 0.5) / count
 
 
@@ -63,7 +63,7 @@ def flow_losses(
         batch: latent (B, C, T, H, W), text (B, L, E), text_mask (B, L), frame_mask (B, T), fps (B,), height and
             width (B,) in pixels.
         t: Shifted flow times, (B,).
-        generators: CPU generator of each row, for its noise and for what the model drops.
+        generators: CPU generator of each row, which draws its noise and the dropping of its caption.
         inject: Semantic injection, if any.
 
     Returns:

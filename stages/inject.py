@@ -1,4 +1,4 @@
-"""Stage `inject`: projection, adapters, uncertainty sampling and semantic injection; the DiT is frozen.
+"""Stage `inject`: trains projection, adapters, uncertainty sampling and semantic injection beside the frozen DiT.
 
 Source: ARLON, arXiv:2410.20502, noise-resilient training: the coarse latent comes from a VQ-VAE of higher
 compression than the one whose codes the AR model writes. The loss is that of the base.
@@ -41,9 +41,9 @@ class InjectStageConfig:
     vqvae_coarser: str = "runs/vqvae_coarser/export"
     """Component folder of the coarser VQ-VAE."""
     coarse_source: CoarseSource = "coarser"
-    """Whose reconstructions are injected in training; `mix` takes either for half of the samples."""
+    """VQ-VAE whose reconstructions are injected in training; `mix` draws one of the two for each sample."""
     text_drop_prob: float = 0.1
-    """Share of captions replaced by the null caption, so that guidance has its unconditional half."""
+    """Share of captions replaced by the null caption, so that classifier-free guidance has its unconditional half."""
     flow: FlowConfig = field(default_factory=FlowConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -55,12 +55,12 @@ class InjectStageConfig:
 
     @property
     def code_names(self) -> tuple[str, ...]:
-        """Which codes the training reads."""
+        """Names of the codes that the training reads."""
         return ("coarser", "fine") if self.coarse_source == "mix" else (self.coarse_source,)
 
 
 class InjectStage(Stage):
-    """Trains a SemanticInjection beside a frozen STDiT3."""
+    """Training of a SemanticInjection for a frozen STDiT3."""
 
     stage_name: ClassVar[str] = "inject"
     config: InjectStageConfig
@@ -187,7 +187,7 @@ def build(config: InjectStageConfig) -> StageParts:
 
 
 def check_blocks(config: InjectStageConfig, dit: STDiT3) -> None:
-    """Refuse an injection into blocks that the base has not.
+    """Refuse an injection into blocks that the base does not have.
 
     Raises:
         ValueError: If there are too few.

@@ -90,7 +90,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            parameters = [p for p in group["params"] if p.grad is not None]
+            parameters: list[Tensor] = [p for p in group["params"] if p.grad is not None]
             if not group["use_muon"]:
                 self._step_adamw(parameters, group)
                 continue
@@ -102,8 +102,9 @@ class MuonWithAdamW(torch.optim.Optimizer):
         state = self.state[parameter]
         if not state:
             state["momentum"] = torch.zeros_like(parameter)
-        momentum = state["momentum"].mul_(group["momentum"]).add_(parameter.grad)
-        direction = parameter.grad.add(momentum, alpha=group["momentum"]).flatten(1)
+        gradient = _gradient(parameter)
+        momentum = state["momentum"].mul_(group["momentum"]).add_(gradient)
+        direction = gradient.add(momentum, alpha=group["momentum"]).flatten(1)
         scale = RMS_OF_ADAMW * math.sqrt(max(direction.shape))
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
         parameter.add_(
@@ -118,7 +119,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
                 state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
         adamw(
             parameters,
-            [parameter.grad for parameter in parameters],
+            [_gradient(parameter) for parameter in parameters],
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
             [],  # maxima of the second moment: only AMSGrad has them
@@ -131,3 +132,8 @@ class MuonWithAdamW(torch.optim.Optimizer):
             eps=group["eps"],
             maximize=False,
         )
+
+
+def _gradient(parameter: Tensor) -> Tensor:
+    assert parameter.grad is not None, "only parameters with a gradient are updated"
+    return parameter.grad

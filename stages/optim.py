@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from stages.config import OptimConfig
 from stages.muon import MuonWithAdamW
@@ -43,7 +43,7 @@ def make_optimizer(model: nn.Module, config: OptimConfig, adamw_layers: Sequence
     )
 
 
-def hidden_matrices(model: nn.Module, adamw_layers: Sequence[str] = ()) -> list[nn.Parameter]:
+def hidden_matrices(model: nn.Module, adamw_layers: Sequence[str] = ()) -> list[Tensor]:
     """Trainable weights of the linear layers and convolutions inside a network, which Muon takes.
 
     Muon is for maps from features to features. Layers that read an input, embed a condition or write the output are

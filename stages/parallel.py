@@ -1,4 +1,4 @@
-"""Several processes in one training: strategies, sharding, and decisions that all of them must share."""
+"""Training in several processes: strategies, sharding, and decisions on which all processes must agree."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 
 def make_strategy(run: RunConfig, optim: OptimConfig) -> str | Strategy:
-    """Lightning's strategy of a run.
+    """Choose Lightning's strategy for a run.
 
-    `fsdp` is FSDP2, whose parameters keep their names and shapes, so that averages, optimizers and checkpoints do not
-    know of it; Lightning's strategy of that name is the older one, which does not run on a CPU.
+    `fsdp` means FSDP2: parameters keep their names and shapes, so averages, optimizers and checkpoints need no special
+    case. Lightning's own `fsdp` strategy is the older FSDP, which does not run on a CPU.
 
     Raises:
         ValueError: If the optimizer cannot work on shards.
@@ -38,10 +38,10 @@ def make_strategy(run: RunConfig, optim: OptimConfig) -> str | Strategy:
 
 
 def shard_model(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Shard the parameters of a model over the processes of `mesh`: each block of a list by itself, then the rest.
+    """Shard the parameters of a model over the processes of `mesh`: each block of a ModuleList, then the rest.
 
-    The rest is sharded again after each forward too. By default it stays whole until a backward, and after a
-    validation there is none: averaged weights would stay in place of the trained ones.
+    The rest is resharded after each forward pass too. By default it would stay unsharded until a backward pass, and
+    after a validation there is none, so the averaged weights would stay in place of the trained ones.
     """
     for layers in model.children():
         if isinstance(layers, nn.ModuleList):
@@ -51,7 +51,7 @@ def shard_model(model: nn.Module, mesh: DeviceMesh) -> None:
 
 
 def gathered(model: nn.Module) -> nn.Module:
-    """A model with whole parameters, on the CPU if they were sharded; all processes take part."""
+    """Model with unsharded parameters, on the CPU if it was sharded. Collective: every process must call this."""
     state = model.state_dict()
     if not any(isinstance(tensor, DTensor) for tensor in state.values()):
         return model
@@ -63,21 +63,21 @@ def gathered(model: nn.Module) -> nn.Module:
 
 
 def whole_tensor(tensor: Tensor) -> Tensor:
-    """A tensor, gathered from all processes if it is sharded."""
+    """Gather a tensor from all processes if it is sharded."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def placed_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor on the device of `like`, and sharded if `like` is."""
+    """Move an unsharded tensor to the device of `like`, and shard it in the same way if `like` is sharded."""
     tensor = tensor.to(like.device)
     return distribute_tensor(tensor, like.device_mesh, like.placements) if isinstance(like, DTensor) else tensor
 
 
 def first_says(trainer: L.Trainer, value: Any) -> Any:
-    """What the first process says, for decisions by the clock: clocks differ, and all must act alike."""
+    """Value of the first process, for decisions by the clock: clocks differ, and all processes must act alike."""
     return value if trainer.world_size == 1 else trainer.strategy.broadcast(value)
 
 
 def any_says(trainer: L.Trainer, decision: bool) -> bool:
-    """Whether any process says so, for decisions by a signal, which may reach only one."""
+    """Whether any process decides so, for signals, which may reach only one process."""
     return decision if trainer.world_size == 1 else trainer.strategy.reduce_boolean_decision(decision, all=False)

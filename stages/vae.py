@@ -1,4 +1,4 @@
-"""Stage `vae`: the video VAE on chunks of pixels.
+"""Stage `vae`: trains the video VAE on chunks of pixels.
 
 Source: Open-Sora v1.2, VAE training: L1 in pixels and a small KL term. The perceptual term of the original needs the
 weights of a classifier; in its place stand a squared error and one of chroma alone, which keeps saturated colours.
@@ -75,7 +75,7 @@ class VAEStageConfig:
 
 
 class VAEStage(Stage):
-    """Trains a VideoVAE."""
+    """Training of a VideoVAE, one part at a time."""
 
     stage_name: ClassVar[str] = "vae"
     adamw_layers = (
@@ -118,7 +118,7 @@ class VAEStage(Stage):
         return {"psnr": -10 * float(np.log10(np.mean(squared) + 1e-12)), "l1": float(np.mean(absolute))}
 
     def sample_picture(self) -> np.ndarray:
-        """Rows in pairs: a validation clip, and its reconstruction."""
+        """Contact sheet in pairs of rows: a validation clip, and its reconstruction."""
         video = self._examples[0]["video"][:4].to(self.device)
         return picture_of_videos(torch.stack([video, self.objective.reconstruct(video)], dim=1).flatten(0, 1))
 

@@ -1,4 +1,4 @@
-"""Stage `vqvae`: a latent VQ-VAE, fine or coarser. Reconstruction plus commitment on normalised latents.
+"""Stage `vqvae`: trains a latent VQ-VAE, fine or coarser, by reconstruction and commitment on normalised latents.
 
 Source: ARLON, arXiv:2410.20502, latent VQ-VAE; loss arXiv:1711.00937 eq. 3 with a moving-average codebook.
 """
@@ -29,14 +29,14 @@ class VQVAEStageConfig:
 
     vqvae: LatentVQVAEConfig = field(default_factory=LatentVQVAEConfig)
     windows: WindowConfig = field(default_factory=WindowConfig)
-    """Length of the windows; captions and masks play no part."""
+    """Length of the windows; captions and masks are not used."""
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: RunConfig = field(default_factory=RunConfig)
 
 
 class VQVAEStage(Stage):
-    """Trains a LatentVQVAE."""
+    """Training of a LatentVQVAE."""
 
     stage_name: ClassVar[str] = "vqvae"
     config: VQVAEStageConfig
@@ -47,7 +47,7 @@ class VQVAEStage(Stage):
         self._examples = examples
 
     def training_step(self, batch: Sample, batch_idx: int) -> Tensor:
-        """Reconstruction and commitment; the codebook follows by moving averages."""
+        """Reconstruction and commitment loss; the codebook is updated by moving averages."""
         out = self.model(batch["latent"], generator=self.step_generator())
         usage = codebook_usage(out.codes, self.config.vqvae.codebook_size)
         self.log_figures(
@@ -61,8 +61,8 @@ class VQVAEStage(Stage):
     def validate(self, batches: Iterable[Sample]) -> dict[str, float]:
         """Figures over all validation latents together.
 
-        `r_squared`: 1 - squared error / squared distance from the mean of each channel; `codebook_usage`:
-        share of the codebook that occurs; `perplexity`: exp of the entropy of the codes.
+        `r_squared`: 1 - squared error / squared distance from the channel means. `codebook_usage`: share of the codes
+        that are used at all. `perplexity`: exp of the entropy of the code frequencies.
         """
         latents, made, codes = [], [], []
         for batch in batches:
@@ -82,7 +82,7 @@ class VQVAEStage(Stage):
         }
 
     def training_facts(self) -> TrainingFacts:
-        """Frames; captions play no part."""
+        """Frame size and rate; the stage reads no captions."""
         return replace(data_facts(self.config.data), text_length=None)
 
     def sample_picture(self) -> np.ndarray:
