@@ -95,6 +95,7 @@ class ARStage(Stage):
     stage_name: ClassVar[str] = "ar"
     adamw_layers = ("text_proj", "head")
     config: ARStageConfig
+    model: CodeTransformer
 
     def __init__(
         self,

@@ -51,12 +51,10 @@ class RunClock(L.Callback):
         by_time = 0.0 if self._run.max_minutes is None else self.elapsed_s / (60 * self._run.max_minutes)
         return min(1.0, max(step / self._run.max_steps, by_time))
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         self._started_s = monotonic()
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         limit = self._run.max_minutes
         if limit is not None and first_says(trainer, self.elapsed_s >= 60 * limit):
             trainer.should_stop = True
@@ -80,7 +78,7 @@ class WeightAverage(L.Callback):
         self._decay = decay
         self._average: dict[str, Tensor] = {}
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         own = {name: p.detach() for name, p in pl_module.model.named_parameters() if p.requires_grad}
         if self._average:
             self._average = {name: placed_like(average, own[name]) for name, average in self._average.items()}
@@ -88,9 +86,7 @@ class WeightAverage(L.Callback):
             self._average = {name: parameter.float().clone() for name, parameter in own.items()}
 
     @torch.no_grad()
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step
         decay = min(self._decay, (1 + step) / (10 + step))
         for name, parameter in pl_module.model.named_parameters():
@@ -127,15 +123,13 @@ class Validate(L.Callback):
     def __init__(self, average: WeightAverage, batches: Any, every: int) -> None:
         self._average, self._batches, self._every = average, batches, every
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self._every and trainer.global_step % self._every == 0:
             metrics = self.run(pl_module)  # in every process: a sharded model needs all of them
             for logger in trainer.loggers:
                 logger.log_metrics(metrics, step=trainer.global_step)
 
-    def run(self, pl_module: L.LightningModule) -> dict[str, float]:
+    def run(self, pl_module: Any) -> dict[str, float]:
         """Validate now; names get the prefix `val/`."""
         with self._average.applied(pl_module.model):
             return {f"val/{name}": value for name, value in pl_module.validate(self._batches).items()}
@@ -147,9 +141,7 @@ class SamplePictures(L.Callback):
     def __init__(self, average: WeightAverage, run_dir: Path, every: int) -> None:
         self._average, self._folder, self._every = average, run_dir / "samples", every
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if not self._every or trainer.global_step % self._every:
             return
         with self._average.applied(pl_module.model):
@@ -158,8 +150,9 @@ class SamplePictures(L.Callback):
             return
         write_png(self._folder / f"step_{trainer.global_step:06d}.png", picture)
         for logger in trainer.loggers:
-            if hasattr(logger.experiment, "add_image"):
-                logger.experiment.add_image("samples", picture, trainer.global_step, dataformats="HWC")
+            experiment = getattr(logger, "experiment", None)
+            if experiment is not None and hasattr(experiment, "add_image"):
+                experiment.add_image("samples", picture, trainer.global_step, dataformats="HWC")
 
 
 class Checkpoints(L.Callback):
@@ -181,20 +174,16 @@ class Checkpoints(L.Callback):
         """The checkpoint to resume from."""
         return self._path
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         self._saved_s, self._saved_step = monotonic(), trainer.global_step
         if threading.current_thread() is threading.main_thread():
             for number in STOP_SIGNALS:
                 self._previous_handlers[number] = signal.signal(number, self._handle_interrupt(trainer))
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self._between_steps = False
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._between_steps = True
         every = self._run.checkpoint_steps
         due = first_says(trainer, monotonic() - self._saved_s >= 60 * self._run.checkpoint_minutes)
@@ -204,11 +193,11 @@ class Checkpoints(L.Callback):
         if due or self.interrupted or (every and trainer.global_step % every == 0):
             self.save(trainer, pl_module)
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         self.save(trainer, pl_module)
         self._restore_handlers()
 
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+    def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
         self._restore_handlers()
         if isinstance(exception, KeyboardInterrupt):
             self.interrupted = True
@@ -216,7 +205,7 @@ class Checkpoints(L.Callback):
             if alone and self._between_steps and trainer.global_step:
                 self.save(trainer, pl_module)
 
-    def save(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def save(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Write checkpoint and export now, unless this step has been written."""
         if first_says(trainer, trainer.global_step == self._saved_step and self._path.exists()):
             return
@@ -255,7 +244,7 @@ class ProgressLine(L.Callback):
         self._run, self._clock = run, clock
         self._bar: tqdm | None = None
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         if not trainer.is_global_zero:
             return
         self._bar = tqdm(
@@ -268,14 +257,10 @@ class ProgressLine(L.Callback):
         )
         self._samples, self._first_s = 0, monotonic()
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self._lr = trainer.optimizers[0].param_groups[0]["lr"]  # at the end of the batch it is that of the next one
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self._bar is None:
             return
         self._samples += len(next(iter(batch.values()))) * trainer.world_size
@@ -297,10 +282,10 @@ class ProgressLine(L.Callback):
                 logger.log_metrics(metrics, step=trainer.global_step)
         self._bar.update(1)
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         self._close()
 
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+    def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
         self._close()
 
     def _close(self) -> None:

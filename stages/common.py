@@ -8,16 +8,16 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import lightning as L
 import numpy as np
 import torch
-from lightning.pytorch.utilities import rank_zero_only
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from arlon.checkpoint import load_component, save_component
+from arlon.components import Component
 from arlon.config import config_to_dict
 from arlon.data.samples import BatchSet, BatchStream, FixedBatches, MixedBatches, Sample, SampleSet, Shard
 from arlon.diffusion.samplers import address_seed
@@ -33,10 +33,11 @@ from stages.callbacks import (
 )
 from stages.config import OptimConfig, RunConfig
 from stages.optim import lr_factor, make_optimizer
-from stages.parallel import first_says, gathered, make_strategy, shard_model
+from stages.parallel import first_says, gathered, is_first_process, make_strategy, shard_model
 from stages.record import TrainingFacts, write_record
 
 EXPORT_DIR = "export"
+M = TypeVar("M", bound=Component)
 log = logging.getLogger(__name__)
 
 
@@ -49,11 +50,12 @@ class Stage(L.LightningModule):
     """
 
     stage_name: ClassVar[str]
+    model: Component
     adamw_layers: Sequence[str] = ()
     """Modules of `model` that AdamW takes although Muon could: those that read an input, embed a condition or write the
     output; see `stages.optim.hidden_matrices`."""
 
-    def __init__(self, config: Any, model: nn.Module, frozen: Mapping[str, nn.Module] | None = None) -> None:
+    def __init__(self, config: Any, model: Component, frozen: Mapping[str, Any] | None = None) -> None:
         """Set up a stage.
 
         Args:
@@ -63,7 +65,8 @@ class Stage(L.LightningModule):
         """
         super().__init__()
         self.save_hyperparameters({"config": config_to_dict(config)})
-        self.config, self.model, self.frozen = config, model, dict(frozen or {})
+        self.config, self.model = config, model
+        self.frozen: dict[str, Any] = dict(frozen or {})
         self.progress: Callable[[int], float] = lambda step: min(1.0, step / config.train.max_steps)
         """Share of the run that is done when a step begins; `make_training` also counts time."""
 
@@ -88,7 +91,8 @@ class Stage(L.LightningModule):
 
     def on_train_start(self) -> None:
         """Apply the configured rates and decays: a checkpoint brings those that it was written with."""
-        optimizer, schedule = self.optimizers(use_pl_optimizer=False), self.lr_schedulers()
+        optimizer: Any = self.optimizers(use_pl_optimizer=False)
+        schedule: Any = self.lr_schedulers()  # one of each: see `configure_optimizers`
         schedule.last_epoch = self.global_step
         schedule.base_lrs = [settings["lr"] for settings in self._settings]
         factor = self.lr_factor(self.global_step)
@@ -171,7 +175,7 @@ def mix_in(parts: StageParts, extra: Sequence[BatchSet], shares: Sequence[float]
     return replace(parts, train=MixedBatches(sets, [1 - sum(shares), *shares], seed))
 
 
-def init_model(model: nn.Module, run: RunConfig, *, free: Sequence[str] = ()) -> nn.Module:
+def init_model(model: M, run: RunConfig, *, free: Sequence[str] = ()) -> M:
     """The model as it is, or with the weights that the run starts from; it is exported in the form of that folder.
 
     Args:
@@ -185,11 +189,12 @@ def init_model(model: nn.Module, run: RunConfig, *, free: Sequence[str] = ()) ->
     if run.start_folder is None:
         return model
     start = load_component(type(model), run.start_folder)
-    if replace(start.config, **{name: getattr(model.config, name) for name in free}) != model.config:
+    there: Any = start.config
+    if replace(there, **{name: getattr(model.config, name) for name in free}) != model.config:
         key = "init_from" if run.previous_part is None else "previous_part"
         raise ValueError(
             f"train.{key} = {run.start_folder!r} has another configuration than this stage:"
-            f"\n  there {start.config}"
+            f"\n  there {there}"
             f"\n  here  {model.config}"
         )
     model.load_state_dict(start.state_dict())
@@ -268,7 +273,7 @@ def export_run(stage: Stage, average: WeightAverage, run_dir: Path, step: int) -
     with average.applied(stage.model):
         stage.before_export()
         model = gathered(stage.model)
-        if rank_zero_only.rank == 0:
+        if is_first_process():
             save_component(model, run_dir / EXPORT_DIR)
             write_record(run_dir, stage=stage.stage_name, step=step, facts=stage.training_facts())
 

@@ -6,13 +6,14 @@ import gc
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from arlon.checkpoint import hash_component, load_component
+from arlon.components import Component
 from arlon.data.datasets import ShapesTakes, TakeSource, VideoTakes
 from arlon.data.latent_cache import (
     CodeCache,
@@ -25,12 +26,14 @@ from arlon.data.latent_cache import (
 )
 from arlon.data.samples import Sample, WindowConfig
 from arlon.models.video_vae import VideoVAE
+from arlon.models.vqvae import LatentVQVAE
 from arlon.precision import fast_dtype
 from arlon.text.encoders import MiniLMEncoder, TextEncoder, load_text_encoder
 from stages.config import DataConfig
 from stages.record import TrainingFacts
 
 TEXT_STEP = 8
+M = TypeVar("M", bound=Component)
 log = logging.getLogger(__name__)
 
 
@@ -148,7 +151,7 @@ def load_encoder(config: DataConfig) -> Encoder:
     return Encoder(vae, hash_component(config.vae) + _precision_suffix(dtype), dtype)
 
 
-def load_codes(config: DataConfig, cache: LatentCache, vqvae: nn.Module, folder: str) -> CodeCache:
+def load_codes(config: DataConfig, cache: LatentCache, vqvae: LatentVQVAE, folder: str) -> CodeCache:
     """Open the codes of a latent cache under the VQ-VAE in `folder`; missing codes are computed."""
     with torch.inference_mode():
         return build_code_cache(
@@ -160,7 +163,7 @@ def load_codes(config: DataConfig, cache: LatentCache, vqvae: nn.Module, folder:
         )
 
 
-def load_frozen(model_class: type[nn.Module], folder: str, key: str) -> Any:
+def load_frozen(model_class: type[M], folder: str, key: str) -> M:
     """Load a frozen component in eval mode, without gradients.
 
     Raises:
@@ -223,7 +226,7 @@ def _encode_texts(texts: TextCache, config: DataConfig, captions: Sequence[str])
 
 def make_text_encoder(config: DataConfig) -> TextEncoder:
     """Load the frozen text encoder that `data.text_encoder` names, onto a GPU if there is one."""
-    options = {"device": _frozen_device(), "dtype": _text_dtype(config)}
+    options: dict[str, Any] = {"device": _frozen_device(), "dtype": _text_dtype(config)}
     if config.text_encoder == "minilm":
         return MiniLMEncoder(max_length=config.text_length, **options)
     return load_text_encoder(config.text_encoder, **options)

@@ -111,6 +111,7 @@ class DiTStage(Stage):
     stage_name: ClassVar[str] = "dit"
     adamw_layers = ("x_embedder", "t_embedder", "fps_embedder", "y_embedder", "t_block", "final_layer")
     config: DiTStageConfig
+    model: STDiT3
 
     def __init__(self, config: DiTStageConfig, model: STDiT3, vae: VideoVAE, examples: Sample) -> None:
         """Set up the stage; `vae` decodes the pictures, made of the clips in `examples`."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from arlon.data.samples import Sample
 from arlon.diffusion import conditioning, flow, guidance, samplers
 from arlon.grids import num_pixel_frames
-from arlon.models.stdit import Inject, STDiT3
+from arlon.models.stdit import Inject, Injection, STDiT3
 from stages.config import FlowConfig
 
 EVAL_TIMES = 10
@@ -54,7 +54,7 @@ def flow_losses(
     t: Tensor,
     *,
     generators: Sequence[torch.Generator],
-    inject: Inject | None = None,
+    inject: Inject | Injection | None = None,
 ) -> Tensor:
     """Flow-matching loss of each sample at times t: |v(noisy, t) - (noise - clean)|^2 over its noisy frames.
 
@@ -93,7 +93,7 @@ def sample_latents(
     config: FlowConfig,
     *,
     seed: int,
-    inject: Inject | None = None,
+    inject: Inject | Injection | None = None,
 ) -> Tensor:
     """Sample the clips of a batch from their captions; frames outside the frame mask are given clean.
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from arlon.data.samples import LatentWindows, Sample
 from arlon.models.injection import InjectionConfig, SemanticInjection
-from arlon.models.stdit import Inject, STDiT3
+from arlon.models.stdit import Inject, Injection, STDiT3
 from arlon.models.video_vae import VideoVAE
 from arlon.models.vqvae import LatentVQVAE
 from stages.common import Stage, StageParts, init_model, window_parts
@@ -64,6 +64,7 @@ class InjectStage(Stage):
 
     stage_name: ClassVar[str] = "inject"
     config: InjectStageConfig
+    model: SemanticInjection
 
     def __init__(
         self,
@@ -129,7 +130,9 @@ class InjectStage(Stage):
         """Frames, length of captions and segment."""
         return data_facts(self.config.data, self.config.flow.windows)
 
-    def _losses(self, batch: Sample, inject: Inject | None, t: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+    def _losses(
+        self, batch: Sample, inject: Inject | Injection | None, t: Tensor, generators: Sequence[torch.Generator]
+    ) -> Tensor:
         t = shift_for(self.config.flow, batch)(t)
         return flow_losses(self.frozen["dit"], batch, t, generators=generators, inject=inject)
 

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any
 import lightning as L
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from arlon.components import Component
 from stages.config import OptimConfig, RunConfig
 
 if TYPE_CHECKING:
@@ -50,7 +52,7 @@ def shard_model(model: nn.Module, mesh: DeviceMesh) -> None:
     fully_shard(model, mesh=mesh, reshard_after_forward=True)
 
 
-def gathered(model: nn.Module) -> nn.Module:
+def gathered(model: Component) -> Component:
     """Model with unsharded parameters, on the CPU if it was sharded. Collective: every process must call this."""
     state = model.state_dict()
     if not any(isinstance(tensor, DTensor) for tensor in state.values()):
@@ -60,6 +62,11 @@ def gathered(model: nn.Module) -> nn.Module:
     whole.stored_form = getattr(model, "stored_form", None)
     whole.load_state_dict({name: whole_tensor(tensor).cpu() for name, tensor in state.items()}, assign=True)
     return whole
+
+
+def is_first_process() -> bool:
+    """Whether this is the first process of all, before and after the trainer has started the others."""
+    return getattr(rank_zero_only, "rank", 0) == 0
 
 
 def whole_tensor(tensor: Tensor) -> Tensor:

@@ -26,8 +26,7 @@ from arlon.memory import keep_freed_memory
 from arlon.threads import spin_briefly
 
 if TYPE_CHECKING:
-    from torch import nn
-
+    from arlon.components import Component
     from stages.common import StageParts, Training
     from stages.config import RunConfig
 
@@ -170,11 +169,11 @@ def run_stage(
         OSError: If a folder cannot be written, or another training is at work in it.
     """
     import torch
-    from lightning.pytorch.utilities import rank_zero_only
 
     from arlon.config import save_config
     from stages.callbacks import LAST_CHECKPOINT
     from stages.common import make_training
+    from stages.parallel import is_first_process
     from stages.record import CONFIG_NAME, changed_settings, locked, write_history
 
     for folder in (run_dir, *([export_to] if export_to else [])):
@@ -193,8 +192,8 @@ def run_stage(
             f"'{checkpoint}' has reached train.max_steps or train.max_minutes, so there is nothing to train: raise the "
             "limits, or name another checkpoint with --resume"
         )
-    with locked(run_dir) if rank_zero_only.rank == 0 else nullcontext():
-        if is_finished:
+    with locked(run_dir) if is_first_process() else nullcontext():
+        if progress is not None and is_finished:
             finish_again(stage, config, run_dir, export_to)
             return TrainResult(run_dir, progress.step, interrupted=False, was_finished=True)
         parts = build_stage(stage, config)
@@ -226,15 +225,15 @@ def finish_again(stage: str, config: Any, run_dir: Path, export_to: Path | None)
         copy_export(run_dir, stage_model_class(stage), export_to)
 
 
-def copy_export(run_dir: Path, model_class: type[nn.Module], folder: Path) -> None:
+def copy_export(run_dir: Path, model_class: type[Component], folder: Path) -> None:
     """Store the export of a run in another component folder, in bfloat16; the first process does it."""
     import torch
-    from lightning.pytorch.utilities import rank_zero_only
 
     from arlon.components import load_component, save_component
     from stages.common import EXPORT_DIR
+    from stages.parallel import is_first_process
 
-    if rank_zero_only.rank == 0:
+    if is_first_process():
         save_component(load_component(model_class, run_dir / EXPORT_DIR), folder, dtype=torch.bfloat16)
 
 

@@ -84,6 +84,7 @@ class VAEStage(Stage):
         "temporal_vae.encoder.conv_in",
     )
     config: VAEStageConfig
+    model: VideoVAE
 
     def __init__(self, config: VAEStageConfig, model: VideoVAE, examples: list[Sample]) -> None:
         """Set up the stage.

@@ -40,6 +40,7 @@ class VQVAEStage(Stage):
 
     stage_name: ClassVar[str] = "vqvae"
     config: VQVAEStageConfig
+    model: LatentVQVAE
 
     def __init__(self, config: VQVAEStageConfig, model: LatentVQVAE, vae: VideoVAE, examples: Sample) -> None:
         """Set up the stage; `vae` decodes the pictures, made of the clips in `examples`."""
