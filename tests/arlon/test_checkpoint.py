@@ -129,7 +129,7 @@ def test_loading_leaves_the_global_generator_alone(folder: Path) -> None:
 
 def test_override_wins_over_the_stored_config(folder: Path) -> None:
     assert load_component(Tiny, folder, dropout=0.5).config == TinyConfig(ratio=(4, 8), dropout=0.5)
-    with pytest.raises(ValueError, match="unknown key 'dropuot', did you mean 'dropout'"):
+    with pytest.raises(ValueError, match=r"'dropuot'.*'dropout'"):
         load_component(Tiny, folder, dropuot=0.5)
 
 
@@ -212,15 +212,15 @@ def test_cut_off_weights_are_named(folder: Path, size: int) -> None:
     weights = folder / "model.safetensors"
     content = weights.read_bytes()
     weights.write_bytes(content[:size])
-    with pytest.raises(CheckpointError, match=r"model\.safetensors' is damaged or cut off \(\d+ bytes\)"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors.*\d+ bytes"):
         load_component(Tiny, folder)
 
 
 def test_missing_parts_say_what_was_expected(folder: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"no folder .*expected a component folder with config\.json"):
+    with pytest.raises(FileNotFoundError, match=r"no folder.*config\.json"):
         load_component(Tiny, folder / "nowhere")
     (folder / "model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"expected model\.safetensors or diffusion_pytorch_model"):
+    with pytest.raises(FileNotFoundError, match=r"model\.safetensors.*diffusion_pytorch_model"):
         load_component(Tiny, folder)
     (folder / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match="not valid JSON"):
@@ -294,7 +294,7 @@ def test_writing_the_index_again_keeps_the_defaults(tmp_path: Path) -> None:
 def test_changed_weights_are_noticed_unless_told_not_to_look(tmp_path: Path) -> None:
     written = write_model_index(write_model(tmp_path), DEFAULTS)
     save_file({"w": torch.zeros(3)}, tmp_path / "dit" / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"content of dit differs from model_index\.json"):
+    with pytest.raises(CheckpointError, match=r"dit.*model_index\.json"):
         ModelFolder.open(tmp_path)
     assert ModelFolder.open(tmp_path, verify=False).model_hash == written.model_hash
 
@@ -345,7 +345,7 @@ def test_part_of_a_model_opens_when_no_more_is_required(tmp_path: Path) -> None:
         model.component("ar")
     with pytest.raises(
         FileNotFoundError,
-        match=r"lacks the components ar, injection, text_encoder, vae, vqvae\. Copy .*shapes needs none",
+        match=r"ar, injection, text_encoder, vae, vqvae",
     ):
         ModelFolder.open(tmp_path)
 

@@ -107,7 +107,7 @@ def test_bad_value_is_refused_in_one_line(override: str, message: str) -> None:
 
 
 def test_missing_required_field_is_named() -> None:
-    with pytest.raises(ConfigError, match="missing value for the required key 'learning_rate' of Run"):
+    with pytest.raises(ConfigError, match=r"'learning_rate' of Run"):
         load_config(Run)
 
 
@@ -130,7 +130,7 @@ def test_saved_yaml_loads_back(tmp_path: Path) -> None:
 
 
 def test_value_that_is_not_plain_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"Run.names\[0\] must be a plain value .* got PosixPath"):
+    with pytest.raises(ConfigError, match=r"Run\.names\[0\].*PosixPath"):
         config_to_dict(Run(learning_rate=1.0, names=[Path("x")]))  # type: ignore[list-item]
     with pytest.raises(ConfigError, match="expected a dataclass instance"):
         config_to_dict({"a": 1})

@@ -296,7 +296,7 @@ def test_released_vae_of_whole_videos_loads_and_codes_them(tmp_path: Path) -> No
 def test_released_vae_config_means_the_full_size(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(VAE_CONFIG))
     assert read_config(VideoVAE, tmp_path) == VideoVAEConfig(micro_batch_size=2)
-    with pytest.raises(ConfigError, match=r"config.json' as STDiT3: unknown key 'cal_loss'"):
+    with pytest.raises(ConfigError, match=r"config\.json.*STDiT3.*'cal_loss'"):
         read_config(STDiT3, tmp_path)
 
 
@@ -472,9 +472,7 @@ def test_no_film_is_made_with_a_vae_of_whole_videos(released: Path, tmp_path: Pa
     config = released / "OpenSora-VAE-v1.2" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"micro_frame_size": None}))
     size = {"height": 64, "width": 48, "fps": 8, "num_inference_steps": 1}
-    with pytest.raises(
-        ValueError, match=r"VAE works on whole videos \(micro_frame_size is null\): films need .* of 17"
-    ):
+    with pytest.raises(ValueError, match=r"micro_frame_size.*17"):
         prepared_film(released, tmp_path / "film.mp4", {"prompt": "a red circle", "duration": "102f"}, **size)
     assert not (tmp_path / "film.mp4").exists()
 
@@ -510,7 +508,7 @@ def test_a_folder_of_released_parts_generates_in_every_mode(released: Path, tmp_
 
 def test_a_folder_that_lacks_a_part_says_which(released: Path) -> None:
     shutil.rmtree(released / "OpenSora-VAE-v1.2")
-    with pytest.raises(FileNotFoundError, match=r"lacks vae \(it has dit in 'OpenSora-STDiT-v3', text_encoder in 't5'"):
+    with pytest.raises(FileNotFoundError, match=r"lacks vae.*dit.*'OpenSora-STDiT-v3'.*text_encoder.*'t5'"):
         resolve_model(released)
 
 

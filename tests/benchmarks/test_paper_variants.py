@@ -100,7 +100,7 @@ def test_trained_variants_become_models_that_the_experiment_compares(
         train(steps=8)
     third = "adaptive norm, all"
     train(steps=8, only=[third])
-    with pytest.raises(SystemExit, match=r"not trained alike and cannot be compared: steps 8 and 7"):
+    with pytest.raises(SystemExit, match=r"steps 8 and 7"):
         run_experiment(["injection", "--films", "1", "--only", names[0], third, "--output", str(tmp_path), *places])
 
     other_ar, other_dit = tmp_path / "other_ar", tmp_path / "other_dit"
@@ -110,7 +110,7 @@ def test_trained_variants_become_models_that_the_experiment_compares(
         tensors = {key: value * 2 for key, value in load_file(weights).items()}
         save_file(tensors, weights)
         write_model_index(folder, base.defaults)
-    with pytest.raises(ValueError, match=r"trained on another base than .* differ in dit"):
+    with pytest.raises(ValueError, match=r"another base.*dit"):
         variants.variant_model(out, names[0], ModelFolder.open(other_dit))
     with pytest.raises(SystemExit, match=r"differs in base"):
         train(model=other_dit)

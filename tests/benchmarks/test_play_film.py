@@ -60,7 +60,7 @@ def test_missing_browser_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.M
     with VideoWriter(tmp_path / "a.mp4", fps=8) as writer:
         writer.append(make_clip(3))
     monkeypatch.setattr(play_film, "BROWSERS", ("no-such-browser",))
-    with pytest.raises(SystemExit, match=r"error: no browser: no-such-browser was found\. Install Chromium") as end:
+    with pytest.raises(SystemExit, match=r"no-such-browser.*Chromium") as end:
         play_film.main([str(tmp_path / "a.mp4")])
     assert "\n" not in str(end.value)
 

@@ -70,7 +70,7 @@ def test_video_files_are_measured_from_their_start(tmp_path: Path, capsys: pytes
 
 
 def test_clips_of_one_chunk_end_in_one_line() -> None:
-    with pytest.raises(SystemExit, match="clips need more frames than one chunk of the VAE"):
+    with pytest.raises(SystemExit, match=r"frames.*chunk"):
         bench.main(["--takes", "1", "--frames", "17"])
 
 

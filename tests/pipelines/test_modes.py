@@ -92,7 +92,7 @@ def test_workers_kept_for_films_with_codes_are_not_used_without(tiny_model: Path
 
 
 def test_codes_are_not_asked_of_a_base(base_model: Path, tmp_path: Path) -> None:
-    with pytest.raises(StoryboardError, match="use_codes is true, but the model is a base alone"):
+    with pytest.raises(StoryboardError, match="use_codes"):
         prepare(board(use_codes=True), model=str(base_model), output=tmp_path / "a.mp4")
 
 
@@ -181,12 +181,12 @@ def test_plan_and_inspect_state_both_sizes(base_model: Path, tmp_path: Path) -> 
     told = CliRunner().invoke(app, ["inspect", str(tmp_path / "a.png")])
     assert "290 x 124 pixels, computed at 304 x 128" in " ".join(told.output.split())
     odd = replace(board(**NAMED), height=128)
-    with pytest.raises(StoryboardError, match="either height and width, or aspect and resolution"):
+    with pytest.raises(StoryboardError, match=r"height.*width.*aspect.*resolution"):
         prepare(odd, model=str(base_model), output=tmp_path / "c.mp4")
 
 
 def test_a_size_and_a_name_are_refused(tiny_model: Path, tmp_path: Path) -> None:
-    with pytest.raises(StoryboardError, match="either height and width, or aspect and resolution"):
+    with pytest.raises(StoryboardError, match=r"height.*width.*aspect.*resolution"):
         prepare(board(height=32, aspect="9:16"), model=str(tiny_model), output=tmp_path / "a.mp4")
     with pytest.raises(StoryboardError, match="resolution must be one of"):
         board(resolution="241p")

@@ -120,11 +120,11 @@ def test_open_values_come_from_the_model_and_given_ones_stay() -> None:
 
 
 def test_size_problems_name_the_nearest_sizes() -> None:
-    with pytest.raises(StoryboardError, match=r"height \(251\) must be even.* nearest are 250 and 252"):
+    with pytest.raises(StoryboardError, match=r"height.*251.*250.*252"):
         plan_of("a", height=251)
     with pytest.raises(StoryboardError, match="has 2 problems"):
         plan_of("a", height=251, width=251)
-    with pytest.raises(StoryboardError, match=r"this model makes films of 64 x 64 .* got 64 x 128"):
+    with pytest.raises(StoryboardError, match=r"64 x 64.*64 x 128"):
         plan_of("a", height=128)
     assert plan_of("a", height=128, geometry=make_geometry(code_grid=None)).storyboard.height == 128
 

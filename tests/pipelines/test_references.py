@@ -211,7 +211,7 @@ def test_shots_that_are_added_may_be_given_something(tiny_model: Path, tmp_path:
     whole = film(tiny_model, tmp_path / "b.mp4", PROMPT | {"image": str(picture)}, shot)
     generate(whole)
     assert all(torch.equal(a, b) for a, b in zip(latents(new.prepared), latents(whole), strict=True))
-    with pytest.raises(StoryboardError, match=r"shots\[2\].image 'nowhere.png': there is no such file"):
+    with pytest.raises(StoryboardError, match=r"shots\[2\]\.image.*nowhere\.png"):
         change_run(
             open_run(prepared.paths.run_dir),
             with_shots_added(new, parse_storyboard({"shots": [shot | {"image": "nowhere.png"}]}).shots),
@@ -331,7 +331,7 @@ def test_a_reference_too_long_to_encode_is_refused(
     tiny_model: Path, tmp_path: Path, clip: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("arlon.film.media.MAX_REFERENCE_FRAMES", 19)
-    with pytest.raises(StoryboardError, match="a reference has at most 19 frames, got 20: cut it"):
+    with pytest.raises(StoryboardError, match=r"reference.*19 frames.*20"):
         film(tiny_model, tmp_path / "a.mp4", PROMPT | {"references": [str(clip)]})
 
 
@@ -489,7 +489,7 @@ def test_a_shot_ends_on_its_picture_in_its_last_segment_alone(
     first, second = (request.refine for request in film_requests(prepared.job, encoded_media(prepared)))
     assert (first.placed[1] == 0).sum() == 14
     assert (first.tail is None, second.tail is None) == (True, False)
-    with pytest.raises(StoryboardError, match=r"shots\[0\].mask_strategy: 15 of 15 latent frames"):
+    with pytest.raises(StoryboardError, match=r"shots\[0\]\.mask_strategy.*15 of 15"):
         film(tiny_model, tmp_path / "b.mp4", shot | {"duration": "1 segments"})
 
 

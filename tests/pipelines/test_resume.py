@@ -263,7 +263,7 @@ def test_another_model_is_refused_and_a_moved_one_can_be_named(film: FilmResult,
     shutil.copytree(film.run_dir, run_dir)
     shutil.copytree(json.loads((run_dir / "run.json").read_text())["model"]["source"], model)
     reseal(run_dir / "run.json", lambda run: run["model"].update(source=str(tmp_path / "gone")))
-    with pytest.raises(UsageError, match=r"the model of .* is not there, give it with --model"):
+    with pytest.raises(UsageError, match=r"model.*--model"):
         resume(run_dir)
     assert resume(run_dir, model=str(model)).film_hash == film.film_hash
     import torch
@@ -279,7 +279,7 @@ def test_another_model_is_refused_and_a_moved_one_can_be_named(film: FilmResult,
     from arlon.checkpoint import write_model_index
 
     write_model_index(other, {})
-    with pytest.raises(UsageError, match="was made with another model: expected 'tiny' with hash"):
+    with pytest.raises(UsageError, match=r"another model.*'tiny'"):
         open_run(run_dir, model=str(other))
 
 

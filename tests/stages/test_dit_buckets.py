@@ -133,7 +133,7 @@ def test_a_base_with_other_training_settings_is_fine_tuned(stage_config: Any, tm
     assert load_component(STDiT3, tmp_path / "tuned").config == tuned.config
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("released", "tuned")]
     assert weights[0] == weights[1], "as it was stored, and not in float32"
-    with pytest.raises(ValueError, match=r"train\.init_from = .* has another configuration"):
+    with pytest.raises(ValueError, match=r"train\.init_from"):
         build(stage_config("dit", f"train.init_from={tmp_path / 'released'}", "dit.depth=1"))
 
 
@@ -160,7 +160,7 @@ def test_training_starts_from_pixart(
     name = "mlp.fc1.weight"
     change = (trained[f"spatial_blocks.1.{name}"] - weights[f"blocks.1.{name}"]).norm()
     assert 0 < change < 0.5 * weights[f"blocks.1.{name}"].norm()
-    with pytest.raises(ValueError, match=r"unfit tensors, 2: final_layer\.linear\.weight is"):
+    with pytest.raises(ValueError, match=r"final_layer\.linear\.weight"):
         build(replace(config, dit=replace(config.dit, pred_sigma=False)))
 
 
@@ -185,9 +185,7 @@ def test_clips_that_fit_no_bucket_are_refused_before_captions_are_encoded(
     monkeypatch.setattr(data, "make_text_encoder", refuse)
     config = bucket_config(stage_config, manifest, tmp_path, f"data.cache_dir={tmp_path}")
     pictures = replace(config.data.buckets[0], num_frames=1)
-    with pytest.raises(
-        ValueError, match=r"clips\.jsonl', clips for training: none of 4 clips .*(?s:.*)  4 videos: all"
-    ):
+    with pytest.raises(ValueError, match=r"(?s)clips\.jsonl.* 4 clips.*4 videos"):
         build(replace(config, data=replace(config.data, buckets=(pictures,))))
     clips = read_manifest(manifest)
     order = [clips[0], clips[2], clips[1], clips[3], clips[5], clips[7]]

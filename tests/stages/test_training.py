@@ -206,7 +206,7 @@ def test_a_fine_tuned_vae_keeps_its_shift_and_scale(stage_config: Any, tmp_path:
     assert not torch.isclose(measured.scale, start.scale).any()
     assert torch.equal(measured.scale.flatten(), torch.tensor(measured.config.scale))
     assert stage_config("vae").measures_statistics, "a new VAE has none to keep"
-    with pytest.raises(ValueError, match="part=decoder leaves every latent as it is: statistics must be keep"):
+    with pytest.raises(ValueError, match=r"decoder.*statistics.*keep"):
         stage_config("vae", source, "part=decoder", "statistics=measure")
 
 
@@ -299,5 +299,5 @@ def test_trimmed_padding_changes_nothing(stage: str, stage_config: Any) -> None:
 
 
 def test_ar_that_does_not_fit_its_codes_is_refused(stage_config: Any) -> None:
-    with pytest.raises(ValueError, match=r"ar\.codebook_size \(8\) must be that of .*: 16\nar\.grid \(4, 4\)"):
+    with pytest.raises(ValueError, match=r"(?s)ar\.codebook_size.*8.*16.*ar\.grid.*4, 4"):
         build("ar", stage_config("ar", "ar.codebook_size=8", "ar.grid=[4,4]"))

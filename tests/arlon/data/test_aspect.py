@@ -49,12 +49,12 @@ def test_other_aspects_get_the_nearest_size():
 
 
 def test_unknown_names_are_refused():
-    with pytest.raises(ValueError, match=r"unknown resolution '481p', did you mean '480p'"):
+    with pytest.raises(ValueError, match=r"'481p'.*'480p'"):
         frame_size("481p", "9:16")
     for bad in ("wide", "16:0", "16", "1:2:3"):
         with pytest.raises(ValueError, match=f"unknown aspect '{bad}': give height:width such as 9:16"):
             frame_size("480p", bad)
-    with pytest.raises(ValueError, match=r"aspect '1:4' is height / width = 0.25, but 480p has 0.38 to 2.08"):
+    with pytest.raises(ValueError, match=r"'1:4'.*0\.25.*480p.*0\.38.*2\.08"):
         frame_size("480p", "1:4")
 
 

@@ -135,7 +135,7 @@ def test_bad_buckets_are_refused(settings: dict[str, Any], message: str) -> None
 def test_clips_that_fit_nowhere_are_refused_with_what_was_found() -> None:
     table = BucketTable([Bucket(resolution="480p", num_frames=51, batch_size=1)])
     clips = [ClipSize(*size) for size in ((40, 480, 854), (30, 480, 854), (90, 64, 96), (51, 480, 854), (1, 9, 9))]
-    with pytest.raises(ValueError, match="none of 5 clips fits a bucket, and those that are used are 480p_51:") as e:
+    with pytest.raises(ValueError, match=r"5 clips.*480p_51") as e:
         BucketPlan(table, clips, seed=0)
     assert str(e.value).splitlines()[1:] == [
         "  2 too short: the longest has 40 frames, 480p_51 takes 52 and more; "

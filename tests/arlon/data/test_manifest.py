@@ -106,7 +106,7 @@ def test_clips_that_are_too_short_are_left_out_and_refused_if_all_are(folder, ca
     clips = build_manifest(folder)
     assert len(VideoClips(clips, num_frames=48, height=8, width=8, fps=24)) == 2
     assert "1 of 3 clips are shorter than 2.00 s" in caplog.text
-    with pytest.raises(ManifestError, match="none of 3 clips is long enough for 49 frames at 24 fps"):
+    with pytest.raises(ManifestError, match=r"3 clips.*49 frames.*24 fps"):
         VideoClips(clips, num_frames=49, height=8, width=8, fps=24)
 
 
@@ -260,7 +260,7 @@ def test_pictures_of_a_folder_are_clips_of_one_frame_and_broken_ones_are_counted
         assert (frames.shape, frames.dtype) == ((1, clip.height, clip.width, 3), np.uint8)
         assert dark.mean() == pytest.approx(40, abs=2)
         assert light.mean() == pytest.approx(200, abs=2)
-    with pytest.raises(ValueError, match=r"a\.png' is a picture: frame 0 is all it has, got 17 from 0 on"):
+    with pytest.raises(ValueError, match=r"a\.png.*picture.*17"):
         clips[0].read(start=0, num_frames=17, fps=24)
 
 

@@ -65,7 +65,7 @@ def test_centre_is_cut_by_hand():
     video = torch.arange(5 * 7).reshape(1, 5, 7)
     assert torch.equal(crop_centre(video, height=3, width=3), video[:, 1:4, 2:5])
     assert torch.equal(crop_centre(video, height=4, width=6), video[:, 0:4, 0:6])
-    with pytest.raises(ValueError, match=r"cannot cut \(height, width\) = \(6, 7\) out of frames of \(5, 7\)"):
+    with pytest.raises(ValueError, match=r"\(6, 7\).*\(5, 7\)"):
         crop_centre(video, height=6, width=7)
 
 

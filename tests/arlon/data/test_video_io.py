@@ -266,7 +266,7 @@ def test_a_frame_that_the_decoder_makes_up_is_refused(tmp_path: Path) -> None:
 
 def test_too_short_a_file_says_how_many_frames_it_has(tmp_path: Path) -> None:
     path = write_clip(tmp_path / "a.mp4", 5)
-    with pytest.raises(VideoError, match="8 frames from frame 2 on were asked for, but it has 3 of them"):
+    with pytest.raises(VideoError, match=r"8 frames.*frame 2.*3"):
         read_video(path, start=2, num_frames=8)
 
 

@@ -92,7 +92,7 @@ def test_modes_come_with_their_ratios():
 
 
 def test_bad_ratios_are_refused():
-    with pytest.raises(ValueError, match="unknown mask mode 'image_haed', did you mean 'image_head'"):
+    with pytest.raises(ValueError, match=r"'image_haed'.*'image_head'"):
         sample_frame_masks(1, 4, {"image_haed": 0.5})
     with pytest.raises(ValueError, match="sum to more than 1"):
         sample_frame_masks(1, 4, {"image_head": 0.7, "random": 0.4})
@@ -175,5 +175,5 @@ def test_held_frames_stay_exactly_and_the_rest_moves():
 def test_bad_edit_ratios_are_refused():
     latent, times = torch.zeros(1, 2, 3, 2, 2), samplers.make_times(2)
     for ratio in (torch.zeros(1, 2), torch.full((1, 3), 1.5)):
-        with pytest.raises(ValueError, match=r"edit_ratio must be \(B, T\) = \(1, 3\) in \[0, 1\]"):
+        with pytest.raises(ValueError, match=r"edit_ratio.*\(1, 3\)"):
             conditioning.sample_with_edits(lambda x, t, m: x, latent, ratio, times, lambda i: latent)

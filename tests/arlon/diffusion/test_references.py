@@ -152,7 +152,7 @@ def test_groups_that_point_nowhere_are_refused(text: str, message: str):
 
 def test_references_of_another_size_are_refused():
     groups = [parse_mask_strategy("0")]
-    with pytest.raises(ValueError, match=r"must have \(C, H, W\) = \(1, 2, 3\) as the segment, got \(1, 3, 2\)"):
+    with pytest.raises(ValueError, match=r"\(1, 2, 3\).*\(1, 3, 2\)"):
         place_references(torch.zeros(1, 1, 4, 2, 3), [[torch.zeros(1, 1, 3, 2)]], groups, segment=0)
     with pytest.raises(ValueError, match="one entry a sample: expected 2, got 1 and 1"):
         place_references(torch.zeros(2, 1, 4, 2, 3), [[torch.zeros(1, 1, 2, 3)]], groups, segment=0)
@@ -235,7 +235,7 @@ def test_an_image_gives_one_latent_frame_and_is_one_frame(encode):
     encoder = FrameEncoder()
     assert encode(encoder, torch.full((3, 1, 4, 6), 0.25), GRID).shape == (1, 4, 1, 2, 3)
     assert encoder.lengths == [17]
-    with pytest.raises(ValueError, match=r"a video of one frame, \(3, 1, pH, pW\), got \(3, 2, 4, 6\)"):
+    with pytest.raises(ValueError, match=r"\(3, 1, pH, pW\).*\(3, 2, 4, 6\)"):
         encode(encoder, torch.zeros(3, 2, 4, 6), GRID)
 
 
@@ -272,9 +272,9 @@ def test_given_frames_stand_at_both_ends_of_a_segment():
 
 def test_given_frames_that_do_not_fit_are_refused():
     head = torch.zeros(1, 4, 5, 2, 3)
-    with pytest.raises(ValueError, match=r"expected \(B, C, n, H, W\) = \(1, 4, 5, 3, 2\), got \(1, 4, 5, 2, 3\)"):
+    with pytest.raises(ValueError, match=r"\(1, 4, 5, 3, 2\).*\(1, 4, 5, 2, 3\)"):
         references.condition_segment((1, 4, 15, 3, 2), head=head)
-    with pytest.raises(ValueError, match="6 of 6 latent frames of a segment are given: nothing is left to make"):
+    with pytest.raises(ValueError, match="6 of 6 latent frames"):
         references.condition_segment((1, 4, 6, 2, 3), head=head, tail=head[:, :, :1])
     with pytest.raises(ValueError, match="needs at least 1 frame, got 0"):
         references.given_span(0, GRID)

@@ -211,7 +211,7 @@ class Sly:
 
 def test_files_that_are_no_checkpoints_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"no file 'none\.pth': expected a checkpoint of PixArt-Sigma"):
+    with pytest.raises(FileNotFoundError, match=r"none\.pth.*PixArt-Sigma"):
         load_pixart(make_stdit(), "none.pth")
     store({"state_dict": make_pixart(), "sly": Sly()}, tmp_path / "sly.pth")
     whole = store(make_pixart(), tmp_path / "whole.pth").read_bytes()
@@ -222,7 +222,7 @@ def test_files_that_are_no_checkpoints_are_refused(tmp_path: Path, monkeypatch: 
             load_pixart(make_stdit(), name)
     assert not (tmp_path / "sly").exists()
     for content in ([1, 2], {"state_dict": [1]}, {"epoch": 3}):
-        with pytest.raises(CheckpointError, match="holds no state dict: expected names and tensors"):
+        with pytest.raises(CheckpointError, match="state dict"):
             load_pixart(make_stdit(), store(content, tmp_path / "other.pt"))
 
 

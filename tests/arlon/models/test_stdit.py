@@ -199,7 +199,7 @@ def test_frame_mask_is_one_of_patches_where_they_span_frames():
     masked = dit(**inputs | {"frame_mask": mask})
     assert torch.equal(seen[0], torch.tensor([[False, True], [True, False]]))
     assert relative_error(masked, dit(**inputs | {"frame_mask": ~mask})) > 1e-3
-    with pytest.raises(ValueError, match=r"every patch of 2 latent frames, but patch 0 of sample 1 has"):
+    with pytest.raises(ValueError, match=r"2 latent frames.*patch 0.*sample 1"):
         dit(**inputs | {"frame_mask": torch.tensor([[False, False, True], [True, False, False]])})
 
 
@@ -301,7 +301,7 @@ def test_prepared_text_of_another_batch_or_with_a_mask_is_refused():
     with pytest.raises(ValueError, match="give text_mask to prepare_text"):
         dit(**inputs | {"text": prepared})
     alone = dit.prepare_text(inputs["text"][:1])
-    with pytest.raises(ValueError, match="the prepared text has 1 samples, the latent has 2"):
+    with pytest.raises(ValueError, match=r"text.*1.*latent.*2"):
         dit(**inputs | {"text": alone, "text_mask": None})
     with pytest.raises(ValueError, match="text_mask must be bool"):
         dit.prepare_text(inputs["text"], torch.ones(2, 4, dtype=torch.bool))

@@ -241,7 +241,7 @@ def test_a_part_of_the_frames_is_that_part_of_all(part: slice, monkeypatch: pyte
 
 @pytest.mark.parametrize("part", [slice(-2, None), slice(0, -1), slice(0, 9, 2)])
 def test_a_part_that_is_not_consecutive_frames_is_refused(part: slice) -> None:
-    with pytest.raises(ValueError, match="must be consecutive and counted from the start"):
+    with pytest.raises(ValueError, match="consecutive"):
         tiny_vae().decode(torch.zeros(1, 4, 5, 2, 2), part=part)
 
 
@@ -275,9 +275,9 @@ def test_a_stream_is_read_no_further_than_needed(blend_frames: int, ahead: int) 
 @torch.no_grad()
 def test_a_stream_that_does_not_fit_its_frame_count_is_refused() -> None:
     vae, latent = tiny_vae(), torch.zeros(1, 4, 10, 2, 2)
-    with pytest.raises(ValueError, match="num_frames=40 were asked for, but the latents hold 34"):
+    with pytest.raises(ValueError, match=r"num_frames=40.*34"):
         list(vae.decode_stream([latent], 40))
-    with pytest.raises(ValueError, match="num_frames=17 are decoded, but there are latent frames left"):
+    with pytest.raises(ValueError, match="num_frames=17"):
         list(vae.decode_stream([latent], 17))
 
 
@@ -500,7 +500,7 @@ def test_nothing_and_whole_numbers_are_no_film() -> None:
         vae.encode(torch.zeros(1, 3, 1, 16, 16, dtype=torch.uint8))
     with pytest.raises(ValueError, match=r"num_frames must be a whole number, got 2\.5"):
         vae.decode(torch.zeros(1, 4, 1, 2, 2), num_frames=2.5)
-    with pytest.raises(ValueError, match=r"expected \(1, 4, 2, 2\) as the first, got \(1, 4, 2, 3\)"):
+    with pytest.raises(ValueError, match=r"\(1, 4, 2, 2\).*\(1, 4, 2, 3\)"):
         list(vae.decode_stream([torch.zeros(1, 4, 1, 2, 2), torch.zeros(1, 4, 1, 2, 3)]))
 
 

@@ -194,14 +194,14 @@ def test_component_folder_with_wrong_width_is_refused(t5_folder: Path, tmp_path:
 
 def test_missing_t5_says_how_to_get_it(tmp_path: Path) -> None:
     for source in (tmp_path, tmp_path / "nowhere", "owner/not-cached"):
-        with pytest.raises(FileNotFoundError, match=r"no T5 text encoder: .*hf download .*--model shapes needs none"):
+        with pytest.raises(FileNotFoundError, match=r"T5.*hf download.*--model shapes"):
             T5Encoder(source)
 
 
 def test_pickled_weights_are_not_loaded(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "t5", "d_model": 12}')
     (tmp_path / "pytorch_model-00001-of-00002.bin").write_bytes(b"anything")
-    with pytest.raises(FileNotFoundError, match=r"holds pickles \(\*\.bin\), which are never loaded"):
+    with pytest.raises(FileNotFoundError, match=r"pickles.*\.bin"):
         T5Encoder(tmp_path)
 
 
@@ -215,7 +215,7 @@ def copied_t5(t5_folder: Path, target: Path) -> Path:
 def test_t5_without_tokenizer_is_named(t5_folder: Path, tmp_path: Path) -> None:
     target = tmp_path / "text_encoder"
     target.mkdir()
-    with pytest.raises(FileNotFoundError, match=r"no tokenizer for the T5 .*expected tokenizer\.json or spiece\.model"):
+    with pytest.raises(FileNotFoundError, match=r"tokenizer\.json.*spiece\.model"):
         T5Encoder(copied_t5(t5_folder, target))
 
 
@@ -232,7 +232,7 @@ def test_sentencepiece_tokenizer_says_what_to_install(
 ) -> None:
     monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: None)
     (tmp_path / "spiece.model").write_bytes(b"")
-    with pytest.raises(FileNotFoundError, match="needs SentencePiece: pip install sentencepiece"):
+    with pytest.raises(FileNotFoundError, match="pip install sentencepiece"):
         T5Encoder(copied_t5(t5_folder, tmp_path))
 
 
@@ -256,7 +256,7 @@ def test_damaged_t5_is_named(t5_folder: Path, tmp_path: Path) -> None:
     for file in t5_folder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "model.safetensors").write_bytes((t5_folder / "model.safetensors").read_bytes()[:100])
-    with pytest.raises(ValueError, match=r"model\.safetensors' is damaged or cut off \(100 bytes\)"):
+    with pytest.raises(ValueError, match=r"model\.safetensors.*100 bytes"):
         T5Encoder(tmp_path)
 
 
@@ -285,7 +285,7 @@ def test_t5_in_float8_is_refused(t5_folder: Path, tmp_path: Path) -> None:
         (tmp_path / file.name).write_bytes(file.read_bytes())
     weights = tmp_path / "model.safetensors"
     save_file({name: tensor.to(torch.float8_e4m3fn) for name, tensor in load_file(weights).items()}, weights)
-    with pytest.raises(ValueError, match=r"T5 tensors .*\(F8_E4M3\).* expected float32, float16"):
+    with pytest.raises(ValueError, match=r"F8_E4M3.*float32"):
         T5Encoder(tmp_path)
 
 
