@@ -16,9 +16,11 @@ from typing import Any
 from PIL import Image
 
 from arlon.data.mp4 import flatten
-from arlon.data.video_io import VideoError, read_tags
+from arlon.data.video_io import REPEATABLE, VideoError, read_tags
 from arlon.files import hash_file, publish, temporary_beside
+from arlon.film.plan import Plan
 from arlon.film.record import RECORD_FORMAT, RECORD_TAG, parse_record
+from arlon.film.settings import Settings
 
 
 def read_film_record(film: str | Path) -> dict[str, Any]:
@@ -64,6 +66,16 @@ def _png_tags(picture: Path) -> dict[str, str]:
         raise
     except (SyntaxError, ValueError, EOFError, OSError) as error:  # what Pillow raises for damaged files
         raise VideoError(f"'{picture}' cannot be read as a picture") from error
+
+
+def encoder_options(plan: Plan, settings: Settings) -> dict[str, Any]:
+    """Arguments of `arlon.data.video_io.encode_fragment` and `VideoWriter` with which a film is encoded."""
+    return {
+        "fps": plan.fps,
+        "crf": settings.crf,
+        "preset": settings.preset,
+        "x264_params": REPEATABLE if settings.x264_cpu_independent else "",
+    }
 
 
 def finalise(partial: Path, film: Path, *, num_frames: int) -> str:

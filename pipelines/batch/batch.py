@@ -28,6 +28,7 @@ from typing import Any, Literal
 
 from arlon.errors import ArlonError, UsageError, did_you_mean
 from arlon.files import hash_plain
+from arlon.film.make import KeptWorkers, WorkerSource, new_worker
 from arlon.film.prepare import make_settings, plan_film
 from arlon.film.settings import Settings
 from arlon.film.storyboard import (
@@ -41,7 +42,6 @@ from arlon.film.storyboard import (
 from arlon.film.storyboard_values import FILM_READERS, parse_duration
 from arlon.film.strict_yaml import parse_json, read_text, shown
 from pipelines.deliver.paths import output_paths, slug
-from pipelines.executors.local import KeptWorkers, WorkerSource, new_worker
 from pipelines.runs.generate import Begin, generate, start_run
 from pipelines.runs.prepare import Prepared, prepare
 from pipelines.runs.resume import Run, continue_run, open_run
@@ -261,7 +261,7 @@ def attempt_film(task: FilmTask, options: BatchOptions, worker: WorkerSource = n
     Args:
         task: The film.
         options: Options of the batch.
-        worker: Source of the workers; see `pipelines.executors.local.KeptWorkers`.
+        worker: Source of the workers; see `arlon.film.make.KeptWorkers`.
     """
     started_s = time.perf_counter()
     try:

@@ -13,9 +13,9 @@ from dataclasses import replace
 from typing import Any
 
 from arlon.errors import UsageError, one_line
+from arlon.film.make import KeptWorkers
 from arlon.memory import keep_freed_memory
 from pipelines.batch.batch import BatchOptions, FilmOutcome, FilmTask, attempt_film
-from pipelines.executors.local import KeptWorkers
 from pipelines.executors.ray_graph import ray_session
 
 

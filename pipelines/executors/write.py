@@ -5,25 +5,16 @@ from __future__ import annotations
 import time
 from dataclasses import asdict
 from functools import cached_property
-from typing import Any, Self
+from typing import Self
 
-from arlon.data.video_io import REPEATABLE, Fragment, VideoWriter, encode_fragment, hash_frames
+from arlon.data.video_io import Fragment, VideoWriter, encode_fragment, hash_frames
 from arlon.film.appearance import Look, measure_drift, measure_look
+from arlon.film.container import encoder_options
 from arlon.film.messages import CodeResult, Committed, Job, WriteRequest, WriteResult
 from arlon.film.workers import process_memory_bytes
 from pipelines.deliver.hls import stream_of
 from pipelines.deliver.paths import FilmOutput
 from pipelines.store.run_folder import FRAGMENT_NAME, LATENTS_NAME, RunFolder, SegmentRecord
-
-
-def film_settings(job: Job) -> dict[str, Any]:
-    """Keyword arguments of `encode_fragment` and `VideoWriter` with which a film is encoded."""
-    return {
-        "fps": job.plan.fps,
-        "crf": job.settings.crf,
-        "preset": job.settings.preset,
-        "x264_params": REPEATABLE if job.settings.x264_cpu_independent else "",
-    }
 
 
 class WriteWorker:
@@ -42,7 +33,7 @@ class WriteWorker:
         self._committed = set(committed.segments)
         self._codes = dict(committed.codes)
         self._next = 0
-        self._settings = film_settings(job)
+        self._settings = encoder_options(job.plan, job.settings)
         # Not truncated: under its second name the old file may be a stream that someone watches.
         output.paths.partial.unlink(missing_ok=True)
         self._writer = VideoWriter(output.paths.partial, **self._settings, tags=output.tags)

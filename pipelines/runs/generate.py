@@ -27,7 +27,7 @@ from pipelines.store.lock import RunLock
 from pipelines.store.run_folder import RunFolder
 
 if TYPE_CHECKING:
-    from pipelines.executors.local import WorkerSource
+    from arlon.film.make import WorkerSource
     from pipelines.executors.ray_graph import GraphConfig
 
 Executor = Literal["local", "ray"]
@@ -108,7 +108,7 @@ def generate(
         executor: `local`, or `ray` for the same film with its steps in parallel.
         address: Ray cluster to join.
         graph: Actors of each role of the ray executor.
-        worker: Source of the workers of the local executor, such as `pipelines.executors.local.KeptWorkers`.
+        worker: Source of the workers of the local executor, such as `arlon.film.make.KeptWorkers`.
             Default: new workers.
         on_progress: Called after every segment made.
 
@@ -156,7 +156,8 @@ def _execute(
 ) -> Generator[WriteResult, None, None]:
     # Both load networks and their libraries; the one that is not used need not be installed.
     if executor == "local":
-        from pipelines.executors.local import new_worker, run_local
+        from arlon.film.make import new_worker
+        from pipelines.executors.local import run_local
 
         return run_local(prepared.job, prepared.output, committed, worker=worker or new_worker)
     from pipelines.executors.ray_graph import run_graph

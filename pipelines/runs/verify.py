@@ -11,12 +11,11 @@ from torch import Tensor
 
 from arlon.data.video_io import Fragment, VideoWriter, encode_fragment, hash_frames
 from arlon.files import hash_file
-from arlon.film.container import finalise
+from arlon.film.container import encoder_options, finalise
 from arlon.film.messages import CodeResult, RefineResult, SegmentRequests, TextRequest
 from arlon.film.schedule import film_requests
 from arlon.film.storyboard import UsageError
 from arlon.film.workers import CodeWorker, DecodeWorker, RefineWorker, TextWorker, torch_threads
-from pipelines.executors.write import film_settings
 from pipelines.runs.resume import Run, misfit, read_fitting_codes
 from pipelines.store.media import read_media
 from pipelines.store.run_folder import FRAMES, RunFolderError
@@ -62,7 +61,7 @@ def _verify_film(run: Run) -> Iterator[str]:
     job, paths, tags = run.prepared.job, run.prepared.paths, run.prepared.output.tags
     with tempfile.TemporaryDirectory() as folder:
         partial, film = Path(folder) / "partial.mp4", Path(folder) / "film.mp4"
-        with VideoWriter(partial, **film_settings(job), tags=tags) as writer:
+        with VideoWriter(partial, **encoder_options(job.plan, job.settings), tags=tags) as writer:
             for segment in run.plan.segments:
                 writer.append_fragment(Fragment(data=run.folder.read_fragment(segment.index)))
         if finalise(partial, film, num_frames=run.plan.num_frames) != hash_file(paths.film):
@@ -105,7 +104,7 @@ def replay_segment(run: Run, index: int) -> Iterator[str]:
     stored_hash = outputs.get(FRAMES)  # records of the first version lack it
     if stored_hash not in (None, hash_frames(decoded.frames)):
         yield f"segment {index}: its frames come out otherwise"  # and so must their encoding
-    elif encode_fragment(decoded.frames, **film_settings(job)).data != folder.read_fragment(index):
+    elif encode_fragment(decoded.frames, **encoder_options(job.plan, job.settings)).data != folder.read_fragment(index):
         if stored_hash is None:
             yield f"segment {index}: its encoded frames come out otherwise"
         else:

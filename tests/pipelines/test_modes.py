@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from arlon.checkpoint import write_model_index
 from arlon.data.video_io import read_video
 from arlon.film.container import read_film_record
+from arlon.film.make import KeptWorkers
 from arlon.film.messages import RefineResult
 from arlon.film.plan import clip_plan, with_frame_size
 from arlon.film.prepare import plan_film
@@ -24,7 +25,6 @@ from arlon.film.storyboard import Storyboard, StoryboardError, UsageError, parse
 from arlon.film.workers import DecodeWorker, RefineWorker
 from arlon.models.video_vae import VideoVAE
 from pipelines.cli import app
-from pipelines.executors.local import KeptWorkers
 from pipelines.runs.generate import Progress, generate
 from pipelines.runs.picture import is_picture, make_picture, prepare_picture
 from pipelines.runs.prepare import prepare

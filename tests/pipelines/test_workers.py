@@ -15,6 +15,7 @@ from torch import Tensor
 from arlon.data.transforms import video_to_frames
 from arlon.diffusion import flow, samplers
 from arlon.film import workers
+from arlon.film.make import KeptWorkers, WorkerSource, new_worker
 from arlon.film.messages import (
     CodeResult,
     Committed,
@@ -36,7 +37,6 @@ from arlon.models.vqvae import LatentVQVAE
 from arlon.text.encoders import TextEncoder, load_text_encoder
 from pipelines.deliver.paths import FilmOutput, OutputPaths
 from pipelines.executors import ray_graph as graph
-from pipelines.executors.local import KeptWorkers, WorkerSource, new_worker
 from pipelines.executors.write import WriteWorker
 from pipelines.runs.generate import generate
 from pipelines.runs.prepare import prepare

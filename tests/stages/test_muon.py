@@ -31,7 +31,6 @@ def test_kernels_are_seen_as_matrices() -> None:
     assert torch.equal(kernel.flatten(1), matrix)
 
 
-@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has Muon from 2.9 on")
 def test_matrices_equal_torch_muon() -> None:
     start = torch.randn(24, 10, generator=torch.Generator().manual_seed(3))
     ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
