@@ -104,7 +104,7 @@ def _downloaded_minilm() -> Path | None:
         return None
 
 
-def is_at_hand(config: TextEncoderConfig) -> bool:
+def is_cached(config: TextEncoderConfig) -> bool:
     """Whether the weights of an encoder are on this machine; nothing is downloaded or hashed."""
     if config.kind == "minilm":
         named = config.source or os.environ.get(SOURCE_VARIABLE)
@@ -119,9 +119,9 @@ def is_at_hand(config: TextEncoderConfig) -> bool:
     return True
 
 
-def can_be_had(config: TextEncoderConfig) -> bool:
+def is_available(config: TextEncoderConfig) -> bool:
     """Whether an encoder is on this machine, or will be downloaded when a film is made."""
-    if is_at_hand(config):
+    if is_cached(config):
         return True
     if config.kind == "minilm" and (config.source or os.environ.get(SOURCE_VARIABLE)):
         return False
@@ -136,9 +136,9 @@ def _is_on_hub(name: str) -> bool:
     return is_hub_id(name) and not Path(name).is_dir()
 
 
-def describe_whence(config: TextEncoderConfig) -> str:
+def describe_source(config: TextEncoderConfig) -> str:
     """Predicate for messages, such as "is on this machine", to follow the name of an encoder; downloads nothing."""
-    if is_at_hand(config):
+    if is_cached(config):
         return "is on this machine"
     if config.kind == "minilm" and (named := config.source or os.environ.get(SOURCE_VARIABLE)):
         return f"is not in {named!r}, where it should be: copy {', '.join(MINILM_FILES)} there"

@@ -98,9 +98,9 @@ def check_fit(
 
 def availability(config: TextEncoderConfig) -> Availability:
     """Find out whether a text encoder is on this machine or can be downloaded; nothing is downloaded."""
-    if sources.is_at_hand(config):
+    if sources.is_cached(config):
         return "cached"
-    return "downloadable" if sources.can_be_had(config) else "missing"
+    return "downloadable" if sources.is_available(config) else "missing"
 
 
 def _read_model(model: str) -> tuple[ModelConfigs, GenerationDefaults, str]:
@@ -145,7 +145,7 @@ def fit_lines(report: MemoryReport, rates: Mapping[str, float]) -> list[tuple[st
     if rate := rates.get(report.settings.dtype):
         time = _describe_time(cost.flops / rate)
         lines.append(("time", f"at least {time} at {operations(rate)}/s in {report.settings.dtype}"))
-    lines.append(("text", f"{ENCODER_NAMES[encoder.kind]} {sources.describe_whence(encoder)}"))
+    lines.append(("text", f"{ENCODER_NAMES.get(encoder.kind, encoder.kind)} {sources.describe_source(encoder)}"))
     device, needed = report.device, gigabytes(report.needed_bytes)
     free = f"{gigabytes(device.free_bytes or 0)} free on {device.name}"
     verdict = {

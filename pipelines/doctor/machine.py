@@ -15,7 +15,7 @@ import torch
 
 from arlon.data.video_io import VideoWriter, probe
 from arlon.text.encoders import TextEncoderConfig
-from arlon.text.sources import describe_whence, is_at_hand
+from arlon.text.sources import describe_source, is_cached
 from arlon.threads import available_cores
 from arlon.version import version
 from pipelines.doctor.film_cost import gigabytes
@@ -83,8 +83,8 @@ def examine() -> Machine:
         packages=packages,
         devices=tuple(devices()),
         video=video_problem(),
-        has_minilm=is_at_hand(TextEncoderConfig()),
-        minilm=describe_whence(TextEncoderConfig()),
+        has_minilm=is_cached(TextEncoderConfig()),
+        minilm=describe_source(TextEncoderConfig()),
     )
 
 

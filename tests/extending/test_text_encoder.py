@@ -20,7 +20,7 @@ from arlon.text.encoders import (
     register_text_encoder,
     save_text_encoder,
 )
-from arlon.text.sources import describe_whence, is_at_hand
+from arlon.text.sources import describe_source, is_cached
 
 
 class WordHashEncoder:
@@ -74,11 +74,11 @@ def test_a_model_folder_names_the_encoder_by_its_kind(tmp_path: Path) -> None:
 
 
 def test_arlon_knows_where_it_comes_from(tmp_path: Path) -> None:
-    assert is_at_hand(TextEncoderConfig(kind="word_hash"))
-    assert is_at_hand(TextEncoderConfig(kind="word_hash", source=str(tmp_path)))
+    assert is_cached(TextEncoderConfig(kind="word_hash"))
+    assert is_cached(TextEncoderConfig(kind="word_hash", source=str(tmp_path)))
     missing = TextEncoderConfig(kind="word_hash", source=str(tmp_path / "missing"))
-    assert not is_at_hand(missing)
-    assert str(tmp_path / "missing") in describe_whence(missing)
+    assert not is_cached(missing)
+    assert str(tmp_path / "missing") in describe_source(missing)
 
 
 def test_a_wrong_width_is_refused(tmp_path: Path) -> None:

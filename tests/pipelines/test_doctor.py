@@ -371,7 +371,7 @@ def test_doctor_says_what_a_model_makes(tiny_model: Path, base: Path) -> None:
 )
 def test_doctor_says_whether_the_t5_is_downloaded(monkeypatch: pytest.MonkeyPatch, is_offline: bool, text: str) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", is_offline)
-    monkeypatch.setattr("arlon.text.sources.is_at_hand", lambda config: False)
+    monkeypatch.setattr("arlon.text.sources.is_cached", lambda config: False)
     found = arlon("doctor", "--model", "opensora_v1_2").stdout
     assert text in found
     shapes = arlon("doctor", "--model", "shapes", "--json")

@@ -18,7 +18,7 @@ from arlon.text.encoders import (
     load_text_encoder,
     save_text_encoder,
 )
-from arlon.text.sources import describe_whence, find_minilm, is_at_hand
+from arlon.text.sources import describe_source, find_minilm, is_cached
 from tests.closeness import assert_close_to_scale
 
 PROMPTS = ["a red circle moves left" + " slowly" * n for n in range(7)] + [""]
@@ -302,8 +302,8 @@ def test_where_a_missing_t5_comes_from(
     monkeypatch: pytest.MonkeyPatch, source: str | None, dim: int, is_offline: bool, text: str
 ) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", is_offline)
-    monkeypatch.setattr(sources, "is_at_hand", lambda config: False)
-    found = describe_whence(TextEncoderConfig(kind="t5", source=source, dim=dim))
+    monkeypatch.setattr(sources, "is_cached", lambda config: False)
+    found = describe_source(TextEncoderConfig(kind="t5", source=source, dim=dim))
     assert text in found
     assert found.endswith("--model shapes needs none")
 
@@ -311,14 +311,14 @@ def test_where_a_missing_t5_comes_from(
 def test_where_an_encoder_that_is_named_comes_from(
     t5_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert describe_whence(TextEncoderConfig(kind="t5", source=str(t5_folder))) == "is on this machine"
+    assert describe_source(TextEncoderConfig(kind="t5", source=str(t5_folder))) == "is on this machine"
     monkeypatch.setenv(sources.SOURCE_VARIABLE, str(tmp_path))
-    assert "where it should be: copy config.json, model.safetensors" in describe_whence(TextEncoderConfig())
+    assert "where it should be: copy config.json, model.safetensors" in describe_source(TextEncoderConfig())
 
 
 def test_whether_an_encoder_is_at_hand(t5_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert is_at_hand(TextEncoderConfig())
-    assert is_at_hand(TextEncoderConfig(kind="t5", source=str(t5_folder)))
-    assert not is_at_hand(TextEncoderConfig(kind="t5", source="owner/not-cached"))
+    assert is_cached(TextEncoderConfig())
+    assert is_cached(TextEncoderConfig(kind="t5", source=str(t5_folder)))
+    assert not is_cached(TextEncoderConfig(kind="t5", source="owner/not-cached"))
     monkeypatch.setenv(sources.SOURCE_VARIABLE, str(tmp_path))
-    assert not is_at_hand(TextEncoderConfig())
+    assert not is_cached(TextEncoderConfig())
