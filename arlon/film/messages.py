@@ -24,6 +24,9 @@ from arlon.film.settings import Settings
 from arlon.film.take_media import TakeMedia
 from arlon.text.encoders import TextFeatures
 
+MAX_KNOWN_PROMPTS = 64
+"""Most prompts whose features are kept: a film may have thousands, and the features of one can take megabytes."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Job:

@@ -32,6 +32,7 @@ from arlon.diffusion.denoiser import Denoiser, GuidedPrompt
 from arlon.diffusion.references import condition_segment
 from arlon.files import hash_tensor
 from arlon.film.messages import (
+    MAX_KNOWN_PROMPTS,
     CodeRequest,
     CodeResult,
     DecodeRequest,
@@ -54,8 +55,6 @@ from arlon.text.encoders import TextEncoder, TextFeatures, load_text_encoder
 if TYPE_CHECKING:
     from arlon.models.vqvae import LatentVQVAE
 
-MAX_KNOWN_PROMPTS = 64
-"""Prompts whose features are kept: a film may have thousands, and the features of one can take megabytes."""
 LARGE_ENCODER_BYTES = 10**9
 """Weights of a text encoder from which on it is let go once the prompts of a film are encoded."""
 _NOT_IN_FORCE = torch.zeros(1, 1, 1)

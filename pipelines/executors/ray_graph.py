@@ -1,18 +1,18 @@
-"""Make a film with Ray: the workers of `arlon.film.workers` and `writer` as actors. The only file that knows Ray.
+"""Executor on Ray: the workers of `arlon.film.workers` and the writer as actors. The only file that knows Ray.
 
     text -> codes -> refine -> decode -> write
 
 Every call gets the results it waits for as object references, so tensors go from actor to actor through the object
-store and never through the driver. The code model runs ahead, while decoding and writing follow behind; how far is
-bounded on both sides.
+store and never through the driver. The code model runs ahead, and decoding and writing follow; how far is bounded on
+both sides.
 
-A role may have several actors. What goes on from what came before stays in order: the segments of a take are refined
-one after another, its codes written one after another. So takes are shared out to refiners and code writers, segments
-to decoders. There is one writer; it commits segments as they come and puts them into the film in order, and the film
-equals that of `local` bit for bit.
+A role may have several actors. The segments of a take depend on each other, so they are refined one after another, and
+so are its codes written. Takes are therefore distributed over refiners and code writers, segments over decoders. There
+is one writer. It commits segments as they come and puts them into the film in order, and the film equals that of the
+local executor bit for bit.
 
-An actor that dies is started again by Ray, which repeats the call it was at and holds those that wait. Workers hold
-nothing that decides a result, and the writer finds out from the run folder what was committed.
+Ray restarts an actor that dies, repeats the call that it was working on, and holds the calls that wait. Workers keep no
+state that decides a result, and the writer reads from the run folder what was committed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ from importlib import import_module
 from itertools import groupby
 from typing import Any
 
+from arlon.errors import UsageError, one_line
 from arlon.film.messages import (
+    MAX_KNOWN_PROMPTS,
     CodeResult,
     Committed,
     Job,
@@ -36,7 +38,6 @@ from arlon.film.messages import (
     WriteResult,
 )
 from arlon.film.schedule import film_requests, prompts_to_encode
-from arlon.film.storyboard import UsageError
 from arlon.threads import spin_briefly
 from pipelines.deliver.paths import FilmOutput
 from pipelines.store.lock import WriterLock, holder_mark
@@ -46,9 +47,7 @@ MAX_REPLICAS = 1024
 MAX_RESTARTS = 3
 """How often an actor may die, and a call be repeated, before the film is given up."""
 CODES_AHEAD = 64
-"""Segments whose codes are asked for before they can be refined."""
-MAX_KNOWN_PROMPTS = 64
-"""Prompts whose features are kept in the object store."""
+"""Most segments whose codes are requested before they can be refined."""
 OBJECT_STORE_BYTES = 512 * 1024**2
 """Object store of a Ray that lives for one film."""
 WORKER_OF_ROLE = {
@@ -62,13 +61,13 @@ WORKER_OF_ROLE = {
 
 @dataclass(frozen=True, kw_only=True)
 class Role:
-    """The actors of a role."""
+    """Number of actors of a role, and what each takes."""
 
     replicas: int = 1
     num_gpus: float = 0.1
-    """GPUs of each, or the share of one; it counts on a CUDA device."""
+    """GPUs of each actor, or the share of one; used on a CUDA device only."""
     num_cpus: float = 0.0
-    """Cores Ray sets aside for each; the threads of PyTorch are a setting of the film, since bits depend on them."""
+    """Cores that Ray reserves for each actor; PyTorch threads are a setting of the film, since bits depend on them."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.replicas <= MAX_REPLICAS:
@@ -80,14 +79,14 @@ class Role:
 
 @dataclass(frozen=True, kw_only=True)
 class GraphConfig:
-    """How the graph is laid out; the film does not depend on it. By default it fits on one GPU."""
+    """Actors of each role, which do not change the film. By default they fit on one GPU together."""
 
     text: Role = field(default_factory=Role)
     code: Role = field(default_factory=Role)
     refine: Role = field(default_factory=lambda: Role(num_gpus=0.7))
     decode: Role = field(default_factory=Role)
     max_in_flight: int = 3
-    """Segments of one refiner that are refined, decoded or written at the same time."""
+    """Most segments of one refiner that are being refined, decoded or written at the same time."""
 
     def __post_init__(self) -> None:
         if self.max_in_flight < 1:
@@ -95,7 +94,7 @@ class GraphConfig:
 
 
 class RoleActor:
-    """One worker in a process of its own. It is built by `start`, whose errors reach the caller as they are."""
+    """One worker in a process of its own. `start` builds it, so that its errors reach the caller unchanged."""
 
     def __init__(self, role: str, job: Job, output: FilmOutput, holder: str, prompts: tuple[str, ...] = ()) -> None:
         self.role, self.job, self.output, self.holder, self.prompts = role, job, output, holder, prompts
@@ -103,7 +102,7 @@ class RoleActor:
         self._worker: Any = None
 
     def start(self) -> None:
-        """Load the worker; after a restart the next call does."""
+        """Load the worker; after a restart by Ray the next call does that."""
         import torch
 
         from arlon.memory import keep_freed_memory
@@ -132,11 +131,11 @@ class RoleActor:
         return self.worker.run(replace(request, **results))
 
     def keep_codes(self, take: int, result: Any) -> None:
-        """See `WriteWorker.keep_codes`."""
+        """Store new codes of a take; see `WriteWorker.keep_codes`."""
         self.worker.keep_codes(take, result)
 
     def close(self) -> None:
-        """See `WriteWorker.close`."""
+        """Close the film."""
         self.worker.close()
 
 
@@ -186,7 +185,7 @@ def run_graph(
                 replicas = getattr(config, role).replicas if role != "write" else 1
                 crew[role] = [start_actor(ray, role, job, output, config, prompts) for _ in range(replicas)]
             ray.get([actor.start.remote() for actors in crew.values() for actor in actors])
-            yield from _Film(ray, job, RunFolder(output.paths.run_dir), committed, crew, config).make()
+            yield from _FilmDriver(ray, job, RunFolder(output.paths.run_dir), committed, crew, config).make()
             ray.get(crew["write"][0].close.remote())
         finally:
             for actor in (actor for actors in crew.values() for actor in actors):
@@ -194,7 +193,11 @@ def run_graph(
 
 
 def _check_room(ray: Any, job: Job, config: GraphConfig) -> None:
-    """Refuse what would wait forever for room."""
+    """Refuse actors for which the cluster has no room, since they would wait forever.
+
+    Raises:
+        UsageError: If they do not fit.
+    """
     roles = [getattr(config, f.name) for f in fields(config) if f.name in WORKER_OF_ROLE]
     needs = {"CPU": sum(role.replicas * role.num_cpus for role in roles)}
     if job.settings.device.startswith("cuda"):
@@ -208,7 +211,7 @@ def _check_room(ray: Any, job: Job, config: GraphConfig) -> None:
 def start_actor(
     ray: Any, role: str, job: Job, output: FilmOutput, config: GraphConfig, prompts: tuple[str, ...]
 ) -> Any:
-    """An actor of a role; the writer stays on the node of the caller, whose disk it writes.
+    """Start an actor of a role. The writer runs on the node of the caller, since it writes to its disk.
 
     `prompts` are those that an actor of the role `text` encodes at its start, if its encoder is large.
     """
@@ -230,20 +233,20 @@ def start_actor(
 
 
 class _Take:
-    """A take on its way: which of its segments are asked for, and the references that the next ones need."""
+    """Take that is being made: its segments still to request, and the references that the next ones need."""
 
     def __init__(self, requests: list[SegmentRequests]) -> None:
         self.index = requests[0].segment.take
-        self.codes_to_do = deque(requests)
-        self.to_do = deque(requests)
+        self.pending_codes = deque(requests)
+        self.pending = deque(requests)
         self.codes: deque[Any] = deque()
-        """Of the segments that are asked to be written but not to be refined."""
+        """References to the codes of segments that are not yet requested to be refined."""
         self.last_code: Any = None
         self.refined: Any = None
 
 
 class _Lane:
-    """A refiner, the take it is at, and how many of its segments are not written yet."""
+    """Refiner with the take it works on, and the number of its segments that are not written yet."""
 
     def __init__(self, actor: Any) -> None:
         self.actor = actor
@@ -251,8 +254,8 @@ class _Lane:
         self.in_flight = 0
 
 
-class _Film:
-    """One film: what is asked of whom, and when."""
+class _FilmDriver:
+    """Driver of one film: decides which actor gets which request, and when."""
 
     def __init__(
         self,
@@ -273,12 +276,12 @@ class _Film:
         self._written: dict[Any, _Lane] = {}
         self._folder = folder
         self._at: dict[Any, tuple[Any, Any]] = {}
-        """What refining and decoding give, of the segments that are not written yet, by what writing gives."""
+        """References to the refined and decoded results of segments that are not written yet, by the written result."""
         self._unkept: dict[int, tuple[int, Any]] = {}
-        """Take and codes, by segment, that the writer was not asked to keep yet."""
+        """Take and reference to the codes, by segment, that the writer was not yet told to store."""
 
     def make(self) -> Generator[WriteResult, None, None]:
-        """Make it."""
+        """Make the segments, and yield each when it is stored."""
         while True:
             for lane in self._lanes:
                 self._advance(lane)
@@ -294,14 +297,14 @@ class _Film:
         self.ray.get([self._keep(index) for index in list(self._unkept)])
 
     def _advance(self, lane: _Lane) -> None:
-        """Ask for as many segments of a lane as may be on their way."""
+        """Request as many segments of a lane as may be in flight."""
         while lane.in_flight < self.config.max_in_flight:
-            if lane.take is None or not lane.take.to_do:
+            if lane.take is None or not lane.take.pending:
                 if not self._takes:
                     return
                 lane.take = self._takes.popleft()
             take = lane.take
-            request = take.to_do.popleft()
+            request = take.pending.popleft()
             if not take.codes:
                 self._write_codes(take)
             code = take.codes.popleft()
@@ -321,14 +324,14 @@ class _Film:
         take.refined = refine.run.remote(request.refine, text=text, codes=code, before=before)
         decode = self.crew["decode"][index % len(self.crew["decode"])]
         decoded = decode.run.remote(request.decode, refined=take.refined, before=before)
-        if index in self._unkept:  # a committed segment whose codes are not stored would be made again
+        if index in self._unkept:  # without its codes, a committed segment would be made again
             self._keep(index)
         written = write.run.remote(request.write, codes=code, refined=take.refined, decoded=decoded)
         self._at[written] = take.refined, decoded
         return written
 
     def _log_queue(self) -> None:
-        """Note how many segments wait for each role, or are at it."""
+        """Log how many segments wait for each role or are being processed by it."""
         num_refined, num_decoded = (self._num_ready(step) for step in (0, 1))
         depths = {"refine": len(self._at) - num_refined, "decode": num_refined - num_decoded, "write": num_decoded}
         self._folder.log("queue", **depths)
@@ -339,22 +342,23 @@ class _Film:
 
     def _write_codes_ahead(self) -> None:
         while self._without_codes and self._num_ahead < CODES_AHEAD:
-            if self._without_codes[0].codes_to_do:
+            if self._without_codes[0].pending_codes:
                 self._write_codes(self._without_codes[0])
             else:
                 self._without_codes.popleft()
 
     def _write_codes(self, take: _Take) -> None:
-        """Ask for the codes of the next segment of a take."""
-        request = take.codes_to_do.popleft()
+        """Request the codes of the next segment of a take."""
+        request = take.pending_codes.popleft()
         code, known = request.code, self.committed.codes.get(take.index)
         if known is not None and known.shape[1] >= code.stop:
             take.last_code = self.ray.put(CodeResult(codes=known[:, : code.stop], elapsed_s=0.0))
         else:
+            before: Any = None  # a result, or a reference to one
             if known is not None and known.shape[1] > code.start:
                 before = CodeResult(codes=known, elapsed_s=0.0)
-            else:
-                before = None if request.segment.starts_take else take.last_code
+            elif not request.segment.starts_take:
+                before = take.last_code
             actor = self.crew["code"][take.index % len(self.crew["code"])]
             take.last_code = actor.run.remote(code, text=self._text_of(code.prompts), before=before)
             self._unkept[request.segment.index] = take.index, take.last_code
@@ -362,7 +366,7 @@ class _Film:
         self._num_ahead += 1
 
     def _keep_finished_codes(self) -> None:
-        """Have codes stored that are written; waiting for others in the writer would hold up the segments there."""
+        """Let the writer store finished codes. Unfinished ones would make it wait, and the segments behind them too."""
         for index in list(self._unkept):
             if not self.ray.wait([self._unkept[index][1]], timeout=0)[0]:
                 return
@@ -384,7 +388,7 @@ class _Film:
 
 @contextmanager
 def ray_session(address: str | None) -> Iterator[Any]:
-    """Ray, ready to use: the one that runs in this process, that of `address` or RAY_ADDRESS, or a new one.
+    """Ray, ready to use: the one this process has already joined, that of `address` or RAY_ADDRESS, or a new one.
 
     Raises:
         ImportError: If Ray is not installed.
@@ -420,20 +424,15 @@ def ray_session(address: str | None) -> Iterator[Any]:
 
 @contextmanager
 def _readable_errors(ray: Any) -> Iterator[None]:
-    """Errors of workers as they were raised there; a dead worker as a RuntimeError."""
+    """Raise errors of workers as they were raised there, and a dead worker as a RuntimeError."""
     try:
         yield
     except ray.exceptions.RayError as error:
         # A call that waited for one of a dead actor fails with that actor's end as its cause.
         cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
         if isinstance(cause, ray.exceptions.RayActorError):
-            reason = f"a worker process died, perhaps for lack of memory: {first_line(cause)}"
+            reason = f"a worker process died, perhaps for lack of memory: {one_line(cause)}"
             raise RuntimeError(reason) from error
         if isinstance(cause, ray.exceptions.RayError):
-            raise RuntimeError(first_line(cause)) from error
+            raise RuntimeError(one_line(cause)) from error
         raise cause or RuntimeError(str(error)) from None
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error of Ray, which may have many."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
