@@ -1,8 +1,8 @@
 """Interface of text encoders: features, protocol, config, and the registry of kinds.
 
 A model folder names the kind of its encoder in `text_encoder/config.json`. Two kinds come with Arlon (see
-`arlon.text.encoders`). Another package adds one with `register_text_encoder`, or, so that the command line and Ray
-workers find it too, with an entry point of the group `arlon.text_encoders`.
+`arlon.text.encoders`). Another package adds one with `register_text_encoder` in a plugin module (`arlon.plugins`), which
+the command line and Ray workers find too.
 
 Dimension key
     B  prompts    L  text tokens (`max_length`)    E  width of the encoder
@@ -13,17 +13,15 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import entry_points
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from arlon.errors import did_you_mean
+from arlon.plugins import load_plugins
 
 MINILM_DIM = 384
-ENTRY_POINT_GROUP = "arlon.text_encoders"
-"""Group of entry points of installed packages: the name is the kind, the object what `register_text_encoder` takes."""
 
 
 @dataclass(frozen=True)
@@ -106,14 +104,12 @@ def text_encoder_loader(kind: str) -> TextEncoderLoader:
     """Loader of a kind; its module is imported now.
 
     Raises:
-        ValueError: If no encoder of that kind is registered or installed; the message names the closest.
+        ValueError: If no encoder of that kind is registered, plugins included; the message names the closest.
     """
     if kind not in _LOADERS:
-        installed = entry_points(group=ENTRY_POINT_GROUP)
-        if kind not in installed.names:
-            known = did_you_mean(kind, [*_LOADERS, *sorted(installed.names)])
-            raise ValueError(f"unknown kind of text encoder {kind!r}, {known}")
-        _LOADERS[kind] = installed[kind].load()
+        load_plugins()
+    if kind not in _LOADERS:
+        raise ValueError(f"unknown kind of text encoder {kind!r}, {did_you_mean(kind, _LOADERS)}")
     found = _LOADERS[kind]
     if isinstance(found, str):
         module, _, name = found.partition(":")

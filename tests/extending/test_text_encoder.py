@@ -53,6 +53,9 @@ class LetterEncoder:
 
     def __init__(self, source=None, *, max_length, clean, device, dtype):
         self.max_length = max_length
+
+from arlon.text.encoders import register_text_encoder
+register_text_encoder("letters", LetterEncoder)
 """
 USE_PLUGIN = """
 import sys
@@ -107,7 +110,7 @@ def test_an_installed_package_is_found_by_its_entry_point(tmp_path: Path) -> Non
     info = tmp_path / "letters-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: letters\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[arlon.text_encoders]\nletters = letters:LetterEncoder\n")
+    (info / "entry_points.txt").write_text("[arlon.plugins]\nletters = letters\n")
     (tmp_path / "model").mkdir()
     config = {"_format": 1, "kind": "letters", "max_length": 6, "dim": 4}
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
