@@ -35,6 +35,7 @@ from arlon.models.stdit import STDiT3, STDiT3Config
 from arlon.models.video_pieces import num_tiles
 from arlon.models.video_vae import VideoVAE, VideoVAEConfig
 from arlon.models.vqvae import LatentVQVAE, LatentVQVAEConfig
+from arlon.protocols import Cost
 from arlon.text.encoders import TextEncoderConfig, network_config
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -42,18 +43,6 @@ LatentSize = tuple[int, int, int]
 """(T, H, W)."""
 MAX_KEPT = 128
 """Costs of one kind that are remembered: a run on the meta device takes a second, and many films have one size."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cost:
-    """What one call of a network takes."""
-
-    num_parameters: int
-    """With buffers; tied ones count once."""
-    flops: int
-    """Floating-point operations of matrix products, convolutions and attention; a multiply-add is two."""
-    working_bytes: int
-    """Most memory of tensors at once, besides weights and inputs."""
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ Dimension key
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -20,8 +21,20 @@ VelocityFn = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
-class BackboneSpec:
-    """Sizes of a backbone, known from its config files before any weight is read."""
+class Cost:
+    """Memory and operations of one call of a network."""
+
+    num_parameters: int
+    """Number of parameters and buffers; tied ones count once."""
+    flops: int
+    """Floating-point operations of matrix products, convolutions and attention; a multiply-add is two."""
+    working_bytes: int
+    """Most memory of tensors at once, besides weights and inputs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneSpec(ABC):
+    """Sizes and costs of a backbone, known from its config files before any weight is read."""
 
     family: str
     """Name under which the family is registered in `arlon.backbones.FAMILIES`."""
@@ -37,6 +50,17 @@ class BackboneSpec:
     """Width E of the text features it reads."""
     max_text_length: int
     """Most text tokens L."""
+
+    @abstractmethod
+    def cost(self, size: tuple[int, int, int], *, text_length: int, batch: int = 1, injection: Any = None) -> Cost:
+        """Memory and operations of one pass, without weights.
+
+        Args:
+            size: Latent frames, rows and columns (T, H, W).
+            text_length: Text tokens L, padding included.
+            batch: Samples that pass together; 2 with guidance.
+            injection: Config of what is injected; designs that run in every pass cost more. None: nothing.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)

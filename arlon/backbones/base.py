@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 
 from arlon.components import CONFIG_NAME, CheckpointError, read_json
-from arlon.cost import Cost
 from arlon.plugins import Registry
 from arlon.protocols import Backbone, BackboneSpec
 
@@ -41,17 +40,6 @@ class BackboneFamily(ABC):
 
         Raises:
             FileNotFoundError, CheckpointError, ConfigError: If the folder is incomplete or damaged.
-        """
-
-    @abstractmethod
-    def cost(self, folder: Path, size: tuple[int, int, int], *, text_length: int, batch: int) -> Cost:
-        """Memory and operations of one pass, without weights.
-
-        Args:
-            folder: Component folder.
-            size: Latent frames, rows and columns (T, H, W).
-            text_length: Text tokens L, padding included.
-            batch: Samples that pass together; 2 with guidance.
         """
 
 

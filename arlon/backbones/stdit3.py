@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -10,17 +11,31 @@ from torch import Tensor
 
 from arlon.backbones.base import FAMILIES, BackboneFamily, TimeShift
 from arlon.components import load_component, read_config
-from arlon.cost import Cost, dit_cost
+from arlon.cost import dit_cost
 from arlon.diffusion import flow, samplers
+from arlon.models.injection import InjectionConfig
 from arlon.models.stdit import Inject, Injection, PreparedText, STDiT3, STDiT3Config
-from arlon.protocols import BackboneSpec, VideoSize
+from arlon.protocols import BackboneSpec, Cost, VideoSize
 
 FAMILY = "STDiT3"
 
 
-def spec_of(config: STDiT3Config) -> BackboneSpec:
-    """Sizes of an STDiT3."""
-    return BackboneSpec(
+@dataclass(frozen=True, kw_only=True)
+class STDiT3Spec(BackboneSpec):
+    """Sizes and costs of an STDiT3."""
+
+    config: STDiT3Config
+
+    def cost(
+        self, size: tuple[int, int, int], *, text_length: int, batch: int = 1, injection: InjectionConfig | None = None
+    ) -> Cost:
+        """Cost of one pass, counted on the meta device."""
+        return dit_cost(self.config, size, text_length=text_length, batch=batch, injection=injection)
+
+
+def spec_of(config: STDiT3Config) -> STDiT3Spec:
+    """Sizes of an STDiT3 from its config."""
+    return STDiT3Spec(
         family=FAMILY,
         channels=config.in_channels,
         patch_size=config.patch_size,
@@ -28,6 +43,7 @@ def spec_of(config: STDiT3Config) -> BackboneSpec:
         num_injection_points=config.depth,
         text_width=config.hidden_size if config.skip_y_embedder else config.caption_channels,
         max_text_length=config.model_max_length,
+        config=config,
     )
 
 
@@ -43,7 +59,7 @@ class STDiT3Backbone:
         self.dit, self.shift = dit, shift or TimeShift()
 
     @property
-    def spec(self) -> BackboneSpec:
+    def spec(self) -> STDiT3Spec:
         """Sizes of the network."""
         return spec_of(self.dit.config)
 
@@ -95,14 +111,10 @@ class STDiT3Backbone:
 class STDiT3Family(BackboneFamily):
     """STDiT3 in component folders of ours and released ones."""
 
-    def read_spec(self, folder: Path) -> BackboneSpec:
+    def read_spec(self, folder: Path) -> STDiT3Spec:
         """Sizes from `config.json`."""
         return spec_of(read_config(STDiT3, folder))
 
     def load(self, folder: Path, *, device: torch.device | str, shift: TimeShift) -> STDiT3Backbone:
         """Network with its weights, strictly loaded."""
         return STDiT3Backbone(load_component(STDiT3, folder, device=device), shift)
-
-    def cost(self, folder: Path, size: tuple[int, int, int], *, text_length: int, batch: int) -> Cost:
-        """Cost of one pass, counted on the meta device."""
-        return dit_cost(read_config(STDiT3, folder), size, text_length=text_length, batch=batch)

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from arlon.checkpoint import ModelFolder
     from arlon.models.ar import CodeTransformerConfig
     from arlon.models.injection import InjectionConfig
-    from arlon.models.stdit import STDiT3Config
     from arlon.models.video_vae import VideoVAEConfig
     from arlon.models.vqvae import LatentVQVAEConfig
+    from arlon.protocols import BackboneSpec
     from arlon.text.encoders import TextEncoderConfig
 
 
@@ -95,7 +95,8 @@ class ModelConfigs:
     """Configs of the components that make a film. A base alone has neither `vqvae`, `ar` nor `injection`."""
 
     vae: VideoVAEConfig
-    dit: STDiT3Config
+    backbone: BackboneSpec
+    """Sizes of the component `dit`, of whatever family it is."""
     text_encoder: TextEncoderConfig
     vqvae: LatentVQVAEConfig | None = None
     ar: CodeTransformerConfig | None = None
@@ -148,6 +149,7 @@ def read_configs(model: ModelFolder) -> ModelConfigs:
         FileNotFoundError: If VAE, DiT or text encoder is missing, or some but not all of what codes need.
         ConfigError: If a config is not what this version knows.
     """
+    from arlon.backbones import read_backbone_spec
     from arlon.components import read_config
     from arlon.text.encoders import read_text_config
 
@@ -158,12 +160,13 @@ def read_configs(model: ModelFolder) -> ModelConfigs:
             f"model {str(model.path)!r} has {', '.join(there)} but lacks {', '.join(missing)}: a base alone has none"
         )
     configs: dict[str, Any] = {
-        name: read_text_config(model.component(name))
-        if name == "text_encoder"
-        else read_config(COMPONENTS[name].model_class, model.component(name))
-        for name in (*BASE_COMPONENTS, *there)
+        name: read_config(COMPONENTS[name].model_class, model.component(name)) for name in ("vae", *there)
     }
-    return ModelConfigs(**configs)
+    return ModelConfigs(
+        backbone=read_backbone_spec(model.component("dit")),
+        text_encoder=read_text_config(model.component("text_encoder")),
+        **configs,
+    )
 
 
 def read_size(name: str) -> tuple[ModelConfigs, GenerationDefaults] | None:
@@ -172,6 +175,7 @@ def read_size(name: str) -> tuple[ModelConfigs, GenerationDefaults] | None:
     Raises:
         ConfigError: If a config is not what this version knows.
     """
+    from arlon.backbones.stdit3 import spec_of
     from arlon.config import config_from_dict
     from arlon.film.strict_yaml import parse_yaml
 
@@ -187,6 +191,7 @@ def read_size(name: str) -> tuple[ModelConfigs, GenerationDefaults] | None:
     configs: dict[str, Any] = {
         part: config_from_dict(COMPONENTS[part].config_class, values[part][part]) for part in FILM_COMPONENTS
     }
+    configs["backbone"] = spec_of(configs.pop("dit"))
     return ModelConfigs(**configs), config_from_dict(GenerationDefaults, values["text_encoder"]["defaults"])
 
 
@@ -212,7 +217,7 @@ def make_geometry(configs: ModelConfigs, defaults: GenerationDefaults) -> ModelG
         defaults=defaults,
         grid=_segment_grid(configs.vae, defaults),
         space_stride=configs.vae.space_stride,
-        patch_size=configs.dit.patch_size,
+        patch_size=configs.backbone.patch_size,
         code_ratio=(1, 1, 1),
         has_codes=False,
         max_blend_frames=configs.vae.max_blend_frames,

@@ -1,8 +1,8 @@
 """Interface of text encoders: features, protocol, config, and the registry of kinds.
 
 A model folder names the kind of its encoder in `text_encoder/config.json`. Two kinds come with Arlon (see
-`arlon.text.encoders`). Another package adds one with `register_text_encoder` in a plugin module (`arlon.plugins`), which
-the command line and Ray workers find too.
+`arlon.text.encoders`). Another package adds one with `register_text_encoder` in a plugin module (`arlon.plugins`),
+which the command line and Ray workers find too.
 
 Dimension key
     B  prompts    L  text tokens (`max_length`)    E  width of the encoder

@@ -141,7 +141,7 @@ def plan_cost(plan: Plan, configs: ModelConfigs, settings: Settings) -> FilmCost
     is_guided = any(request.refine.guidance_scale != 1 for request in requests)
     passes = sum(_num_passes(request) * (1 if _is_guided(request) or not is_guided else 0.5) for request in requests)
     batch = 2 if is_guided else 1
-    dit = cost.dit_cost(configs.dit, size, text_length=text_length, batch=batch, injection=configs.injection)
+    dit = configs.backbone.cost(size, text_length=text_length, batch=batch, injection=configs.injection)
     add("dit", dit, passes)
 
     # The first segment of a take has more new frames; the others have a border to blend.

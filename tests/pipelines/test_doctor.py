@@ -77,7 +77,7 @@ def test_a_film_costs_its_segments_and_steps(tiny_model: Path) -> None:
     assert len(plan.segments) == 3
     parts = {part.part: part for part in cost_of(plan, model).parts}
     configs = read_configs(model)
-    once = cost.dit_cost(configs.dit, (15, 4, 6), text_length=tiny.TEXT_LENGTH, batch=2)
+    once = configs.backbone.cost((15, 4, 6), text_length=tiny.TEXT_LENGTH, batch=2)
     assert parts["dit"].flops == 3 * 3 * once.flops
     assert parts["dit"].weight_bytes == 4 * once.num_parameters
     decode = cost.vae_decode_cost(configs.vae, 51, (4, 6))
