@@ -46,14 +46,22 @@ class Registry(Generic[T]):
         Raises:
             ValueError: If the name is taken.
         """
-        if name in self._entries:
-            raise ValueError(f"{self.kind} {name!r} is already registered: choose another name")
 
-        def add(entry: Entry) -> Entry:
-            self._entries[name] = entry  # type: ignore[assignment]  # the decorated object keeps its own type
+        def decorate(entry: Entry) -> Entry:
+            self.add(name, entry)  # type: ignore[arg-type]  # the decorated object keeps its own type
             return entry
 
-        return add
+        return decorate
+
+    def add(self, name: str, entry: T) -> None:
+        """Add an entry under a name.
+
+        Raises:
+            ValueError: If the name is taken.
+        """
+        if name in self._entries:
+            raise ValueError(f"{self.kind} {name!r} is already registered: choose another name")
+        self._entries[name] = entry
 
     def __getitem__(self, name: str) -> T:
         """Entry of a name; plugins are imported if the name is not known yet.

@@ -32,6 +32,7 @@ from stages.config import DataConfig, OptimConfig, RunConfig
 from stages.data import data_facts, load_codes, load_data, load_frozen, trim_text
 from stages.pictures import picture_of_pairs
 from stages.record import TrainingFacts
+from stages.registry import STAGES, StageKind
 
 NUM_PICTURES = 3
 log = logging.getLogger(__name__)
@@ -268,3 +269,9 @@ def check_fit(config: ARStageConfig, vqvae: LatentVQVAE, codes: CodeCache) -> No
         problems.append(f"ar.max_text ({config.ar.max_text}) must hold data.text_length = {config.data.text_length}")
     if problems:
         raise ValueError("\n".join(problems))
+
+
+STAGES.add(
+    "ar",
+    StageKind(config_class=ARStageConfig, build=build, model_class=CodeTransformer, model_key="ar"),
+)

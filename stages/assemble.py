@@ -19,10 +19,9 @@ from arlon.registry import COMPONENTS, TRAINED_COMPONENTS
 from arlon.text.encoders import TextEncoderConfig
 
 if TYPE_CHECKING:
-    from arlon.components import Component
+    pass
 
 RUN_OF_COMPONENT = {name: COMPONENTS[name].recipe for name in TRAINED_COMPONENTS}
-COMPONENT_OF_STAGE = {"vae": "vae", "vqvae": "vqvae", "ar": "ar", "dit": "dit", "inject": "injection"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,11 +35,6 @@ class ModelFolderConfig:
     defaults: dict[str, Any] = field(default_factory=dict)
     """How the model is best used: see `arlon.film.geometry.GenerationDefaults`. What the stages were trained on wins
     over what stands here."""
-
-
-def stage_model_class(stage: str) -> type[Component]:
-    """Class of the model that a stage trains."""
-    return COMPONENTS[COMPONENT_OF_STAGE[stage]].model_class
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,7 @@ from stages.data import data_facts, fill_texts, load_data, load_encoder, load_fr
 from stages.flow_matching import draw_times, even_times, flow_losses, grid_times, sample_latents, shift_for
 from stages.pictures import NUM_EXAMPLES, example_batch, picture_of_pairs
 from stages.record import TrainingFacts
+from stages.registry import STAGES, StageKind
 
 log = logging.getLogger(__name__)
 TRAINING_FIELDS = (
@@ -245,3 +246,9 @@ def _make_model(config: DiTStageConfig) -> STDiT3:
         model = init_model(model, config.train, free=TRAINING_FIELDS)
     model.gradient_checkpointing = config.gradient_checkpointing
     return model
+
+
+STAGES.add(
+    "dit",
+    StageKind(config_class=DiTStageConfig, build=build, model_class=STDiT3, model_key="dit"),
+)

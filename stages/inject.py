@@ -25,6 +25,7 @@ from stages.data import CachedData, data_facts, load_codes, load_data, load_froz
 from stages.flow_matching import draw_times, even_times, flow_losses, sample_latents, shift_for
 from stages.pictures import example_batch, picture_of_pairs
 from stages.record import TrainingFacts
+from stages.registry import STAGES, StageKind
 
 CoarseSource = Literal["coarser", "fine", "mix"]
 
@@ -220,3 +221,9 @@ def _windows(
         texts=data.texts,
         codes=codes,
     )
+
+
+STAGES.add(
+    "inject",
+    StageKind(config_class=InjectStageConfig, build=build, model_class=SemanticInjection, model_key="injection"),
+)

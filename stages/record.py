@@ -19,14 +19,13 @@ from arlon.components import read_json
 from arlon.config import config_from_dict, config_to_dict
 from arlon.errors import ConfigError
 from arlon.files import append_line, make_folder, write_json
+from stages.registry import stage_kind
 
 RECORD_NAME = "export.json"
 CONFIG_NAME = "config.yaml"
 HISTORY_NAME = "history.jsonl"
 LOCK_NAME = ".lock"
 FORMAT = 1
-MODEL_KEYS = {"vae": "vae", "vqvae": "vqvae", "ar": "ar", "dit": "dit", "inject": "injection"}
-"""Key of a stage's configuration that holds the shape of its model."""
 FIXED_KEYS = ("optim.name", "train.seed", "train.init_from", "train.previous_part", "part")
 """Settings that a training must keep to its end: others would contradict its checkpoint or the order of its data."""
 
@@ -85,7 +84,7 @@ def changed_settings(stage: str, config: Any, run_dir: Path) -> dict[str, tuple[
     Raises:
         ConfigError: If one of them must not change while a training is resumed.
     """
-    path = run_dir / CONFIG_NAME
+    path, model_key = run_dir / CONFIG_NAME, stage_kind(stage).model_key
     if not path.is_file():
         return {}
     before, now = _leaves(yaml.safe_load(path.read_text(encoding="utf-8"))), _leaves(config_to_dict(config))
@@ -94,7 +93,7 @@ def changed_settings(stage: str, config: Any, run_dir: Path) -> dict[str, tuple[
     fixed = [
         f"{key} (was {old!r}, now {new!r})"
         for key, (old, new) in changed.items()
-        if key in before and key in now and (key in FIXED_KEYS or key.startswith(f"{MODEL_KEYS[stage]}."))
+        if key in before and key in now and (key in FIXED_KEYS or key.startswith(f"{model_key}."))
     ]
     if fixed:
         raise ConfigError(

@@ -8,7 +8,6 @@ The run folder holds `config.yaml` (resolved), `history.jsonl` (what later comma
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import logging
 import os
@@ -16,7 +15,6 @@ import sys
 import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -24,6 +22,7 @@ import typer
 
 from arlon.memory import keep_freed_memory
 from arlon.threads import spin_briefly
+from stages.registry import BUILT_IN, stage_kind
 
 if TYPE_CHECKING:
     from arlon.components import Component
@@ -34,25 +33,6 @@ FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
 MAX_LINES = 24
 """How many lines of an error are shown."""
 CHECKPOINT_KEYS = ("state_dict", "callbacks", "optimizer_states", "loops", "global_step")
-
-
-class StageName(StrEnum):
-    """The stages, in the order in which they are trained."""
-
-    vae = "vae"
-    vqvae = "vqvae"
-    ar = "ar"
-    dit = "dit"
-    inject = "inject"
-
-
-CONFIG_CLASSES = {
-    "vae": "VAEStageConfig",
-    "vqvae": "VQVAEStageConfig",
-    "ar": "ARStageConfig",
-    "dit": "DiTStageConfig",
-    "inject": "InjectStageConfig",
-}
 
 
 @dataclass(frozen=True)
@@ -88,8 +68,7 @@ def load_stage_config(stage: str, files: list[Path], overrides: list[str]) -> An
     """Configuration of a stage from YAML files and `key=value` overrides; later ones win."""
     from arlon.config import load_config
 
-    module = importlib.import_module(f"stages.{stage}")
-    return load_config(getattr(module, CONFIG_CLASSES[stage]), files, overrides)
+    return load_config(stage_kind(stage).config_class, files, overrides)
 
 
 def find_checkpoint(run_dir: Path, resume: str) -> Path | None:
@@ -209,20 +188,19 @@ def run_stage(
 
 def build_stage(stage: str, config: Any) -> StageParts:
     """Data and module of a stage, by its name."""
-    return importlib.import_module(f"stages.{stage}").build(config)
+    return stage_kind(stage).build(config)
 
 
 def finish_again(stage: str, config: Any, run_dir: Path, export_to: Path | None) -> None:
     """Write only what a finished run lacks: its export, if that was removed, and the further component folder."""
     from arlon.components import CONFIG_NAME
-    from stages.assemble import stage_model_class
     from stages.callbacks import LAST_CHECKPOINT
     from stages.common import EXPORT_DIR, export_checkpoint
 
     if not (run_dir / EXPORT_DIR / CONFIG_NAME).is_file():
         export_checkpoint(build_stage(stage, config).stage, run_dir / LAST_CHECKPOINT, run_dir)
     if export_to is not None and not (export_to / CONFIG_NAME).is_file():
-        copy_export(run_dir, stage_model_class(stage), export_to)
+        copy_export(run_dir, stage_kind(stage).model_class, export_to)
 
 
 def copy_export(run_dir: Path, model_class: type[Component], folder: Path) -> None:
@@ -250,7 +228,7 @@ def fit(training: Training, parts: StageParts, checkpoint: Path | None) -> bool:
 
 
 def main(
-    stage: Annotated[StageName, typer.Argument(help="What to train.")],
+    stage: Annotated[str, typer.Argument(help=f"What to train: {', '.join(BUILT_IN)}, or a stage of a plugin.")],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(metavar="[KEY=VALUE]...", help="Settings, such as train.max_minutes=30."),
@@ -269,12 +247,13 @@ def main(
     """Train one stage; running the same command again resumes it."""
     if importlib.util.find_spec("lightning") is None:
         _fail(ImportError("training needs Lightning: pip install 'arlon[train]'"), WRONG_USAGE)
-    run_dir = output or Path("runs") / stage.value
-    files = config or [Path("configs") / "shapes" / f"{stage.value}.yaml"]
-    settings = _settings(stage.value, files, overrides or [])
+    run_dir = output or Path("runs") / stage
+    default = Path("configs") / "shapes" / f"{stage}.yaml"
+    files = config or ([default] if stage in BUILT_IN else [])  # a stage of a plugin has defaults of its own
+    settings = _settings(stage, files, overrides or [])
     try:
         _quieten_lightning()
-        result = run_stage(stage.value, settings, run_dir, resume=resume, export_to=export_to)
+        result = run_stage(stage, settings, run_dir, resume=resume, export_to=export_to)
     except (ValueError, OSError, RuntimeError, ImportError, MemoryError) as error:
         _fail(error, FAILED)
     except KeyboardInterrupt:

@@ -28,6 +28,7 @@ from stages.common import Stage, StageParts, init_model, window_parts
 from stages.config import DataConfig, OptimConfig, RunConfig
 from stages.data import make_sources
 from stages.pictures import picture_of_videos
+from stages.registry import STAGES, StageKind
 from stages.vae_objectives import OBJECTIVES, VAELossConfig
 
 STATISTICS_BATCHES = 8
@@ -153,3 +154,9 @@ def build(config: VAEStageConfig) -> StageParts:
     model = init_model(VideoVAE(config.vae), config.train, free=("shift", "scale"))
     examples = list(BatchStream(FixedBatches(val, config.train.batch_size), num_batches=STATISTICS_BATCHES))
     return window_parts(VAEStage(config, model, examples), train, val, config.train)
+
+
+STAGES.add(
+    "vae",
+    StageKind(config_class=VAEStageConfig, build=build, model_class=VideoVAE, model_key="vae"),
+)

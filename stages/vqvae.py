@@ -21,6 +21,7 @@ from stages.config import DataConfig, OptimConfig, RunConfig
 from stages.data import data_facts, load_data, load_frozen
 from stages.pictures import example_batch, picture_of_pairs
 from stages.record import TrainingFacts
+from stages.registry import STAGES, StageKind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,3 +104,9 @@ def build(config: VQVAEStageConfig) -> StageParts:
     model = init_model(LatentVQVAE(config.vqvae), config.train)
     stage = VQVAEStage(config, model, load_frozen(VideoVAE, config.data.vae, "data.vae"), example_batch(val))
     return window_parts(stage, train, val, config.train)
+
+
+STAGES.add(
+    "vqvae",
+    StageKind(config_class=VQVAEStageConfig, build=build, model_class=LatentVQVAE, model_key="vqvae"),
+)
