@@ -47,6 +47,8 @@ from arlon.film.storyboard import (
 )
 from arlon.film.storyboard_values import Transition, parse_duration
 from arlon.film.take_media import take_media
+from arlon.film.workers import RefineWorker
+from arlon.protocols import Backbone
 
 Script = str | Sequence[str] | Mapping[str, Any] | Path | Storyboard
 """A film to make: one prompt, prompts of shots in order, plain values of a storyboard, a storyboard file, or a
@@ -240,6 +242,16 @@ class ArlonPipeline:
         All checks are made before this returns; the work is done while the iterator is read.
         """
         return self._start(script, seconds, seed, transition, options)[1]
+
+    @property
+    def backbone(self) -> Backbone:
+        """Backbone with its weights, for kernels to be chosen and hooks to be set; the next films use it as it is.
+
+        A film whose call changes a setting, such as the number of threads, loads its networks anew.
+        """
+        job = self._job("any", None, 0, "continue", {})  # the networks do not depend on the film
+        worker: RefineWorker = self._workers(RefineWorker, job)
+        return worker.backbone
 
     def plan(self, script: Script, *, seconds: float | None = None, seed: int | None = None, **options: Any) -> Plan:
         """Lay a film out frame by frame without making it; arguments and errors as of a call."""

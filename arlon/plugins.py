@@ -105,3 +105,8 @@ def load_plugins() -> None:
         except ImportError as error:
             raise ImportError(f"cannot import the plugin {module!r} ({origin}): {error}") from error
         _loaded.add(module)
+
+
+def forget(module: str) -> None:
+    """Import a plugin module again when it is needed next, so that a test or a notebook can change it."""
+    _loaded.discard(module)

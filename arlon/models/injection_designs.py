@@ -101,7 +101,7 @@ class InjectionDesign(nn.Module, ABC):
         name_in_injection: Name of this module in `SemanticInjection`, and so the prefix of its weights in files.
     """
 
-    name_in_injection: ClassVar[str] = "design"
+    name_in_injection: ClassVar[str] = "added_design"
 
     def __init__(self, config: InjectionConfig) -> None:
         super().__init__()
