@@ -12,7 +12,6 @@ from arlon.plugins import Registry, load_plugins
 
 if TYPE_CHECKING:
     from arlon.components import Component
-    from stages.common import StageParts
 
 BUILT_IN = ("vae", "vqvae", "ar", "dit", "inject")
 """Stages that come with Arlon, in the order in which they are trained; each is a module of this package."""
@@ -24,8 +23,8 @@ class StageKind:
 
     config_class: type
     """Config dataclass; its fields `train` (`stages.config.RunConfig`) and `optim` (`OptimConfig`) are read here."""
-    build: Callable[[Any], StageParts]
-    """Loads the data and makes the Lightning module from a configuration."""
+    build: Callable[[Any], Any]
+    """Loads the data and makes the Lightning module from a configuration; returns a `stages.common.StageParts`."""
     model_class: type[Component]
     """Class of the model that is trained and exported."""
     model_key: str
