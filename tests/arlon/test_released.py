@@ -417,7 +417,7 @@ def test_hub_fetches_one_folder_and_no_pickles(tmp_path: Path, monkeypatch: pyte
         return str(tmp_path)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
-    found = hub.fetch("owner/name/text_encoder", beside=("tokenizer",), download=False)
+    found = hub.fetch("owner/name/text_encoder", siblings=("tokenizer",), download=False)
     assert found == tmp_path / "text_encoder"
     name, options = asked[0]
     assert (name, options["local_files_only"]) == ("owner/name", True)
