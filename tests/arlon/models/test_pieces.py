@@ -90,6 +90,15 @@ def test_gradients_keep_everything_in_one_piece(monkeypatch: pytest.MonkeyPatch)
     assert all(parameter.grad is not None for parameter in block.parameters())
 
 
+def test_a_block_with_hooks_runs_whole_so_that_they_see_all_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    small_pieces(monkeypatch, 1, temporal=True)
+    block, inputs, seen = make_block(temporal=True), make_inputs(True, 1, masked=False), []
+    block.register_forward_hook(lambda module, args, out: seen.append(out.shape))
+    with torch.no_grad():
+        run_block(block, **inputs)
+    assert seen == [inputs["x"].shape]
+
+
 def test_gelu_is_the_formula_up_to_its_ends() -> None:
     x = torch.cat((torch.linspace(-12, 12, layers.SHORT + 1001), torch.tensor([-1e30, 1e30, -0.0, torch.inf])))
     exact = x.double()
