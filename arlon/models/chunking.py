@@ -13,6 +13,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from arlon.attention import automatic
 from arlon.grids import ceil_div
 from arlon.models.layers import Modulation, STDiT3Block, TextKeys, TextTokens
 
@@ -54,8 +55,10 @@ def run_block(
 
 
 def _runs_alone(block: STDiT3Block) -> bool:
-    """Whether nobody counts on calls of the block itself: hooks, or a wrapper that gathers sharded weights in them."""
-    return type(block) is STDiT3Block and not block._forward_hooks and not block._forward_pre_hooks
+    """Whether nobody outside counts on calls with all tokens: no hooks, no chosen kernels, no sharded weights."""
+    has_hooks = any(module._forward_hooks or module._forward_pre_hooks for module in block.modules())
+    has_own_kernel = any(layer.kernel is not automatic for layer in (block.attn, block.cross_attn))
+    return type(block) is STDiT3Block and not has_hooks and not has_own_kernel
 
 
 def plan_pieces(x: Tensor, *, temporal: bool) -> list[Piece]:

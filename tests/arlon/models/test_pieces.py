@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from arlon.attention import automatic
 from arlon.models import chunking, layers
 from arlon.models.chunking import plan_pieces, run_block
 from arlon.models.layers import RotaryTime, STDiT3Block, TextTokens, gelu_
@@ -90,13 +91,18 @@ def test_gradients_keep_everything_in_one_piece(monkeypatch: pytest.MonkeyPatch)
     assert all(parameter.grad is not None for parameter in block.parameters())
 
 
-def test_a_block_with_hooks_runs_whole_so_that_they_see_all_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("place", ["block", "attn", "kernel"])
+def test_hooks_and_chosen_kernels_see_all_tokens(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     small_pieces(monkeypatch, 1, temporal=True)
     block, inputs, seen = make_block(temporal=True), make_inputs(True, 1, masked=False), []
-    block.register_forward_hook(lambda module, args, out: seen.append(out.shape))
+    if place == "kernel":
+        block.attn.kernel = lambda q, k, v, mask: seen.append(q.numel()) or automatic(q, k, v, mask)
+    else:
+        module = block if place == "block" else block.attn
+        module.register_forward_hook(lambda module, args, out: seen.append(out.numel()))
     with torch.no_grad():
         run_block(block, **inputs)
-    assert seen == [inputs["x"].shape]
+    assert seen == [inputs["x"].numel()]
 
 
 def test_gelu_is_the_formula_up_to_its_ends() -> None:
