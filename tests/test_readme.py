@@ -1,4 +1,7 @@
-"""What README.md shows is true: its commands parse and run, its links lead somewhere, its code runs."""
+"""What README.md, CONTRIBUTING.md and CHANGELOG.md show is true.
+
+Commands parse and run, links lead somewhere, code runs, and tables of keys and solvers are complete.
+"""
 
 from __future__ import annotations
 
@@ -16,26 +19,34 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from arlon.data.video_io import VideoWriter
+from arlon.diffusion.solvers import SOLVERS
 from arlon.film.storyboard import parse_storyboard
+from arlon.film.storyboard_values import FILM_READERS, SHOT_READERS
 from pipelines.cli import app
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")}
+README = PAGES["README.md"]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 INDENTED = re.compile(r"(?<=\n\n)((?: {4}\S.*\n|\n(?= {4}))+)")
 INLINE = re.compile(r"`([^`\n]+)`")
 FOLDERS = ("arlon", "stages", "pipelines", "configs", "benchmarks", "tests", "docs", "examples")
 
 
-def blocks(*languages: str) -> list[str]:
+def blocks(*languages: str, page: str = README) -> list[str]:
     """Fenced blocks of these languages."""
-    return [text for language, text in FENCE.findall(README) if language in languages]
+    return [text for language, text in FENCE.findall(page) if language in languages]
 
 
 def command_lines() -> list[list[str]]:
-    """Every command that README shows, in blocks and within sentences, split into words and without comments."""
-    prose = FENCE.sub("", README)
-    shown = "\n".join([*blocks("", "sh", "bash", "shell", "console"), *INDENTED.findall(prose)])
+    """Every command that the pages show, in blocks and within sentences, split into words and without comments."""
+    return [words for page in PAGES.values() for words in command_lines_of(page)]
+
+
+def command_lines_of(page: str) -> list[list[str]]:
+    """Every command that a page shows."""
+    prose = FENCE.sub("", page)
+    shown = "\n".join([*blocks("", "sh", "bash", "shell", "console", page=page), *INDENTED.findall(prose)])
     lines = [line.strip().removeprefix("$ ") for line in shown.replace("\\\n", " ").splitlines()]
     lines += [text for text in INLINE.findall(prose) if " " in text]
     starts = ("arlon ", ".venv/bin/arlon ", "make ", "python ", "python3 ")
@@ -43,7 +54,7 @@ def command_lines() -> list[list[str]]:
 
 
 def commands(*names: str) -> list[list[str]]:
-    """What follows these names in the commands that README shows, each once."""
+    """What follows these names in the commands that the pages show, each once."""
     return [list(words) for words in dict.fromkeys(tuple(w[1:]) for w in command_lines() if w[0] in names)]
 
 
@@ -103,18 +114,41 @@ def test_a_script_exists_and_knows_its_options(words: list[str]) -> None:
             assert f'"{word.split("=")[0]}"' in text
 
 
-def test_links_and_paths_lead_to_files() -> None:
-    prose = FENCE.sub("", README)
+@pytest.mark.parametrize("name", PAGES)
+def test_links_and_paths_lead_to_files(name: str) -> None:
+    prose = FENCE.sub("", PAGES[name])
     links = re.findall(r"\]\(([^)#\s]+)", prose) + re.findall(r"(?:src|href)=\"([^\"#]+)", prose)
     paths = [text for text in INLINE.findall(prose) if re.fullmatch(rf"(?:{'|'.join(FOLDERS)})/[\w./-]*", text)]
     local = [link for link in links if "://" not in link and not link.startswith("mailto:")]
     assert local
-    missing = [name for name in (*local, *paths) if not (ROOT / name).exists()]
+    missing = [path for path in (*local, *paths) if not (ROOT / path).exists()]
     assert not missing
 
 
+@pytest.mark.parametrize("name", PAGES)
+def test_lines_are_not_longer_than_those_of_the_code(name: str) -> None:
+    assert not [line for line in PAGES[name].splitlines() if len(line) > 120]
+
+
+def table_keys(heading: str) -> set[str]:
+    """Names in the first column of the table with a heading, those between backticks."""
+    rows = README.split(f"| {heading} |", 1)[1].split("\n\n", 1)[0].splitlines()[2:]
+    return {key for row in rows for key in INLINE.findall(row.split("|")[1])}
+
+
+def test_tables_of_a_storyboard_have_all_its_keys() -> None:
+    assert table_keys("key of a shot") == set(SHOT_READERS)
+    assert table_keys("key of a film") == set(FILM_READERS)
+
+
+def test_all_solvers_are_named() -> None:
+    row = next(line for line in README.splitlines() if line.startswith("| `solver` |"))
+    built_in = {name for name in SOLVERS if SOLVERS[name].__module__.startswith("arlon.")}
+    assert set(INLINE.findall(row)) - {"solver"} == built_in
+
+
 def test_names_of_the_library_can_be_imported() -> None:
-    for dotted in re.findall(r"`((?:arlon|stages|pipelines)(?:\.\w+)+)`", README):
+    for dotted in re.findall(r"`((?:arlon|stages|pipelines)(?:\.\w+)+)`", "\n".join(PAGES.values())):
         module, _, name = dotted.rpartition(".")
         found = importlib.import_module(module)
         assert hasattr(found, name) or importlib.import_module(dotted), dotted
@@ -153,8 +187,8 @@ def workplace(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return folder
 
 
-RUNNABLE = [words for words in ARLON if "ray" not in words and "--resolution" not in words]
-"""Without films on Ray, which have tests of their own, and films larger than the tiny model's."""
+RUNNABLE = [words for words in ARLON if not {"ray", "--resolution", "cuda", "configs/shapes/demo.yaml"} & set(words)]
+"""Without films on Ray, which have tests of their own, films larger than the tiny model's, and films for a GPU."""
 
 
 @pytest.mark.slow
