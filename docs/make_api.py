@@ -98,9 +98,10 @@ def defined(body: list[ast.stmt]) -> Iterator[Entry]:
         elif isinstance(node, ast.Assign | ast.AnnAssign):
             target = node.targets[0] if isinstance(node, ast.Assign) else node.target
             if isinstance(target, ast.Name):
-                note = (
+                value = (
                     after.value.value if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) else None
                 )
+                note = value if isinstance(value, str) else None
                 yield Entry(target.id, node, note)
 
 
