@@ -13,13 +13,14 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from arlon import ArlonPipeline, LatentVQVAE, SemanticInjection, VideoVAE, load_text_encoder
+from arlon import ArlonPipeline, LatentVQVAE, SemanticInjection, STDiT3, VideoVAE
 from arlon.attention import attention_maps
-from arlon.backbones import open_backbone
+from arlon.backbones import STDiT3Backbone
 from arlon.checkpoint import ModelFolder, resolve_model
 from arlon.diffusion import flow
 from arlon.diffusion.samplers import draw_noise
 from arlon.protocols import VideoSize
+from arlon.text.encoders import MiniLMEncoder
 from pipelines.deliver.sheet import SheetRow, frames_to_sheet, write_sheet
 
 OUTPUT = Path("outputs/look_inside")
@@ -111,9 +112,9 @@ write_sheet(frames_to_sheet(rows), OUTPUT / "codes.png")
 
 # %%
 LAYER = "spatial_blocks.2.cross_attn"
-backbone = open_backbone(folder.component("dit"))
+backbone = STDiT3Backbone(STDiT3.from_pretrained(folder.component("dit")))
 injection = SemanticInjection.from_pretrained(folder.component("injection"))
-encoder = load_text_encoder(folder.component("text_encoder"))
+encoder = MiniLMEncoder()
 features = encoder.encode([PROMPTS[0]])
 words = encoder.tokenizer.convert_ids_to_tokens(encoder.tokenizer(PROMPTS[0])["input_ids"])
 

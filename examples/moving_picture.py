@@ -10,6 +10,7 @@ import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -72,7 +73,7 @@ def write_picture(frames: list[Image.Image], path: Path, fps: float) -> None:
     """Write frames as an animated picture that repeats, GIF or WebP by the ending of its name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # A GIF has 256 colours a frame, so objects on a patterned ground lose theirs; WebP keeps them and is smaller.
-    options = {"quality": 70, "method": 4} if path.suffix == ".webp" else {}
+    options: dict[str, Any] = {"quality": 70, "method": 4} if path.suffix == ".webp" else {}
     duration = round(1000 / fps)
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=duration, loop=0, **options)
 
