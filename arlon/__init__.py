@@ -1,6 +1,6 @@
-"""Arlon: long video from text. A film in five lines is in `arlon.pipeline`.
+"""Arlon: long video from text. `ArlonPipeline` makes films; the models it is built from can be used by themselves.
 
-Names below are loaded when they are first used, so that `import arlon` and the command line start at once.
+Public names are loaded when they are first used, so that `import arlon` and the command line start at once.
 """
 
 from __future__ import annotations

@@ -69,6 +69,7 @@ class FilmSegment:
     take: int
     """Number of its take, from 0; a cut starts a take."""
     prompt: str
+    """Prompt of its shot."""
     start_frame: int
     """First frame of the segment in the film. With `vae_blend_frames`, a segment begins with the last few frames of the
     one before it, which both decide."""
@@ -83,11 +84,14 @@ class FilmSegment:
 
 @dataclass(frozen=True, kw_only=True)
 class Film:
-    """A film in memory."""
+    """A film in memory: frames, latents, codes, and everything it was made from."""
 
     segments: tuple[FilmSegment, ...]
+    """Segments in order."""
     plan: Plan
+    """Frames, takes and segments of every shot, and the storyboard with all values that the model has added."""
     settings: Settings
+    """Settings that it was made with, such as precision and threads."""
     record: Mapping[str, Any]
     """Everything the film was made from, as plain values; see `arlon.film.record`."""
 
@@ -153,6 +157,12 @@ class Film:
 class ArlonPipeline:
     """A model that makes films from prompts; networks stay loaded between films.
 
+    Call it with prompts to get a `Film`, `stream` to get segments while the film is made, `plan` to see its timeline:
+
+        pipe = ArlonPipeline.from_pretrained("shapes")
+        film = pipe(["a red circle moves left", "a green circle moves left"], seconds=6, seed=7)
+        film.save("film.mp4")
+
     Attributes:
         geometry: Sizes and generation defaults of the model.
     """
@@ -209,11 +219,14 @@ class ArlonPipeline:
         Args:
             script: A prompt, prompts of shots in order, or a storyboard (object, plain values or file).
             seconds: Duration of shots that give none; rounded to whole segments. Default: 5.
-            seed: Seed; None: that of the storyboard, else a random one, which `Film.seed` tells.
+            seed: Seed. None: that of the storyboard, or a random one if it has none; `Film.seed` gives it.
             transition: How prompts given as strings follow each other: `continue` carries frames over, `cut` does not.
             progress: Show a progress bar on stderr.
             **options: Film-level values of a storyboard (`fps`, `height`, `width`, `guidance_scale`,
                 `num_inference_steps`, `solver`, `negative_prompt`, `use_codes` ...) or settings (`num_threads` ...).
+
+        Returns:
+            The film, all of it in memory.
 
         Raises:
             UsageError: If something asked for is not possible; StoryboardError lists everything wrong with a script.
@@ -237,9 +250,9 @@ class ArlonPipeline:
         transition: Transition = "continue",
         **options: Any,
     ) -> Iterator[FilmSegment]:
-        """Make a film and hand over each segment when it is ready; arguments and errors as of a call.
+        """Make a film and hand over each segment when it is ready; arguments and errors are those of a call.
 
-        All checks are made before this returns; the work is done while the iterator is read.
+        Input is checked before this returns; segments are made while the iterator is read.
         """
         return self._start(script, seconds, seed, transition, options)[1]
 
@@ -254,7 +267,7 @@ class ArlonPipeline:
         return worker.backbone
 
     def plan(self, script: Script, *, seconds: float | None = None, seed: int | None = None, **options: Any) -> Plan:
-        """Lay a film out frame by frame without making it; arguments and errors as of a call."""
+        """Lay a film out frame by frame without making it; arguments and errors are those of a call."""
         return self._job(script, seconds, seed, "continue", options).plan
 
     def _start(

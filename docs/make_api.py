@@ -20,7 +20,11 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "api.md"
 MODULES = (
     "arlon",
+    "arlon.film.storyboard",
+    "arlon.film.settings",
+    "arlon.film.plan",
     "arlon.errors",
+    "arlon.checkpoint",
     "arlon.components",
     "arlon.protocols",
     "arlon.backbones",
@@ -30,8 +34,23 @@ MODULES = (
     "arlon.attention",
     "arlon.plugins",
 )
-ONLY = {"arlon.components": ("Component",)}
-"""Names shown of a module that is mostly internal."""
+ONLY = {
+    "arlon.film.storyboard": ("Storyboard", "Shot"),
+    "arlon.film.settings": ("Settings",),
+    "arlon.film.plan": ("Plan", "ShotSpan", "Take", "Segment"),
+    "arlon.errors": (
+        "ArlonError",
+        "UsageError",
+        "StoryboardError",
+        "ConfigError",
+        "CheckpointError",
+        "VideoError",
+        "ManifestError",
+    ),
+    "arlon.checkpoint": ("resolve_model", "ModelFolder"),
+    "arlon.components": ("Component",),
+}
+"""Names shown of modules of which the rest is internal."""
 INTRODUCTION = """# Python API
 
 Written by `python docs/make_api.py` from the docstrings; change those, not this page. Tensors are named by their axes:
@@ -69,13 +88,14 @@ def source(module: str) -> ast.Module:
 
 
 def public_entries(module: str) -> list[Entry]:
-    """Public names of a module in order: those of `__all__`, wherever they are defined, else all that it defines."""
+    """Public names of a module in order: those of `ONLY`, else of `__all__`, else all that it defines."""
     tree = source(module)
     own = {entry.name: entry for entry in defined(tree.body)}
+    if module in ONLY:
+        return [own[name] for name in ONLY[module]]
     exported = own.get("__all__")
     if exported is None:
-        names = ONLY.get(module, [name for name in own if not name.startswith("_") and has_text(own[name])])
-        return [own[name] for name in names]
+        return [entry for name, entry in own.items() if not name.startswith("_") and has_text(entry)]
     assert isinstance(exported.node, ast.Assign)
     origins = {
         alias.asname or alias.name: node.module
@@ -133,7 +153,7 @@ def anchor(heading: str) -> str:
 def entry_text(entry: Entry, owner: str, level: int = 3) -> str:
     """Heading, signature and docstring of a name, and its public methods if it is a class."""
     node = entry.node
-    title = f"\n{'#' * level} {owner}.{entry.name}\n\n"
+    title = f"\n{'#' * level} `{owner}.{entry.name}`\n\n"  # between backticks, or `__call__` would be bold
     if isinstance(node, Function):
         return title + fenced(function_signature(node)) + markdown(ast.get_docstring(node))
     if not isinstance(node, ast.ClassDef):
@@ -147,7 +167,11 @@ def entry_text(entry: Entry, owner: str, level: int = 3) -> str:
     fields = [member for member in public if isinstance(member.node, ast.AnnAssign)]
     properties = [member for member in public if is_property(member.node)]
     if fields or properties:
-        text += "\nAttributes:\n\n" + "\n".join(map(attribute_line, [*fields, *properties])) + "\n"
+        text += (
+            f"\n{'Attributes' if fields else 'Properties'}:\n\n"
+            + "\n".join(map(attribute_line, [*fields, *properties]))
+            + "\n"
+        )
     methods = [member for member in public if isinstance(member.node, Function) and member not in properties]
     return text + "".join(entry_text(method, entry.name, level + 1) for method in methods)
 

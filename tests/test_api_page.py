@@ -14,7 +14,7 @@ import arlon
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
-HEADINGS = re.findall(r"^### ([\w.]+)$", PAGE, re.MULTILINE)
+HEADINGS = re.findall(r"^### `([\w.]+)`$", PAGE, re.MULTILINE)
 
 
 def test_the_page_is_what_the_script_writes() -> None:
