@@ -29,6 +29,32 @@ LAYERS = {
         evaluation film
         pipeline
     """,
+    "arlon.attention": """
+        kernels
+        layer
+    """,
+    "arlon.text": """
+        cleaning interface prompts
+        sources
+        encoders
+    """,
+    "arlon.models": """
+        ar codebook embeddings spatial_vae temporal_vae uncertainty video_pieces vqvae_layers
+        code_sampling layers video_vae vqvae
+        chunking
+        stdit
+        injection_designs pixart
+        injection
+    """,
+    "arlon.diffusion": """
+        flow guidance references solvers steps
+        denoiser samplers
+        conditioning
+    """,
+    "arlon.backbones": """
+        base
+        stdit3
+    """,
     "arlon.film": """
         appearance settings strict_yaml
         storyboard_values geometry
@@ -58,6 +84,17 @@ LAYERS = {
     "arlon.evaluation": """
         metrics metric_table optical_flow vbench cases
         film
+    """,
+    "arlon.evaluation.vbench": """
+        network_files rules
+        networks
+    """,
+    "stages": """
+        config muon pictures registry vae_objectives
+        flow_matching optim parallel record
+        assemble callbacks data
+        common
+        ar dit inject train vae vqvae
     """,
     "pipelines": """
         store
