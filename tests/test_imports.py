@@ -35,10 +35,8 @@ import torch
 def state():
     threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
     randomness = torch.random.get_rng_state().tolist(), random.getstate()
-    # torch's compiler notes its cache folder in the environment when vector_quantize_pytorch loads it.
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("TORCHINDUCTOR_")}
     return {"threads": threads, "dtype": dtype, "random state": randomness,
-            "environment": environment, "files": sorted(os.listdir("."))}
+            "environment": dict(os.environ), "files": sorted(os.listdir("."))}
 
 found = []
 for name in sys.argv[1:]:

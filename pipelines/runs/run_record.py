@@ -11,7 +11,6 @@ from pipelines.runs.prepare import Prepared
 FILM_LIBRARIES = (
     *("av", "numpy", "safetensors", "torch"),
     "diffusers",  # per-frame VAE
-    "vector-quantize-pytorch",  # codes
     *("beautifulsoup4", "ftfy", "tokenizers", "transformers"),  # text and its features
 )
 """Distributions whose code the bits of a film depend on; resuming a run tells if one has changed."""

@@ -5,7 +5,7 @@ import importlib
 import torch
 
 MODULES = (
-    *("PIL.ImageFilter", "av.subtitles.stream", "transformers.models.t5.modeling_t5", "vector_quantize_pytorch"),
+    *("PIL.ImageFilter", "av.subtitles.stream", "transformers.models.t5.modeling_t5"),
     *("diffusers.models.autoencoders.autoencoder_kl", "transformers.tokenization_utils_fast"),
     *("arlon.checkpoint", "arlon.film.workers", "arlon.models.ar", "arlon.models.injection", "arlon.models.stdit"),
     *("arlon.models.video_vae", "arlon.models.vqvae", "arlon.text.encoders", "pipelines.cli"),
