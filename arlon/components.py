@@ -74,8 +74,9 @@ class Component(nn.Module):
 
     config_class: ClassVar[type]
     """Dataclass whose fields are the contents of `config.json`."""
-    ignored_keys: ClassVar[frozenset[str]] = HUGGING_FACE_KEYS
-    """Keys of a released `config.json` that are passed over in silence; other unknown ones are named in a warning."""
+    ignored_keys: ClassVar[frozenset[str]] = frozenset()
+    """Keys of a `config.json` that change nothing in this class, besides `HUGGING_FACE_KEYS`; they are passed over in
+    silence. Other unknown keys of a released file are named in a warning, those of our own files are refused."""
     stored_form: StoredForm | None = None
     """How the folder that the model was loaded from is written; None for a new model."""
 
@@ -229,7 +230,7 @@ def read_config(model_class: type[Component], folder: str | Path, **overrides: A
     if not is_released and stored.get("_class_name") != model_class.__name__:
         raise CheckpointError(f"{str(folder)!r} holds a {stored.get('_class_name')}, expected a {model_class.__name__}")
     known = {field.name for field in fields(model_class.config_class)}
-    ignored = (model_class.ignored_keys if is_released else HUGGING_FACE_KEYS) - known
+    ignored = (model_class.ignored_keys | HUGGING_FACE_KEYS) - known
     values = model_class.translate_config(
         {key: value for key, value in stored.items() if not key.startswith("_") and key not in ignored}
     )

@@ -43,12 +43,8 @@ from stages.registry import STAGES, StageKind
 
 log = logging.getLogger(__name__)
 TRAINING_FIELDS = (
-    "input_size",
     "class_dropout_prob",
     "drop_path",
-    "enable_flash_attn",
-    "enable_layernorm_kernel",
-    "enable_sequence_parallelism",
     "only_train_temporal",
     "freeze_y_embedder",
 )

@@ -7,7 +7,7 @@ Ours differ from the released code in that
       that the last line of `forward` negates;
     - height and width count for each sample, not the first one's for the whole batch;
     - text is masked, not packed, and a sample without text tokens attends to nothing;
-    - times, positions and rotations are float32 even where the weights are bfloat16;
+    - times, positions and rotations are float32 even if the weights are bfloat16;
     - captions shorter than `model_max_length` can be dropped in training.
 
 Dimension key
@@ -100,14 +100,12 @@ class PreparedText:
 
 @dataclass(frozen=True, kw_only=True)
 class STDiT3Config:
-    """Shape of an STDiT3; the defaults are XL/2. Fields are those of a released `config.json`.
+    """Shape of an STDiT3; the defaults are XL/2. Fields are those of a released `config.json` that have an effect.
 
     Raises:
         ValueError: If sizes do not divide or are out of range; all problems are listed.
     """
 
-    input_size: tuple[int | None, int | None, int | None] = (None, None, None)
-    """Not used: sizes come with the latent."""
     input_sq_size: int = 512
     """Side in pixels of the video at which the spatial positions have scale 1."""
     in_channels: int = 4
@@ -134,12 +132,6 @@ class STDiT3Config:
     """Most text tokens, and rows of the null caption."""
     qk_norm: bool = True
     """Whether queries and keys of the self-attention are RMS-normalised."""
-    enable_flash_attn: bool = False
-    """Read and not used: PyTorch chooses the attention kernel."""
-    enable_layernorm_kernel: bool = False
-    """Read and not used."""
-    enable_sequence_parallelism: bool = False
-    """Read and not used."""
     only_train_temporal: bool = False
     """Whether everything but the temporal blocks is frozen."""
     freeze_y_embedder: bool = False
@@ -149,7 +141,6 @@ class STDiT3Config:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "patch_size", tuple(self.patch_size))
-        object.__setattr__(self, "input_size", tuple(self.input_size))
         problems = self._problems()
         if problems:
             raise ValueError("STDiT3Config: " + "; ".join(problems))
@@ -186,6 +177,10 @@ class STDiT3(Component):
     """
 
     config_class = STDiT3Config
+    # Sizes come with the latent, and PyTorch or `arlon.attention` chooses the kernels.
+    ignored_keys = frozenset(
+        {"input_size", "enable_flash_attn", "enable_layernorm_kernel", "enable_sequence_parallelism"}
+    )
 
     def __init__(self, config: STDiT3Config) -> None:
         super().__init__()
@@ -269,7 +264,7 @@ class STDiT3(Component):
             latent: Noisy latent, (B, C, T, H, W); any T, H, W.
             t: Flow time, (B,), 1 = noise, 0 = data.
             text: Text features, (B, L, E); (B, L, D) if the config says `skip_y_embedder`. Or what `prepare_text`
-                made of them, which saves work where the same text is given again.
+                made of them, which saves work if the same text is given again.
             text_mask: True = real text token, (B, L). All are real if None.
             frame_mask: True = noisy frame, False = clean frame, a condition, (B, T). Noisy if None. The frames of one
                 patch must agree.

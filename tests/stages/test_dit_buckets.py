@@ -122,7 +122,7 @@ def test_validation_is_the_mean_over_ten_unshifted_times(stage_config: Any, mani
 
 
 def test_a_base_with_other_training_settings_is_fine_tuned(stage_config: Any, tmp_path: Path) -> None:
-    settings = ("dit.enable_flash_attn=true", "dit.class_dropout_prob=0.3", "dit.freeze_y_embedder=true")
+    settings = ("dit.drop_path=0.2", "dit.class_dropout_prob=0.3", "dit.freeze_y_embedder=true")
     save_component(STDiT3(stage_config("dit", *settings).dit), tmp_path / "released", torch.bfloat16)
     tuned = build(stage_config("dit", f"train.init_from={tmp_path / 'released'}")).stage.model
     assert tuned.config.class_dropout_prob == 0.1
