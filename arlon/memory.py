@@ -1,7 +1,7 @@
-"""Where tensors lie: freed memory is kept for the next one, and weights lie alike after every load.
+"""Allocator settings: reuse freed memory, and give weights the same alignment on every load.
 
 glibc gives a large block back to the system when it is freed, and asks for it again at the next call; the system then
-maps and zeroes every page of it anew. A network that allocates its activations step by step pays for that in every
+maps and zeroes every page of it again. A network that allocates its activations step by step pays for that in every
 step. `keep_freed_memory` tells glibc to keep such blocks. Results do not change by a bit. The process then stays about
 as large as it once was, until it ends; its peak may rise a little, as free blocks are cut up.
 
@@ -37,13 +37,13 @@ CHOSEN_BY_USER = (
     "MALLOC_TOP_PAD_",
     "MALLOC_TRIM_THRESHOLD_",
 )
-"""Environment variables that choose or tune the allocator; where one is set, it has its way."""
+"""Environment variables that choose or tune the allocator; if one is already set, it is left unchanged."""
 
 
 def keep_freed_memory() -> bool:
     """Tell the allocator of this process to keep freed memory for later tensors.
 
-    Does nothing where the C library is not glibc, or where a variable of `CHOSEN_BY_USER` is set.
+    Does nothing if the C library is not glibc, or if a variable of `CHOSEN_BY_USER` is set.
 
     Returns:
         Whether the allocator took all settings.
@@ -55,10 +55,10 @@ def keep_freed_memory() -> bool:
 
 
 def give_back_memory() -> None:
-    """Collect what nobody refers to, and give free memory back: to the system, and to other users of a GPU.
+    """Collect unreachable objects and return free memory to the system, and to other users of a GPU.
 
-    For the end of something large; it works after `keep_freed_memory` too. Elsewhere than with glibc, the C library
-    decides what the system gets.
+    Meant for the moment when something large has ended; it works after `keep_freed_memory` too. With a C library other
+    than glibc, that library decides what the system gets back.
     """
     import torch
 
@@ -69,10 +69,10 @@ def give_back_memory() -> None:
 
 
 def align_weights(module: nn.Module) -> None:
-    """Move weights and buffers on the CPU that do not lie at a multiple of 64 bytes to memory of PyTorch, which does.
+    """Copy weights and buffers on the CPU that are not aligned to 64 bytes into memory of PyTorch, which is.
 
-    Kernels of matrix products add up in another order where memory is not aligned as they like it, and the last bits of
-    a result differ. Libraries that read weights into memory of their own put them elsewhere in every load.
+    Kernels of matrix products sum in another order if memory is not aligned, and the last bits of a result differ.
+    Libraries that read weights into memory of their own align them differently in every load.
     """
     for tensor in chain(module.parameters(), module.buffers()):
         if tensor.device.type == "cpu" and tensor.data_ptr() % ALIGNMENT:

@@ -260,7 +260,7 @@ class ArlonPipeline:
     def backbone(self) -> Backbone:
         """Backbone with its weights, for kernels to be chosen and hooks to be set; the next films use it as it is.
 
-        A film whose call changes a setting, such as the number of threads, loads its networks anew.
+        A film whose call changes a setting, such as the number of threads, loads its networks again.
         """
         job = self._job("any", None, 0, "continue", {})  # the networks do not depend on the film
         worker: RefineWorker = self._workers(RefineWorker, job)

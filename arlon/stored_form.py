@@ -1,6 +1,6 @@
 """The exact form in which a component was stored, so that it can be saved as the same files.
 
-Whoever fine-tunes a released folder gets back what had not changed byte for byte, and hashes of it stay: the text of
+Files of a released folder that fine-tuning does not change are saved byte for byte, so their hashes stay: the text of
 `config.json`, names and order of tensors, precisions, shards, and the metadata in the headers. `safetensors` itself
 writes a header of its own, so the files are put together here from the header that was read.
 """

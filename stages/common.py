@@ -279,7 +279,7 @@ def export_run(stage: Stage, average: WeightAverage, run_dir: Path, step: int) -
 
 
 def export_checkpoint(stage: Stage, checkpoint: Path, run_dir: Path) -> None:
-    """Write the export of a finished run anew from its last checkpoint, without a trainer."""
+    """Write the export of a finished run again from its last checkpoint, without a trainer."""
     values = torch.load(checkpoint, map_location="cpu", weights_only=True)
     stage.load_state_dict(values["state_dict"])
     average = WeightAverage(stage.config.train.ema_decay)

@@ -145,7 +145,8 @@ class DataConfig:
     """Manifest of your own clips, which replace all rendered takes; they are brought to the frame size, length
     and frame rate of `shapes`."""
     mix_rendered: bool = False
-    """With a manifest, train on the rendered takes of `extra_shapes` (and of `extra_takes` in the stage `ar`) too."""
+    """Whether a training on a manifest also uses the rendered takes of `extra_shapes` (and, in the stage `ar`, of
+    `extra_takes`)."""
     val_clips: int = 32
     """Clips at the end of the manifest that are used for validation only."""
     buckets: tuple[Bucket, ...] = ()

@@ -1,7 +1,7 @@
 """Takes: training videos without a cut, whose caption may change at a known frame.
 
 Every stage learns from takes. Shapes world renders them; a manifest of one's own clips gives takes of one
-caption. Take `i` of a source is always the same, whoever asks and in whatever order.
+caption. Take `i` of a source is always the same, in whatever order takes are asked for.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from arlon.shapes import world as shapes_world
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionSpan:
-    """From video frame `start_frame` on, any of `captions` describes the take."""
+    """Captions that each describe a take from video frame `start_frame` on."""
 
     start_frame: int
     captions: tuple[str, ...]

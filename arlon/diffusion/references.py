@@ -42,7 +42,7 @@ class Placement:
     length: int = 1
     """Latent frames, at most; fewer where the reference or the segment ends before."""
     edit_ratio: float = 0.0
-    """0 keeps the frames, 1 makes them anew; see `arlon.diffusion.conditioning.sample_with_edits`."""
+    """0 keeps the frames, 1 generates them from noise; see `arlon.diffusion.conditioning.sample_with_edits`."""
 
     def __post_init__(self) -> None:
         if min(self.segment, self.reference) < 0 or self.length < 1 or not 0 <= self.edit_ratio <= 1:

@@ -67,7 +67,7 @@ class TextResult:
     """Features of prompts, on the CPU."""
 
     features: dict[str, TextFeatures]
-    """By prompt."""
+    """Features of each prompt."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,8 +124,9 @@ class RefineRequest:
     solver: str
     fps: float
     height: int
-    """Of a frame as it is computed, pixels."""
+    """Height in pixels of a frame as it is computed."""
     width: int
+    """Width in pixels of a frame as it is computed."""
     blend: Blend | None = None
     """None if the segment has one prompt."""
     head: Tensor | None = None

@@ -78,7 +78,7 @@ class Shot:
 
 @dataclass(frozen=True, kw_only=True)
 class Storyboard:
-    """A film to make. Where a value is None, the model decides."""
+    """A film to make. If a value is None, the model decides."""
 
     shots: tuple[Shot, ...]
     seed: int | None = None

@@ -72,7 +72,7 @@ def torch_threads(num_threads: int) -> Iterator[None]:
 
 
 def process_memory_bytes() -> int:
-    """Memory of this process that is in RAM; where the system does not tell, the most it ever was."""
+    """Memory of this process that is in RAM; if the system does not tell, the most it ever was."""
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         return pages * resource.getpagesize()

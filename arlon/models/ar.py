@@ -6,7 +6,7 @@ raster order, frame after frame, `EOS` after the last code.
     slot        text_0 ... text_{L-1}   start    code_0   ...   code_{S-1}
     predicts                            code_0   code_1   ...   EOS, where the film ends
 
-Choices of ours, where the paper's text is not known:
+Our choices for what the paper leaves open:
 - The last prefix slot is a learned start slot, so that texts of any length end in the same place. Padded text
   is masked and changes nothing.
 - A query carries the position of the code that it predicts, a key the position of the code that it holds.
@@ -266,7 +266,7 @@ class CodeTransformer(Component):
             text: Text features, (B, L, E), L at most `max_text`.
             text_mask: (B, L) bool, True = real token. All real if None.
             drop_text: (B,) bool, True = this sample sees the null text. If None: drawn with `text_drop_prob`
-                in training mode, nobody in eval mode.
+                in training mode, False for all in eval mode.
             generator: CPU generator for that draw; the global one if None.
 
         Returns:
@@ -303,7 +303,7 @@ class CodeTransformer(Component):
             text: (B, L, E).
             text_mask: (B, L) bool; all real if None.
             max_codes: Codes that the cache can hold, those given included.
-            drop_text: (B,) bool, True = null text. None: nobody.
+            drop_text: (B,) bool, True = null text. None: no sample is dropped.
 
         Returns:
             Logits of the next code, (B, K + 1), and the cache for `step`.
@@ -334,7 +334,7 @@ class CodeTransformer(Component):
         return self._run_cached(x, bias, cache)
 
     def lay_out_for_steps(self) -> CodeTransformer:
-        """Keep the matrices column by column, for `step` on a CPU: its products of one or two rows read them in order.
+        """Store weight matrices column-major so that decoding one code on a CPU (`step`) reads memory sequentially.
 
         Values, names and shapes stay. In place; returns the model.
         """

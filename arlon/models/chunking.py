@@ -1,4 +1,4 @@
-"""Run a block piece by piece where that is faster: on a CPU, without gradients.
+"""Run a block piece by piece if that is faster: on a CPU, without gradients.
 
 A block makes some ten times as much of its tokens as they are themselves. Pieces whose share fits in the processor's
 cache run faster than all tokens at once, and take less memory. Tokens in different frames do not see each other in a
@@ -55,7 +55,7 @@ def run_block(
 
 
 def _runs_alone(block: STDiT3Block) -> bool:
-    """Whether nobody outside counts on calls with all tokens: no hooks, no chosen kernels, no sharded weights."""
+    """Whether no code outside counts on calls with all tokens: no hooks, no chosen kernels, no sharded weights."""
     has_hooks = any(module._forward_hooks or module._forward_pre_hooks for module in block.modules())
     has_own_kernel = any(layer.kernel is not automatic for layer in (block.attn, block.cross_attn))
     return type(block) is STDiT3Block and not has_hooks and not has_own_kernel

@@ -95,7 +95,7 @@ def sample_code(logits: Tensor, uniform: float, *, temperature: float = 1.0, top
 class CodeStream(Iterator[Tensor]):
     """Writes the code frames of one take, one at a time, in memory that does not grow with its length.
 
-    At the first frame of every span the text prefix is swapped and the cache read anew. A full window slides
+    At the first frame of every span the text prefix is swapped and the cache filled again. A full window slides
     by a fixed hop, and positions start again at 0 inside it. Both happen at frames that depend on the
     schedule alone, and a stream started from existing codes repeats the steps since the last of them: it goes
     on bit for bit as the uninterrupted one.
@@ -156,7 +156,7 @@ class CodeStream(Iterator[Tensor]):
         try:
             self._write(codes, uniforms)
         except BaseException:
-            self._cache = self._old_cache = None  # half a frame is in them; a retry reads them anew
+            self._cache = self._old_cache = None  # half a frame is in them; a retry fills them again
             raise
         if self._is_ended:
             raise StopIteration
@@ -189,7 +189,7 @@ class CodeStream(Iterator[Tensor]):
         self._recent.extend(existing[0].flatten(1).cpu())
 
     def _first_logits(self) -> Tensor:
-        """Logits of the first code of the next frame; reads the cache anew where that is due."""
+        """Logits of the first code of the next frame; fills the cache again if that is due."""
         window, read = _window_at(self.schedule, self.model.config, self.next_frame)
         if self._old_prompt() is None:
             self._old_cache = None
@@ -310,7 +310,7 @@ def _place_at(schedule: Sequence[PromptSpan], frame: int) -> tuple[int, int]:
 
 
 def _window_at(schedule: Sequence[PromptSpan], config: CodeTransformerConfig, frame: int) -> tuple[int, int]:
-    """First code frame of the window at `frame`, and the frame at which the cache was last read anew."""
+    """First code frame of the window at `frame`, and the frame at which the cache was last filled from the start."""
     _, read = _span_at(schedule, frame)
     window = max(0, read - (config.max_code_frames - config.hop))
     overflow = frame - (window + config.max_code_frames)

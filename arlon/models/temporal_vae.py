@@ -215,5 +215,5 @@ def like_weights(x: Tensor, module: nn.Module) -> Tensor:
 
 
 def full_precision(x: Tensor) -> Tensor:
-    """`x` in float32 where it is in half precision, otherwise as it is."""
+    """`x` in float32 if it is in half precision, otherwise as it is."""
     return x.float() if x.element_size() < 4 else x

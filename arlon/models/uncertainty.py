@@ -1,4 +1,4 @@
-"""Uncertainty sampling: noise on the coarse features in training, so that the DiT forgives the AR model its mistakes.
+"""Uncertainty sampling: noise on the coarse features in training, so that the DiT tolerates wrong codes.
 
 Source: ARLON, arXiv:2410.20502, noise-resilient training, names the part and where it sits; the formulas are our
 reading of it.
@@ -82,7 +82,7 @@ class LearnedUncertainty(nn.Module):
 
 
 def _variance(x: Tensor, dim: int) -> Tensor:
-    """Unbiased variance along an axis; 0 where the axis holds one value."""
+    """Unbiased variance along an axis; 0 if the axis holds one value."""
     return x.var(dim=dim, correction=min(1, x.shape[dim] - 1))
 
 

@@ -31,7 +31,7 @@ def checked_pieces(parts: Iterable[Tensor], check: Callable[[Tensor], None]) -> 
 
 
 def regroup(parts: Iterable[Tensor], size: int | None) -> Iterator[Tensor]:
-    """Cut consecutive pieces (B, C, n, H, W) anew, into `size` frames each, the last with what is left; None: all."""
+    """Cut consecutive pieces (B, C, n, H, W) again, into `size` frames each, the last with what is left; None: all."""
     held: list[Tensor] = []
     missing = size
     for part in parts:

@@ -80,7 +80,7 @@ class Track:
         return self.colour >= 0
 
     def likeness(self, frames: np.ndarray) -> np.ndarray:
-        """To each of `shapes_world.SHAPES` in each of `frames` (increasing), (frames, shapes) in [0, 1]."""
+        """Similarity in [0, 1] to each of `shapes_world.SHAPES` in each of `frames` (increasing), (frames, shapes)."""
         row = np.full(len(self.x), -1)
         row[frames] = np.arange(len(frames))
         own = np.flatnonzero(row[self.pixels.frame] >= 0)

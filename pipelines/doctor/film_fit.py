@@ -73,9 +73,9 @@ class Change:
     """One way to need less memory."""
 
     option: str
-    """As it is given on the command line."""
+    """Option as it is typed on the command line."""
     note: str = ""
-    """What it costs."""
+    """Drawback of the change; empty if it has none."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     film: Mapping[str, Any] = field(default_factory=dict)
     """Film-level values of the storyboard."""

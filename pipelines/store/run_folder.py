@@ -367,7 +367,7 @@ def _hash_codes(codes: Mapping[int, Tensor]) -> str:
 
 
 def _sealed(values: dict[str, Any]) -> dict[str, Any]:
-    """With a hash of all other values."""
+    """Add a hash of all values, under `sha256`."""
     return values | {"sha256": hash_plain(values)}
 
 
