@@ -59,7 +59,8 @@ class SamplingConfig:
     guidance_scale: float = 3.0
     """Logits are null + scale * (text - null); 1 needs one row only."""
     stop_at_eos: bool = False
-    """Let EOS end the last span early, at the start of a frame. Otherwise the schedule alone decides."""
+    """Let EOS end the last span early, at the start of a frame, as in the paper. Films leave it off: their storyboard
+    decides how long they are."""
 
     def __post_init__(self) -> None:
         if self.temperature < 0 or not 0 < self.top_p <= 1 or self.guidance_scale < 0:

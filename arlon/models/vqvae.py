@@ -4,7 +4,7 @@ Source: ARLON, arXiv:2410.20502, latent VQ-VAE: a 3D encoder, one codebook and a
 encoder and the decoder of the frozen video VAE. One class serves both ratios, the fine one (codes that the AR
 model writes) and the coarser one (reconstructions that the DiT is trained on).
 
-Choices of ours, where the paper's text is not known:
+Our choices for what the paper leaves open:
 - 3D convolutions are factorised into 1x3x3 and 3x1x1; grids change by non-overlapping patches, so that a code
   frame covers exactly `ratio[0]` latent frames.
 - Norms see one position at a time. Nothing has statistics over time or space, so decoding a window with a
@@ -205,8 +205,8 @@ class LatentVQVAE(Component):
 
         Args:
             codes: (B, cT, cH, cW) int64 in [0, K).
-            num_latent_frames: T, where it is not a multiple of the ratio; cT * ratio if None.
-            grid: (H, W), where they are not multiples of the ratio; (cH, cW) * ratio if None.
+            num_latent_frames: T, if it is not a multiple of the ratio; cT * ratio if None.
+            grid: (H, W), if they are not multiples of the ratio; (cH, cW) * ratio if None.
 
         Returns:
             Coarse latent, (B, C, T, H, W).
@@ -249,35 +249,6 @@ class LatentVQVAE(Component):
         last = min(codes.shape[1], ceil_div(stop, ratio) + self.receptive_halo)
         window = self._decode(self._look_up(codes[:, first:last]), ((last - first) * ratio, height, width))
         return window[:, :, start - first * ratio : stop - first * ratio]
-
-    def decode_windowed(
-        self,
-        codes: Tensor,
-        num_latent_frames: int | None = None,
-        *,
-        window: int,
-        grid: tuple[int, int] | None = None,
-    ) -> Tensor:
-        """Decode like `decode`, `window` code frames at a time: working memory does not grow with the film.
-
-        Raises:
-            ValueError: As `decode`, or if `window` is not positive.
-        """
-        if window < 1:
-            raise ValueError(f"window counts code frames and must be at least 1, got {window}")
-        num_frames, height, width = self._latent_size(codes, num_latent_frames, grid)
-        step = window * self.config.ratio[0]
-        pieces = [
-            self.decode_frames(
-                codes,
-                start,
-                min(start + step, num_frames),
-                num_latent_frames=num_frames,
-                grid=(height, width),
-            )
-            for start in range(0, num_frames, step)
-        ]
-        return torch.cat(pieces, dim=2)
 
     def _encode(self, latent: Tensor) -> Tensor:
         """Encoder output (B, cT, cH, cW, d) of a latent (B, C, T, H, W)."""
