@@ -140,6 +140,7 @@ class ARStage(Stage):
         for batch in batches:
             batch = self._to_device(batch)
             learned = batch["loss_mask"]
+            # The logits behind the last code predict EOS, which is no code.
             logits = self.model(batch["codes"], batch["text"], batch["text_mask"])[:, :-1]
             target = batch["codes"][learned]
             losses.append(F.cross_entropy(logits[learned].float(), target, reduction="none"))
@@ -185,6 +186,7 @@ def replace_codes(codes: Tensor, share: float, codebook_size: int, generator: to
     if not share:
         return codes
     chosen = torch.rand(codes.shape, generator=generator) < share
+    # A replacement may be the same code by chance.
     others = torch.randint(codebook_size, codes.shape, generator=generator)
     return torch.where(chosen.to(codes.device), others.to(codes.device), codes)
 
@@ -192,6 +194,7 @@ def replace_codes(codes: Tensor, share: float, codebook_size: int, generator: to
 def span_schedule(cache: LatentCache, index: int, texts: TextCache, *, num_frames: int, ratio: int) -> list[PromptSpan]:
     """Captions of a take as prompts over its `num_frames` code frames of `ratio` latent frames each."""
     spans = cache.spans(index)
+    # A code frame belongs to the caption of its first latent frame.
     starts = [ceil_div(num_latent_frames(s.start_frame) if s.start_frame else 0, ratio) for s in spans]
     schedule = []
     for span, start, stop in zip(spans, starts, [*starts[1:], num_frames], strict=True):
@@ -228,9 +231,11 @@ def build(config: ARStageConfig) -> StageParts:
         log.info("data.manifest replaces the takes of extra_takes; data.mix_rendered=true keeps them")
     extra = []
     for part in config.used_extra_takes:
+        # The same data settings with other takes, and never with a manifest or extra takes of its own.
         other = load_data(replace(config.data, manifest=None, extra_shapes=(), shapes=part.shapes), with_text=True)
         assert other.texts is not None
         extra.append(FixedBatches(windows(other.train, other.texts), config.train.batch_size))
+    # Fresh weights are drawn from the global generator: loading data must not change them.
     torch.manual_seed(config.train.seed)
     num_frames = val_codes.code_shape[0]
     stage = ARStage(

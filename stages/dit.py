@@ -149,6 +149,7 @@ class DiTStage(Stage):
         return data_facts(self.config.data, self.config.flow.windows)
 
     def _losses(self, batch: Sample, t: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        # Clips in buckets have lengths that no window has; they take the main settings.
         flow = self.config.flows.get(batch["latent"].shape[2], self.config.flow)
         t = shift_for(flow, batch)(t)
         return flow_losses(self.model, batch, t, generators=generators)
@@ -195,6 +196,7 @@ def _build_buckets(config: DiTStageConfig) -> StageParts:
             f"{data.manifest!r} has {len(clips)} clips, of which data.val_clips = {data.val_clips} are kept for "
             "validation: give more clips, or a smaller data.val_clips"
         )
+    # Latents of buckets are encoded when they are first needed, so the encoder stays loaded.
     encoder, texts = load_encoder(data), open_texts(data)
 
     def sort(some: Sequence[Clip], use: str) -> BucketedClips:
@@ -233,6 +235,7 @@ def _mask_sampler(flow: FlowConfig) -> MaskSampler | None:
 
 def _make_model(config: DiTStageConfig) -> STDiT3:
     """The DiT to train: fresh, from the part before, or from a released base or a file of PixArt-Sigma."""
+    # Fresh weights are drawn from the global generator: loading data must not change them.
     torch.manual_seed(config.train.seed)
     model, start = STDiT3(config.dit), config.train.start_folder
     if start is not None and Path(start).suffix in pixart.SUFFIXES and not Path(start).is_dir():

@@ -70,6 +70,7 @@ def flow_losses(
         (B,), float32.
     """
     clean = batch["latent"]
+    # A generator for each row, so that a clip gets the same noise whichever process has it.
     noise = torch.stack([torch.randn(clean.shape[1:], generator=generator) for generator in generators]).to(clean)
     t = t.to(clean.device)
     velocity = model(
@@ -115,5 +116,6 @@ def sample_latents(
     )
     noise = samplers.draw_noise(clean.shape, seed, "sample picture").to(clean)
     times = samplers.make_times(config.sampling_steps, shift_for(config, batch))
+    # Given frames are clean from the first step on, and the velocity there is 0.
     start = conditioning.place_clean(noise, clean, mask)
     return samplers.sample(conditioning.hold_clean(velocity, mask), start, times)

@@ -142,6 +142,7 @@ class InjectStage(Stage):
         decoded = [self._decode(name, batch) for name in self.config.code_names]
         if len(decoded) == 1:
             return decoded[0]
+        # `mix`: each sample has the coarse latent of one of the two VQ-VAEs.
         first = torch.rand(len(batch["latent"]), generator=generator) < 0.5
         return torch.where(first.to(decoded[0].device).view(-1, 1, 1, 1, 1), decoded[0], decoded[1])
 
@@ -151,12 +152,14 @@ class InjectStage(Stage):
         latent = batch["latent"]
         grid = (latent.shape[3], latent.shape[4])
         whole = self.frozen[name].decode(batch[f"codes_{name}"], num_latent_frames=self._take_latents, grid=grid)
+        # Decoded as a whole before it is cut: the codes around a window change its borders.
         starts = batch["start"].tolist()
         return torch.stack([row[:, s : s + latent.shape[2]] for row, s in zip(whole, starts, strict=True)])
 
     def _drop_text(self, batch: Sample, generator: torch.Generator) -> Sample:
         text = batch["text"]
         drop = torch.rand(len(text), generator=generator) < self.config.text_drop_prob
+        # Dropped here, since the frozen base is in eval mode and drops no caption itself.
         null = self.frozen["dit"].null_text(text.shape[1]).to(text)
         return batch | {"text": torch.where(drop.to(text.device)[:, None, None], null, text)}
 
@@ -174,6 +177,7 @@ def build(config: InjectStageConfig) -> StageParts:
     train, val = (_windows(config, data, which, vqvaes, folders) for which in ("train", "val"))
     dit = load_frozen(STDiT3, config.dit, "dit")
     check_blocks(config, dit)
+    # Fresh weights are drawn from the global generator: loading data must not change them.
     torch.manual_seed(config.train.seed)
     model = SemanticInjection(config.injection)
     if config.train.start_folder is None:

@@ -41,6 +41,7 @@ def spec_of(config: STDiT3Config) -> STDiT3Spec:
         patch_size=config.patch_size,
         width=config.hidden_size,
         num_injection_points=config.depth,
+        # With `skip_y_embedder` text arrives projected to the width of the network.
         text_width=config.hidden_size if config.skip_y_embedder else config.caption_channels,
         max_text_length=config.model_max_length,
         config=config,

@@ -127,6 +127,7 @@ class VideoWindows:
         video = self._source.take(shuffled(number, len(self._source), self._seed)).video
         if video.shape[1] < self._num_frames:
             raise ValueError(f"a window of {self._num_frames} frames does not fit a take of {video.shape[1]} frames")
+        # The VAE codes whole chunks, so windows of whole chunks start at borders of chunks.
         step = 1 if self._num_frames % CHUNK_FRAMES else CHUNK_FRAMES
         starts = range(0, video.shape[1] - self._num_frames + 1, step)
         start = starts[_draw(len(starts), sample_generator(self._seed, "video", number))]
@@ -275,6 +276,7 @@ class CodeWindows:
         owners = [span_at(spans, frame * self._ratio) for frame in range(start, stop)]
         codes = self._codes.codes(index, slice(start, stop))
         learned = torch.tensor([owner is owners[-1] for owner in owners])
+        # The first frame of a later window has no context of its own: it is context only.
         learned[0] &= start == 0
         padding = (self._num_frames - len(owners)) * codes[0].numel()
         return {
@@ -289,6 +291,7 @@ class CodeWindows:
         owners = [span_at(spans, frame * self._ratio) for frame in range(self._complete)]
         last = [f for f in range(1, self._complete) if f + 1 == self._complete or owners[f + 1] is not owners[f]]
         stop = last[_draw(len(last), generator)] + 1
+        # Half of the windows start with their take.
         if _draw(2, generator):
             return 0, min(stop, self._num_frames)
         start = _draw(max(1, stop - 1), generator)
@@ -312,6 +315,7 @@ def span_at(spans: tuple[CaptionSpan, ...], latent_frame: int) -> CaptionSpan:
 
 def shuffled(number: int, length: int, seed: int) -> int:
     """Row of sample `number`: element number % length of the permutation of its epoch."""
+    # Each epoch is a permutation of its own, so no state has to be stored to resume.
     epoch, offset = divmod(number, length)
     return int(_permutation(length, seed, epoch)[offset])
 
@@ -328,6 +332,7 @@ def sample_seed(seed: int, role: str, number: int) -> int:
     another way. Both stay: sharing one would change the batches of every training.
     """
     digest = hashlib.sha256(f"{seed}/{role}/{number}".encode()).digest()
+    # 63 bits, so that the seed fits a signed integer.
     return int.from_bytes(digest[:8], "little") >> 1
 
 

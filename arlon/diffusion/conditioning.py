@@ -70,6 +70,7 @@ def make_frame_mask(mode: str, num_frames: int, generator: torch.Generator | Non
         share = low + (high - low) * torch.rand((), generator=generator)
         noisy = torch.rand(num_frames, generator=generator) >= share
     elif mode == "intepolate":
+        # Every second frame, from the first or from the second one on.
         noisy[_randint(0, 1, generator) :: 2] = False
     else:
         extent, place = mode.split("_", 1)
@@ -81,6 +82,7 @@ def make_frame_mask(mode: str, num_frames: int, generator: torch.Generator | Non
             noisy[:count] = False
         if place in ("tail", "head_tail"):
             noisy[-count:] = False
+    # A sample without a noisy frame would have no loss.
     if not noisy.any():
         noisy[-1] = True
     return noisy
@@ -104,6 +106,7 @@ def sample_frame_masks(
         ValueError: If a mode is unknown, or the probabilities are negative or sum to more than 1.
     """
     _check_modes(ratios)
+    # Rounding may leave a tiny negative rest, which is none.
     rest = 1 - sum(ratios.values())
     if min(ratios.values(), default=0.0) < 0 or rest < -1e-6:
         raise ValueError(f"mask ratios must not be negative nor sum to more than 1, got {dict(ratios)}")
@@ -189,6 +192,7 @@ def sample_with_edits(
 
     def join(index: int, t: Tensor, x: Tensor) -> Tensor:
         nonlocal is_made
+        # m >= t: the frame is due at this step. Frames that joined earlier must not be noised again.
         joining = (edit_ratio >= t) & ~is_made
         is_made = edit_ratio >= t
         if not bool(joining.any()):

@@ -86,6 +86,7 @@ def snap(value: int, step: int, limit: int) -> int:
         step: Latent frames of a VAE chunk (5).
         limit: Latent frames of the whole.
     """
+    # `2 * rest > step` rounds to the nearest multiple; it rounds up only if a step fits behind the result.
     below, rest = divmod(value, step)
     return (below + (2 * rest > step and below < limit // step - 1)) * step
 
@@ -121,6 +122,7 @@ def place_references(
         )
     placed = latent.clone()
     edit_ratio = torch.ones(latent.shape[0], latent.shape[2], device=latent.device)
+    # `target` and `ratio` are views: `_place` writes into `placed` and `edit_ratio`.
     for target, ratio, sources, groups in zip(placed, edit_ratio, references, placements, strict=True):
         for group in groups:
             if group.segment == segment:
@@ -132,6 +134,7 @@ def _place(target: Tensor, ratio: Tensor, references: Sequence[Tensor], group: P
     """Write one group into a sample, target (C, T, H, W) and ratio (T,)."""
     to, taken = _frames_of(group, target.shape[1], [reference.shape[1] for reference in references], align)
     source = references[group.reference]
+    # Everything but the number of frames has to agree.
     sizes = tuple((*tensor.shape[:1], *tensor.shape[2:]) for tensor in (target, source))
     if sizes[0] != sizes[1]:
         raise ValueError(f"reference {group.reference} must have (C, H, W) = {sizes[0]} as the segment, got {sizes[1]}")
@@ -158,6 +161,7 @@ def _frames_of(group: Placement, num_latents: int, references: Sequence[int], al
     available = references[group.reference]
     start = _resolve(group.target_start, num_latents, align, "target start")
     source_start = _resolve(group.reference_start, available, align, "reference start")
+    # A group may run past either end; what is left of it is placed.
     length = min(group.length, num_latents - start, available - source_start)
     return slice(start, start + length), slice(source_start, source_start + length)
 
@@ -169,6 +173,7 @@ def _resolve(start: int, num_frames: int, align: int | None, name: str) -> int:
             f"{name} {start} of the mask strategy is outside of {num_frames} latent frames: "
             f"expected {-num_frames} to {num_frames - 1}"
         )
+    # A negative start counts from the end, as an index of a list does.
     index = start % num_frames
     return index if align is None else snap(index, align, num_frames)
 
@@ -201,6 +206,7 @@ def given_span(num_frames: int, grid: SegmentGrid) -> GivenSpan:
     Raises:
         ValueError: If the video is too short for one latent frame.
     """
+    # The first latent frame of a chunk covers fewer video frames than the others (17 = 1 + 4 * 4).
     lead = grid.chunk_frames - (grid.chunk_latents - 1) * grid.time_stride
     if num_frames < lead:
         raise ValueError(f"a video to go on from needs at least {lead} frame{'s' * (lead > 1)}, got {num_frames}")

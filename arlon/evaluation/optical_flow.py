@@ -46,6 +46,7 @@ def estimate_flow(before: Tensor, after: Tensor) -> Tensor:
         raise ValueError(f"expected pictures (N, C, pH, pW) of one shape, got {shapes}")
     pyramids = [_pyramid(pictures.float()) for pictures in (before, after)]
     flow: Tensor | None = None
+    # From coarse to fine: every level refines the flow of the one above.
     for first, second in zip(*(reversed(levels) for levels in pyramids), strict=True):
         size = first.shape[-2:]
         flow = first.new_zeros(len(first), 2, *size) if flow is None else _enlarge(flow, size)
@@ -75,12 +76,15 @@ def _refine(before: Tensor, after: Tensor, flow: Tensor) -> Tensor:
     window = torch.exp(-(torch.arange(-radius, radius + 1.0) ** 2) / (2 * WINDOW_SIGMA**2))
     window = window / window.sum()
     for _ in range(NUM_ITERATIONS):
+        # Each update solves for what is left after the second frame is moved back by the flow so far.
         there = _warp(after, flow)
         dx, dy = _gradients((before + there) / 2)
         change = before - there
         products = [(a * b).mean(1) for a, b in ((dx, dx), (dx, dy), (dy, dy), (dx, change), (dy, change))]
         xx, xy, yy, x, y = _filtered(torch.stack(products, 1), window).unbind(1)
+        # The floor also keeps the determinant below away from zero.
         xx, yy = xx + TEXTURE_FLOOR, yy + TEXTURE_FLOOR
+        # Inverse of the 2 x 2 structure tensor times the right-hand side (Cramer's rule).
         update = torch.stack([yy * x - xy * y, xx * y - xy * x], 1) / (xx * yy - xy * xy)[:, None]
         length = update.norm(dim=1, keepdim=True)
         flow = _median(flow + update * (MAX_UPDATE / length.clamp(min=MAX_UPDATE)))
@@ -113,5 +117,6 @@ def _warp(pictures: Tensor, flow: Tensor) -> Tensor:
     y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     place = torch.stack([x, y]).to(flow) + flow
     size = torch.tensor([width, height]).to(flow).view(1, 2, 1, 1)
+    # Pixel centres to the coordinates of grid_sample, in which -1 and 1 are the outer edges.
     grid = ((2 * place + 1) / size - 1).movedim(1, -1)
     return F.grid_sample(pictures, grid, mode="bilinear", padding_mode="border", align_corners=False)

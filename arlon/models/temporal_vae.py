@@ -118,6 +118,7 @@ class TemporalEncoder(nn.Module):
         for level, width in enumerate(widths):
             self.block_res_blocks.append(_res_blocks(previous, width, config))
             if level < len(config.temporal_downsample):
+                # A level that keeps its length has an identity, so that indices are those of the released weights.
                 halves = config.temporal_downsample[level]
                 self.conv_blocks.append(CausalConv3d(width, width, 3, time_stride=2) if halves else nn.Identity())
             previous = width
@@ -149,9 +150,11 @@ class TemporalDecoder(nn.Module):
         doubling: list[nn.Module] = []
         previous = top
         for level in reversed(range(len(widths))):
+            # Built from the coarsest level to the finest, but numbered the other way: as in the released weights.
             blocks.insert(0, _res_blocks(previous, widths[level], config))
             previous = widths[level]
             if level > 0:
+                # Twice the channels, of which `_phase_to_time` makes twice the frames.
                 doubles = config.temporal_downsample[level - 1]
                 doubling.insert(0, CausalConv3d(previous, 2 * previous, 3) if doubles else nn.Identity())
         self.block_res_blocks = nn.ModuleList(blocks)
@@ -188,6 +191,7 @@ class TemporalVAE(nn.Module):
 
     def moments(self, x: Tensor) -> Tensor:
         """Per-frame latents (B, F, pT, H, W) -> mean and log-variance (B, 2C, ceil(pT / 4), H, W)."""
+        # Padding goes in front: the convolutions are causal, so the last latent frame ends with the last frame.
         front = -x.shape[2] % self.config.time_stride
         x = like_weights(x, self)
         return full_precision(self.quant_conv(self.encoder(F.pad(x, (0, 0, 0, 0, front, 0)))))
@@ -199,6 +203,7 @@ class TemporalVAE(nn.Module):
     def decode(self, z: Tensor, num_frames: int) -> Tensor:
         """(B, C, T, H, W) -> per-frame latents (B, F, num_frames, H, W); the frames that padding added are dropped."""
         x = full_precision(self.decoder(self.post_quant_conv(like_weights(z, self))))
+        # The decoder gives whole latent frames; what `moments` padded comes first.
         surplus = x.shape[2] - num_frames
         if not 0 <= surplus < self.config.time_stride:
             raise ValueError(

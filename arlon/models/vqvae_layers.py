@@ -50,6 +50,7 @@ class ResBlock(nn.Module):
         self.spatial = SpatialConv(dim, dim)
         self.temporal_norm = nn.RMSNorm(dim, eps=NORM_EPS)
         self.temporal = TemporalConv(dim, dim)
+        # The residual branch gives zero, so that a fresh block is the identity.
         for parameter in self.temporal.parameters():
             nn.init.zeros_(parameter)
 
@@ -96,12 +97,15 @@ class Levels:
     """
 
     def __init__(self, ratio: tuple[int, int, int], hidden_dim: int) -> None:
+        # log2 of the ratio along time, height and width.
         halvings = [r.bit_length() - 1 for r in ratio]
         deepest = max(halvings)
         self.strides: list[Stride] = []
         for level in range(deepest):
+            # An axis with fewer halvings has them in the last levels.
             t, h, w = (2 if level >= deepest - n else 1 for n in halvings)
             self.strides.append((t, h, w))
+        # Half the width per finer level, but never below `MIN_WIDTH`.
         narrowest = min(MIN_WIDTH, hidden_dim)
         self.widths = [max(hidden_dim >> (deepest - level), narrowest) for level in range(deepest + 1)]
 

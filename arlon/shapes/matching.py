@@ -41,6 +41,7 @@ def shape_likeness(cover: np.ndarray, z: np.ndarray, group: np.ndarray, radius: 
     likeness = np.zeros((num_groups, len(world.SHAPES)))
     for column, shape in enumerate(world.SHAPES):
         for angle in _angles(shape):
+            # Turning the pixels is cheaper than turning the picture, and needs no interpolation of it.
             turned = offset * np.complex64(np.exp(1j * angle))
             x, y = (
                 np.clip(np.rint(part) + MIDDLE, 0, 2 * MIDDLE).astype(np.intp) for part in (turned.real, turned.imag)
@@ -49,6 +50,7 @@ def shape_likeness(cover: np.ndarray, z: np.ndarray, group: np.ndarray, radius: 
             for picture in _pictures(shape):
                 ideal = picture[place]
                 product = np.bincount(group, cover * ideal, num_groups)
+                # Normalised correlation: 1 if the cover is a multiple of the picture.
                 scale = np.sqrt(energy * np.bincount(group, ideal * ideal, num_groups))
                 here = np.divide(product, scale, out=np.zeros(num_groups), where=scale > 0)
                 np.maximum(likeness[:, column], here, out=likeness[:, column])

@@ -42,7 +42,9 @@ def read_motion(
         return None, None
     time_s = np.flatnonzero(good) / fps
     path = np.stack([_steady(track.x[good]), _steady(track.y[good])], axis=1)
+    # Percentiles instead of extremes, because single frames may be misread.
     extent = np.percentile(path, 97, axis=0) - np.percentile(path, 3, axis=0)
+    # A slow object in a short take moves less than the usual threshold.
     slowest = min(world.MOVE_SPEED.values()) * (time_s[-1] - time_s[0])
     if extent.max() >= min(STATIONARY_EXTENT, 0.5 * slowest):
         return _read_path(time_s, path)
@@ -55,12 +57,14 @@ def read_motion(
 def _read_path(time_s: np.ndarray, path: np.ndarray) -> tuple[str | None, str | None]:
     """Translation, circle or bounce of a path (n, 2) at times (n,); motion None if it is none of them."""
     centred_time, centred = time_s - time_s.mean(), path - path.mean(0)
+    # Least-squares line through the path.
     velocity = centred_time @ centred / (centred_time @ centred_time)
     axis = int(np.abs(velocity).argmax())
     explained = 1 - ((centred - centred_time[:, None] * velocity) ** 2).sum() / (centred**2).sum()
     if explained >= STRAIGHT_R2:
         names = (("left", "right"), ("up", "down"))[axis]
         return names[int(velocity[axis] > 0)], _speed("translation", abs(velocity[axis]))
+    # Principal axes: a circle has two of about equal spread, a bounce one, upright.
     spread, axes = np.linalg.eigh(centred.T @ centred)
     if math.sqrt(max(spread[0], 0) / spread[1]) > ROUND_RATIO:
         return "circle", _speed("circle", _path_speed(time_s, path))
@@ -72,6 +76,7 @@ def _read_path(time_s: np.ndarray, path: np.ndarray) -> tuple[str | None, str | 
 def _path_speed(time_s: np.ndarray, path: np.ndarray) -> float:
     """Mean speed along a path, in heights a second, from neighbouring frames only: gaps cut curves off."""
     step_s, steps = np.diff(time_s), np.hypot(*np.diff(path, axis=0).T)
+    # Steps over frames in which the object was not found are left out.
     near = step_s < 1.5 * step_s.min()
     return float(steps[near].sum() / step_s[near].sum())
 
@@ -81,6 +86,7 @@ def _spin_rate(track: Track, good: np.ndarray, shape: str | None, fps: float) ->
     if shape not in FOLD:
         return 0.0
     order = FOLD[shape]
+    # A turn by one symmetry angle is a full turn of the moment's phase.
     return abs(float(np.angle(track.moment_product(order, good)))) / order * fps
 
 
@@ -91,6 +97,7 @@ def _read_growth(time_s: np.ndarray, radius: np.ndarray) -> tuple[str, str | Non
     slowest = min(world.GROW_RATE.values()) * (time_s[-1] - time_s[0])
     if abs(change) < min(RADIUS_CHANGE, 0.5 * slowest):
         return "still", None
+    # Share of the change that is done; the middle of it tells the rate, as growth stops at a limit.
     done = (radius - radius[:few].mean()) / change
     first, last = (int(np.argmax(done >= part)) for part in (0.15, 0.85))
     rate = abs(radius[last] - radius[first]) / max(time_s[last] - time_s[first], 1e-6)

@@ -57,7 +57,9 @@ class HlsFolder:
             self._lines = [
                 "#EXTM3U",
                 "#EXT-X-VERSION:7",
+                # It must not change while the stream grows, so the longest fragment to come is named at the start.
                 f"#EXT-X-TARGETDURATION:{ceil(self._longest_s)}",
+                # Fragments are only added, so a player may seek back to the start.
                 "#EXT-X-PLAYLIST-TYPE:EVENT",
                 "#EXT-X-INDEPENDENT-SEGMENTS",
                 f'#EXT-X-MAP:URI="{STREAM_NAME}",BYTERANGE="{head_bytes}@0"',
@@ -83,6 +85,7 @@ class HlsFolder:
         if not self._is_there:
             make_folder(self.path)
             sweep([self.path], (PLAYLIST_NAME, STREAM_NAME))
+            # Players keep their place in a playlist that only grows; any other one is a new stream.
             if playlist.exists() and not _goes_on(playlist.read_text(encoding="utf-8", errors="replace"), lines):
                 playlist.unlink()
             self._link()
@@ -94,15 +97,18 @@ class HlsFolder:
     def _link(self) -> None:
         temporary = temporary_beside(self.path / STREAM_NAME)
         try:
+            # A second name for the growing film: the stream then takes no space and no copying.
             os.link(self.partial, temporary)
             self._is_linked = True
         except OSError:
+            # A file system without hard links: `_copy` appends what is new.
             temporary.write_bytes(b"")
         temporary.replace(self.path / STREAM_NAME)
 
     def _copy(self) -> None:
         """Copy what the growing film has gained, up to the end of the last fragment."""
         with self.partial.open("rb") as source, (self.path / STREAM_NAME).open("ab") as target:
+            # Copying starts behind what an earlier call copied, and stops before an unfinished fragment.
             left = self._end - source.seek(target.tell())
             while left > 0 and (data := source.read(min(left, _COPY_CHUNK))):
                 left -= target.write(data)

@@ -53,6 +53,7 @@ def frames_to_sheet(rows: Sequence[SheetRow], *, scale: int | None = None) -> Im
         if row.frames.ndim != 4 or row.frames.shape[-1] != 3 or not len(row.frames):
             raise ValueError(f"frames of row {row.title!r} must be (n, pH, pW, 3), got {tuple(row.frames.shape)}")
     if scale is None:
+        # Rounded up to a whole factor.
         scale = max(1, -(-MIN_CELL // min(row.frames.shape[1] for row in rows)))
     width = max(_row_width(row, scale) for row in rows) + 2 * MARGIN
     font = ImageFont.load_default(size=FONT_SIZE)
@@ -131,6 +132,7 @@ def _shots_of(path: Path, tags: dict[str, str], num_frames: int) -> list[tuple[s
     shots = []
     for number, shot in enumerate(_timeline(path, tags), start=1):
         start, fps = shot["start_frame"], shot["fps"]
+        # A film that is still growing ends within a shot, or before it.
         length = min(shot["num_frames"], num_frames - start)
         if length > 0:
             joins = f", {shot['transition']}" if number > 1 else ""
@@ -155,6 +157,7 @@ def _row_width(row: SheetRow, scale: int) -> int:
 
 
 def _wrapped(title: str, width: int, font: Any) -> str:
+    # An n is about as wide as the mean character.
     columns = max(20, int(width / font.getlength("n")))
     return "\n".join(textwrap.wrap(title, columns)) or " "
 
