@@ -54,7 +54,7 @@ def keep_freed_memory() -> bool:
     return all([mallopt(parameter, value) == 1 for parameter, value in SETTINGS.items()])
 
 
-def give_back_memory() -> None:
+def release_memory() -> None:
     """Collect unreachable objects and return free memory to the system, and to other users of a GPU.
 
     Meant for the moment when something large has ended; it works after `keep_freed_memory` too. With a C library other

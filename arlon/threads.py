@@ -12,12 +12,12 @@ from __future__ import annotations
 import os
 import sys
 
-SPIN_BRIEFLY = {"GOMP_SPINCOUNT": "1000"}
+SHORT_SPIN = {"GOMP_SPINCOUNT": "1000"}
 CHOSEN_BY_USER = ("GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_WAIT_POLICY")
 """Environment variables that say how OpenMP waits; if one is already set, it is left unchanged."""
 
 
-def spin_briefly() -> bool:
+def limit_spinning() -> bool:
     """Let the OpenMP threads of this process, and of processes it starts, spin briefly and then sleep.
 
     Entry points call this before PyTorch is imported, because OpenMP reads its variables once.
@@ -27,7 +27,7 @@ def spin_briefly() -> bool:
     """
     if any(name in os.environ for name in CHOSEN_BY_USER):
         return False
-    os.environ.update(SPIN_BRIEFLY)
+    os.environ.update(SHORT_SPIN)
     return "torch" not in sys.modules
 
 

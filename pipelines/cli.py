@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from arlon.memory import keep_freed_memory
-from arlon.threads import spin_briefly
+from arlon.threads import limit_spinning
 from pipelines.commands.batch import batch
 from pipelines.commands.common import INTERRUPTED, say
 from pipelines.commands.doctor import doctor
@@ -65,7 +65,7 @@ def main() -> None:
     """Entry point of the console script."""
     signal.signal(signal.SIGTERM, _interrupt)
     keep_freed_memory()
-    spin_briefly()
+    limit_spinning()
     try:
         app()
     except KeyboardInterrupt:

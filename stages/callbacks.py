@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from arlon.files import append_line, make_folder, publish, sync_file, temporary_beside
 from stages.config import RunConfig
-from stages.parallel import any_says, first_says, placed_like, whole_tensor
+from stages.parallel import from_first_process, on_any_process, placed_like, whole_tensor
 from stages.pictures import write_png
 
 LAST_CHECKPOINT = Path("checkpoints") / "last.ckpt"
@@ -56,7 +56,7 @@ class RunClock(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         limit = self._run.max_minutes
-        if limit is not None and first_says(trainer, self.elapsed_s >= 60 * limit):
+        if limit is not None and from_first_process(trainer, self.elapsed_s >= 60 * limit):
             trainer.should_stop = True
 
     def state_dict(self) -> dict[str, float]:
@@ -186,8 +186,8 @@ class Checkpoints(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._between_steps = True
         every = self._run.checkpoint_steps
-        due = first_says(trainer, monotonic() - self._saved_s >= 60 * self._run.checkpoint_minutes)
-        self.interrupted = any_says(trainer, self.interrupted)
+        due = from_first_process(trainer, monotonic() - self._saved_s >= 60 * self._run.checkpoint_minutes)
+        self.interrupted = on_any_process(trainer, self.interrupted)
         if self.interrupted:
             trainer.should_stop = True
         if due or self.interrupted or (every and trainer.global_step % every == 0):
@@ -207,7 +207,7 @@ class Checkpoints(L.Callback):
 
     def save(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Write checkpoint and export now, unless this step has been written."""
-        if first_says(trainer, trainer.global_step == self._saved_step and self._path.exists()):
+        if from_first_process(trainer, trainer.global_step == self._saved_step and self._path.exists()):
             return
         # The export comes first: a checkpoint that has reached the end of a run then means that its export is complete.
         self._export(pl_module, trainer.global_step)

@@ -33,7 +33,7 @@ from stages.callbacks import (
 )
 from stages.config import OptimConfig, RunConfig
 from stages.optim import lr_factor, make_optimizer
-from stages.parallel import first_says, gathered, is_first_process, make_strategy, shard_model
+from stages.parallel import from_first_process, gathered, is_first_process, make_strategy, shard_model
 from stages.record import TrainingFacts, write_record
 
 EXPORT_DIR = "export"
@@ -256,7 +256,7 @@ def make_training(
             use_distributed_sampler=False,
             default_root_dir=run_dir,
         )
-    parts.stage.progress = lambda step: first_says(trainer, clock.progress(step)) if step else 0.0
+    parts.stage.progress = lambda step: from_first_process(trainer, clock.progress(step)) if step else 0.0
     stream = BatchStream(
         parts.train,
         first_batch=lambda: trainer.global_step,

@@ -19,7 +19,7 @@ from arlon.data.latent_cache import (
     CodeCache,
     JoinedLatents,
     LatentCache,
-    Progress,
+    ProgressCallback,
     TextCache,
     build_code_cache,
     build_latent_cache,
@@ -178,7 +178,7 @@ def load_frozen(model_class: type[M], folder: str, key: str) -> M:
     return model.eval().requires_grad_(False)
 
 
-def progress_bar(label: str, unit: str) -> Progress:
+def progress_bar(label: str, unit: str) -> ProgressCallback:
     """Progress bar on stderr for building a cache; it appears with the first entry that is computed."""
     bars: list[tqdm] = []
 

@@ -80,11 +80,11 @@ def placed_like(tensor: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(tensor, like.device_mesh, like.placements) if isinstance(like, DTensor) else tensor
 
 
-def first_says(trainer: L.Trainer, value: Any) -> Any:
+def from_first_process(trainer: L.Trainer, value: Any) -> Any:
     """Value of the first process, for decisions by the clock: clocks differ, and all processes must act alike."""
     return value if trainer.world_size == 1 else trainer.strategy.broadcast(value)
 
 
-def any_says(trainer: L.Trainer, decision: bool) -> bool:
+def on_any_process(trainer: L.Trainer, decision: bool) -> bool:
     """Whether any process decides so, for signals, which may reach only one process."""
     return decision if trainer.world_size == 1 else trainer.strategy.reduce_boolean_decision(decision, all=False)

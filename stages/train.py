@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from arlon.memory import keep_freed_memory
-from arlon.threads import spin_briefly
+from arlon.threads import limit_spinning
 from stages.registry import BUILT_IN, stage_kind
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class TrainResult:
 
 
 @dataclass(frozen=True)
-class Progress:
+class TrainingProgress:
     """How far a checkpoint is."""
 
     step: int
@@ -107,7 +107,7 @@ def check_folder(folder: Path) -> None:
         raise OSError(f"cannot write to '{folder}': no permission for '{there}'")
 
 
-def read_progress(path: Path) -> Progress:
+def read_progress(path: Path) -> TrainingProgress:
     """How far a checkpoint is; a file that no training can be resumed from is refused.
 
     Raises:
@@ -127,7 +127,7 @@ def read_progress(path: Path) -> Progress:
     if missing:
         raise ValueError(f"{str(path)!r} is no checkpoint of a stage, it lacks {', '.join(missing)}: {hint}")
     clock = values["callbacks"].get("RunClock", {"elapsed_s": 0.0})
-    return Progress(step=int(values["global_step"]), elapsed_s=float(clock["elapsed_s"]))
+    return TrainingProgress(step=int(values["global_step"]), elapsed_s=float(clock["elapsed_s"]))
 
 
 def run_stage(
@@ -311,5 +311,5 @@ if __name__ == "__main__":
     logging.basicConfig(format="%(message)s")
     logging.getLogger("stages").setLevel(logging.INFO)
     keep_freed_memory()
-    spin_briefly()
+    limit_spinning()
     typer.run(main)

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from arlon.threads import spin_briefly
+from arlon.threads import limit_spinning
 
 # Test processes share the cores, and OpenMP reads this when PyTorch is imported.
-spin_briefly()
+limit_spinning()
 
 import torch  # noqa: E402
 

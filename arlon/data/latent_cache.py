@@ -26,7 +26,7 @@ from arlon.data.datasets import CaptionSpan, TakeSource
 from arlon.files import atomic_file, hash_bytes, make_folder, write_bytes
 
 CACHE_FORMAT = 1
-Progress = Callable[[int, int], None]
+ProgressCallback = Callable[[int, int], None]
 """Called with (rows done, rows in all) after every batch of a build."""
 
 
@@ -207,7 +207,7 @@ class TextCache:
         *,
         shard_size: int = 1024,
         batch_size: int = 32,
-        progress: Progress | None = None,
+        progress: ProgressCallback | None = None,
     ) -> None:
         """Encode the captions that are not stored yet; every finished shard of `shard_size` captions is kept.
 
@@ -276,7 +276,7 @@ def build_latent_cache(
     num_takes: int | None = None,
     shard_size: int = 256,
     batch_size: int = 8,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> LatentCache:
     """Encode the first `num_takes` takes of a source, or read them if they are there.
 
@@ -326,7 +326,7 @@ def build_code_cache(
     encoder_key: str,
     shard_size: int = 1024,
     batch_size: int = 64,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> CodeCache:
     """Codes of every take of a latent cache, or read them if they are there.
 

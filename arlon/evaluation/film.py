@@ -90,7 +90,7 @@ def measure_film(
         ValueError: If the frames are of a wrong kind or a shot lies outside the film.
     """
     _check(frames, outline)
-    film = _Film(frames, outline, fps)
+    film = _Measurements(frames, outline, fps)
     film.measure_picture()
     film.measure_motion()
     film.measure_prompts()
@@ -98,7 +98,7 @@ def measure_film(
     return film.result()
 
 
-class _Film:
+class _Measurements:
     """Collects the figures of one film."""
 
     def __init__(self, frames: np.ndarray, outline: Outline, fps: float) -> None:

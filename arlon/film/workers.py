@@ -44,7 +44,7 @@ from arlon.film.messages import (
     TextResult,
 )
 from arlon.film.settings import Settings
-from arlon.memory import give_back_memory
+from arlon.memory import release_memory
 from arlon.models.ar import CodeTransformer
 from arlon.models.code_sampling import CodeStream, PromptSpan, SamplingConfig
 from arlon.models.injection import SemanticInjection
@@ -113,7 +113,7 @@ class TextWorker:
                 return
         self.run(TextRequest(prompts=tuple(distinct)))
         self.encoder = None
-        give_back_memory()
+        release_memory()
 
     def run(self, request: TextRequest) -> TextResult:
         """Encode."""
@@ -149,7 +149,7 @@ class CodeWorker:
         if job.plan.geometry.has_codes:
             self.model = CodeTransformer.from_pretrained(job.component("ar"), dropout=0.0).to(job.settings.device)
             if torch.device(job.settings.device).type == "cpu":
-                self.model.lay_out_for_steps()
+                self.model.store_column_major()
         self._stream: tuple[tuple[Any, ...], CodeStream] | None = None
 
     def run(self, request: CodeRequest) -> CodeResult:

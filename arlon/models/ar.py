@@ -333,7 +333,7 @@ class CodeTransformer(Component):
         bias = None if cache.bias is None else cache.bias[..., : cache.length + 1]
         return self._run_cached(x, bias, cache)
 
-    def lay_out_for_steps(self) -> CodeTransformer:
+    def store_column_major(self) -> CodeTransformer:
         """Store weight matrices column-major so that decoding one code on a CPU (`step`) reads memory sequentially.
 
         Values, names and shapes stay. In place; returns the model.

@@ -14,7 +14,7 @@ from pipelines.commands.common import FAILED, count, printable, reported, say
 from pipelines.commands.options import JsonOption
 
 if TYPE_CHECKING:
-    from pipelines.evaluation.evaluate import Evaluation, Progress
+    from pipelines.evaluation.evaluate import Evaluation, EvaluationProgress
 
 SHOWN_FIGURES = (
     "prompt_accuracy",
@@ -119,7 +119,7 @@ def _read_backbones(given: list[str]) -> dict[str, str]:
     return backbones
 
 
-def _show(progress: Progress) -> None:
+def _show(progress: EvaluationProgress) -> None:
     end = "  not measured" if progress.problem else ""
     say(printable(f"film {progress.done}/{progress.total}  {progress.name}{end}"))
 

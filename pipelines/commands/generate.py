@@ -26,7 +26,7 @@ from pipelines.commands.options import (
 )
 
 if TYPE_CHECKING:
-    from pipelines.runs.generate import Begin, FilmResult, Progress
+    from pipelines.runs.generate import Begin, FilmProgress, FilmResult
     from pipelines.runs.picture import PreparedPicture
     from pipelines.runs.prepare import Prepared
 
@@ -118,7 +118,7 @@ def make_film(
     is_live = not quiet and sys.stderr.isatty()
     done = 0
 
-    def on_progress(progress: Progress) -> None:
+    def on_progress(progress: FilmProgress) -> None:
         nonlocal done
         done = progress.done
         if not quiet and not is_live:
@@ -160,7 +160,7 @@ def _view(prepared: Prepared) -> AbstractContextManager[Any]:
     return live_view(prepared.paths.run_dir)
 
 
-def progress_line(progress: Progress) -> str:
+def progress_line(progress: FilmProgress) -> str:
     """One line about a segment that is done: `segment 3/8  shot 2  1.9 s  about 9 s left  a red circle ...`."""
     result = progress.result
     prompt = progress.prompt if len(progress.prompt) <= 60 else f"{progress.prompt[:57]}..."

@@ -40,7 +40,7 @@ from arlon.evaluation.vbench.rules import RULES
 from arlon.files import hash_file, hash_plain, write_bytes, write_json
 from arlon.version import version
 from pipelines.deliver.sheet import SheetRow, evenly_spaced, frames_to_sheet
-from pipelines.evaluation.film_set import Film, Problem, add_prompts, find_films, outline_of, prompt_of_name
+from pipelines.evaluation.film_set import FilmFile, Problem, add_prompts, find_films, outline_of, prompt_of_name
 from pipelines.evaluation.report import render_report
 
 RESULT_NAME = "evaluation.json"
@@ -52,7 +52,7 @@ BOOTSTRAP_SEED = 0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Progress:
+class EvaluationProgress:
     """State of an evaluation after a film."""
 
     done: int
@@ -80,7 +80,7 @@ class Evaluation:
 class _Task:
     """One film to measure; all fields can be sent to another process."""
 
-    film: Film
+    film: FilmFile
     key: str
     folder: Path
 
@@ -103,7 +103,7 @@ def evaluate(
     backbones: Mapping[str, str] | None = None,
     device: str = "cpu",
     num_workers: int = 1,
-    on_progress: Callable[[Progress], None] | None = None,
+    on_progress: Callable[[EvaluationProgress], None] | None = None,
 ) -> Evaluation:
     """Measure films, and write the figures and the page.
 
@@ -164,7 +164,7 @@ def evaluate(
     )
 
 
-def film_key(film: Film, backbones: Mapping[str, str]) -> str:
+def film_key(film: FilmFile, backbones: Mapping[str, str]) -> str:
     """Hash everything that the figures of a film depend on.
 
     Raises:
@@ -214,7 +214,7 @@ def _measure_all(
     sources: Mapping[str, str],
     device: str,
     num_workers: int,
-    on_progress: Callable[[Progress], None] | None,
+    on_progress: Callable[[EvaluationProgress], None] | None,
 ) -> dict[str, str]:
     """Measure films and store their figures.
 
@@ -231,7 +231,7 @@ def _measure_all(
         if problem:
             failed[task.key] = problem
         if on_progress is not None:
-            on_progress(Progress(done=done, total=len(tasks), name=task.film.name, problem=problem))
+            on_progress(EvaluationProgress(done=done, total=len(tasks), name=task.film.name, problem=problem))
     return failed
 
 

@@ -47,7 +47,7 @@ class Problem:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Film:
+class FilmFile:
     """A film to measure."""
 
     name: str
@@ -57,7 +57,7 @@ class Film:
     """Prompts from a prompt file; None if its record or name gives them."""
 
 
-def find_films(sources: Sequence[Path], *, leave_out: Path | None = None) -> tuple[list[Film], list[Problem]]:
+def find_films(sources: Sequence[Path], *, leave_out: Path | None = None) -> tuple[list[FilmFile], list[Problem]]:
     """Find the films in files and folders, each once, sorted by name, with numbers in names by their value.
 
     Args:
@@ -83,7 +83,7 @@ def find_films(sources: Sequence[Path], *, leave_out: Path | None = None) -> tup
     if not unique:
         return [], problems
     common = Path(os.path.commonpath([path.parent for path in unique]))
-    return [Film(name=path.relative_to(common).as_posix(), path=path) for path in unique], problems
+    return [FilmFile(name=path.relative_to(common).as_posix(), path=path) for path in unique], problems
 
 
 def _sort_key(path: Path) -> tuple[list[str], Path]:
@@ -133,7 +133,7 @@ def _is_left_out(folder: Path, files: Sequence[str], source: Path, leave_out: Pa
 # --- prompts -------------------------------------------------------------------------------------------------
 
 
-def add_prompts(films: Sequence[Film], prompt_file: Path) -> tuple[list[Film], list[Problem]]:
+def add_prompts(films: Sequence[FilmFile], prompt_file: Path) -> tuple[list[FilmFile], list[Problem]]:
     """Give films the prompts of a file; a film that the file does not name, or names wrongly, stays as it is.
 
     Returns:
@@ -153,7 +153,7 @@ def add_prompts(films: Sequence[Film], prompt_file: Path) -> tuple[list[Film], l
         return list(films), [Problem(source=source, reason=f"not a prompt file: {_reason(error)}")]
 
 
-def _add_by_name(films: Sequence[Film], data: Any, source: str) -> tuple[list[Film], list[Problem]]:
+def _add_by_name(films: Sequence[FilmFile], data: Any, source: str) -> tuple[list[FilmFile], list[Problem]]:
     if not isinstance(data, Mapping):
         raise ValueError("expected a mapping of film name to prompt, or to a list of prompts")
     prompts: dict[str, tuple[str, ...]] = {}
@@ -173,14 +173,14 @@ def _add_by_name(films: Sequence[Film], data: Any, source: str) -> tuple[list[Fi
     return added, [Problem(source=source, reason=reason) for reason in reasons]
 
 
-def _add_by_line(films: Sequence[Film], text: str) -> tuple[list[Film], list[Problem]]:
+def _add_by_line(films: Sequence[FilmFile], text: str) -> tuple[list[FilmFile], list[Problem]]:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if len(lines) != len(films):
         raise ValueError(f"expected one prompt a line for each of {len(films)} films, got {len(lines)} lines")
     return [_with_prompts(film, (line,)) for film, line in zip(films, lines, strict=True)], []
 
 
-def _misfit(film: Film) -> str:
+def _misfit(film: FilmFile) -> str:
     """Say why the given prompts of a film cannot be those of its shots; empty if they can, or if it is unreadable."""
     if film.prompts is None:
         return ""
@@ -195,14 +195,14 @@ def _misfit(film: Film) -> str:
         return ""
 
 
-def _with_prompts(film: Film, prompts: tuple[str, ...] | None) -> Film:
-    return Film(name=film.name, path=film.path, prompts=prompts)
+def _with_prompts(film: FilmFile, prompts: tuple[str, ...] | None) -> FilmFile:
+    return FilmFile(name=film.name, path=film.path, prompts=prompts)
 
 
 # --- outlines ------------------------------------------------------------------------------------------------
 
 
-def outline_of(film: Film, tags: Mapping[str, str], num_frames: int) -> Outline:
+def outline_of(film: FilmFile, tags: Mapping[str, str], num_frames: int) -> Outline:
     """Find the shots and segments of a film.
 
     Args:
@@ -286,7 +286,7 @@ def prompt_of_name(path: Path) -> str | None:
     return match["prompt"] if match else None
 
 
-def _outline_without_record(film: Film, num_frames: int) -> Outline:
+def _outline_without_record(film: FilmFile, num_frames: int) -> Outline:
     """Outline of a film that says nothing of its shots: the given prompts share it evenly."""
     prompts = film.prompts or (prompt_of_name(film.path) or "",)
     if len(prompts) > num_frames:

@@ -19,7 +19,7 @@ from pathlib import Path
 from arlon.data.video_io import VideoWriter, probe, read_video
 from arlon.errors import UsageError
 from arlon.files import copy_file, publish, temporary_beside, write_json
-from pipelines.evaluation.film_set import EXPORT_MARK, PARTIAL, Film, Problem, add_prompts, find_films, outline_of
+from pipelines.evaluation.film_set import EXPORT_MARK, PARTIAL, FilmFile, Problem, add_prompts, find_films, outline_of
 
 VIDEOS_NAME = "videos"
 INFO_NAME = EXPORT_MARK
@@ -113,7 +113,7 @@ def _exported(folder: Path) -> set[str]:
         return set()
 
 
-def _export(film: Film, videos: Path, written: dict[str, list[str]]) -> None:
+def _export(film: FilmFile, videos: Path, written: dict[str, list[str]]) -> None:
     """Write the videos of a film into a folder, and add their names to `written`, by prompt."""
     info = probe(film.path)
     frames = read_video(film.path)

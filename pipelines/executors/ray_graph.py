@@ -38,7 +38,7 @@ from arlon.film.messages import (
     WriteResult,
 )
 from arlon.film.schedule import film_requests, prompts_to_encode
-from arlon.threads import spin_briefly
+from arlon.threads import limit_spinning
 from pipelines.deliver.paths import FilmOutput
 from pipelines.store.lock import WriterLock, holder_mark
 from pipelines.store.run_folder import RunFolder
@@ -409,7 +409,7 @@ def ray_session(address: str | None) -> Iterator[Any]:
         options |= {"_node_ip_address": "127.0.0.1", "object_store_memory": OBJECT_STORE_BYTES}
         # Ray's own choice is 15: on a machine with other work, actors would wait where the local executor does not.
         os.environ.setdefault("RAY_worker_niceness", "0")
-        spin_briefly()  # the actors share the cores, and inherit this
+        limit_spinning()  # the actors share the cores, and inherit this
     else:
         options = {"address": address, "log_to_driver": False, "logging_level": "ERROR"}
     try:

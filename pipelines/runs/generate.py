@@ -37,7 +37,7 @@ Begin = Callable[[Prepared, str], Committed]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Progress:
+class FilmProgress:
     """State of a film after a segment was stored."""
 
     done: int
@@ -95,7 +95,7 @@ def generate(
     address: str | None = None,
     graph: GraphConfig | None = None,
     worker: WorkerSource | None = None,
-    on_progress: Callable[[Progress], None] | None = None,
+    on_progress: Callable[[FilmProgress], None] | None = None,
 ) -> FilmResult:
     """Make a film.
 
@@ -176,7 +176,7 @@ class _Tally:
         self.steps_s: dict[str, float] = {}
         self._frames_since_first = 0
 
-    def add(self, result: WriteResult) -> Progress:
+    def add(self, result: WriteResult) -> FilmProgress:
         """Count a segment.
 
         The time left is estimated for the frames to come at the pace since the first segment, because the time of the
@@ -195,7 +195,7 @@ class _Tally:
         else:
             self._frames_since_first += segment.num_frames
             pace_s = (elapsed_s - self.first_segment_s) / self._frames_since_first
-        return Progress(
+        return FilmProgress(
             done=self.done,
             total=len(self.plan.segments),
             result=result,

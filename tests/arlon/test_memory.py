@@ -80,7 +80,7 @@ def test_weights_are_moved_to_where_pytorch_puts_them() -> None:
 
 GIVEN_BACK = """
 import ctypes, os
-from arlon.memory import give_back_memory, keep_freed_memory
+from arlon.memory import release_memory, keep_freed_memory
 keep_freed_memory()
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGESIZE")
@@ -90,7 +90,7 @@ pin = b"x" * 100_000
 before = resident()
 blocks.clear()
 kept = resident()
-give_back_memory()
+release_memory()
 print(before - kept, before - resident())
 """
 

@@ -1,4 +1,4 @@
-"""`spin_briefly`: seen from the processor time of waiting threads, each time in a process of its own."""
+"""`limit_spinning`: seen from the processor time of waiting threads, each time in a process of its own."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from arlon import threads
 
 WAITING = """
 import os, time
-from arlon.threads import spin_briefly
+from arlon.threads import limit_spinning
 {first}
 import torch
 torch.set_num_threads(2)
@@ -36,16 +36,18 @@ def seconds_of_others(first: str, **variables: str) -> float:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs OpenMP of GNU")
 def test_threads_sleep_soon() -> None:
-    assert seconds_of_others("assert spin_briefly()") < seconds_of_others("") / 3
+    assert seconds_of_others("assert limit_spinning()") < seconds_of_others("") / 3
 
 
 def test_a_choice_of_the_user_stands() -> None:
-    seconds_of_others("assert not spin_briefly(); assert 'GOMP_SPINCOUNT' not in os.environ", OMP_WAIT_POLICY="PASSIVE")
+    seconds_of_others(
+        "assert not limit_spinning(); assert 'GOMP_SPINCOUNT' not in os.environ", OMP_WAIT_POLICY="PASSIVE"
+    )
 
 
 def test_it_is_too_late_once_pytorch_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in threads.CHOSEN_BY_USER:
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
-    assert threads.spin_briefly() is False
+    assert threads.limit_spinning() is False
     assert os.environ["GOMP_SPINCOUNT"] == "1000"  # for the processes that this one starts

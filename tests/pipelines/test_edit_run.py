@@ -9,7 +9,7 @@ import pytest
 
 from arlon.film.storyboard import Storyboard, StoryboardError, UsageError, parse_storyboard
 from pipelines.runs.edit import begin_change, change_run, fork_run, with_shot_changed, with_shots_added
-from pipelines.runs.generate import FilmResult, Progress, generate
+from pipelines.runs.generate import FilmProgress, FilmResult, generate
 from pipelines.runs.resume import Run, continue_run, open_run
 from pipelines.store.run_folder import RunFolder
 from tests.pipelines.films import SHOTS, assert_same_film, prepared_film
@@ -108,7 +108,7 @@ def test_a_redo_that_stops_while_it_begins_loses_nothing(
 
 
 def test_a_redo_that_is_interrupted_goes_on(run: Run, tiny_model: Path, tmp_path: Path) -> None:
-    def stop(progress: Progress) -> None:
+    def stop(progress: FilmProgress) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -124,7 +124,7 @@ def test_a_redo_that_is_interrupted_goes_on(run: Run, tiny_model: Path, tmp_path
 def test_a_film_that_was_interrupted_is_changed(tiny_model: Path, tmp_path: Path, shot: int, num_made: int) -> None:
     """One segment is committed, and the codes it needs are there: the first of the second shot are among them."""
 
-    def stop(progress: Progress) -> None:
+    def stop(progress: FilmProgress) -> None:
         raise KeyboardInterrupt
 
     prepared = prepared_film(tiny_model, tmp_path / "film.mp4", *FOUR)

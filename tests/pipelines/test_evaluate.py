@@ -28,7 +28,7 @@ from pipelines.commands.evaluate import SHOWN_FIGURES
 from pipelines.evaluation import evaluate as evaluation
 from pipelines.evaluation import vbench_export
 from pipelines.evaluation.evaluate import evaluate
-from pipelines.evaluation.film_set import Film, Problem, add_prompts, find_films, outline_of
+from pipelines.evaluation.film_set import FilmFile, Problem, add_prompts, find_films, outline_of
 from pipelines.evaluation.plots import nice_range
 from pipelines.evaluation.vbench_export import export_films
 
@@ -112,7 +112,7 @@ def test_no_path_of_the_machine_is_written(measured, films):
 
 def test_films_are_measured_once(films, measured):
     before = measured.result.read_bytes(), measured.page.read_bytes()
-    progress: list[evaluation.Progress] = []
+    progress: list[evaluation.EvaluationProgress] = []
     again = evaluate([films], measured.result.parent, on_progress=progress.append)
     assert (again.num_reused, progress) == (3, [])
     assert (again.result.read_bytes(), again.page.read_bytes()) == before
@@ -131,7 +131,7 @@ def test_only_a_film_that_changed_is_measured_again(films, measured, tmp_path):
 
 @pytest.mark.slow
 def test_an_interrupted_evaluation_goes_on(films, tmp_path, monkeypatch):
-    def stop(progress: evaluation.Progress) -> None:
+    def stop(progress: evaluation.EvaluationProgress) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -384,7 +384,7 @@ def test_numbered_films_are_in_the_order_of_their_numbers(tmp_path):
 
 def test_prompts_come_from_file_then_record_then_name(tmp_path):
     path = write_film(tmp_path / "a red square-3.mp4", frames_of("red"))
-    film = Film(name=path.name, path=path)
+    film = FilmFile(name=path.name, path=path)
     assert outline_of(film, {}, 16).shots[0].prompt == "a red square"
     path.with_suffix(".json").write_text(json.dumps(timeline("from the sidecar")))
     assert outline_of(film, {}, 16).shots[0].prompt == "from the sidecar"
@@ -403,7 +403,7 @@ def _text(folder: Path, *lines: str) -> Path:
 
 
 def test_given_prompts_share_a_film_evenly_or_follow_its_shots(tmp_path):
-    film = Film(name="a.mp4", path=tmp_path / "a.mp4", prompts=("one", "two", "three"))
+    film = FilmFile(name="a.mp4", path=tmp_path / "a.mp4", prompts=("one", "two", "three"))
     shots = outline_of(film, {}, 17).shots
     assert [(s.start_frame, s.num_frames) for s in shots] == [(0, 6), (6, 5), (11, 6)]
     with pytest.raises(ValueError, match="3 prompts are given for its 2 shots"):
@@ -418,7 +418,7 @@ def test_given_prompts_share_a_film_evenly_or_follow_its_shots(tmp_path):
     ],
 )
 def test_a_prompt_file_of_a_wrong_form_changes_nothing(tmp_path, name, content):
-    film = Film(name="a.mp4", path=tmp_path / "a.mp4")
+    film = FilmFile(name="a.mp4", path=tmp_path / "a.mp4")
     if content == "pipe":
         os.mkfifo(tmp_path / name)
     elif content is not None:
@@ -439,14 +439,14 @@ def test_a_film_with_another_number_of_shots_than_prompts_stays_as_it_is(films, 
 
 
 def test_a_film_that_was_changed_after_it_was_made_is_refused(tmp_path):
-    film, tags = Film(name="a.mp4", path=tmp_path / "a.mp4"), {RECORD_TAG: json.dumps(timeline("x", "y"))}
+    film, tags = FilmFile(name="a.mp4", path=tmp_path / "a.mp4"), {RECORD_TAG: json.dumps(timeline("x", "y"))}
     for num_frames, reason in ((96, "it was changed: .* 32 frames, it has 96"), (16, "it is cut off: .* 32 .* 16")):
         with pytest.raises(ValueError, match=reason):  # such as by a copy at 24 instead of 8 frames a second
             outline_of(film, tags, num_frames)
 
 
 def test_a_damaged_record_is_refused(tmp_path):
-    film = Film(name="a.mp4", path=tmp_path / "a.mp4")
+    film = FilmFile(name="a.mp4", path=tmp_path / "a.mp4")
     with pytest.raises(ValueError, match="no usable timeline"):
         outline_of(film, {RECORD_TAG: json.dumps({"timeline": {"shots": [{"prompt": "x"}]}})}, 9)
     for name, value in (("start_frame", -1), ("num_frames", 0)):

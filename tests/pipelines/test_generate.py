@@ -20,7 +20,7 @@ from arlon.film.schedule import film_requests
 from arlon.film.settings import Settings
 from arlon.film.storyboard import UsageError, parse_storyboard, storyboard_from_prompts
 from pipelines.deliver.paths import output_paths, slug
-from pipelines.runs.generate import FilmResult, Progress, generate
+from pipelines.runs.generate import FilmProgress, FilmResult, generate
 from pipelines.runs.prepare import prepare
 from pipelines.store.run_folder import CODES_NAME, RunFolder, hash_bytes
 from tests.pipelines.films import SHOTS, assert_same_film, prepared_film
@@ -136,11 +136,11 @@ def test_codes_are_written_as_far_as_the_next_segment_needs(
 
 
 def test_progress_is_told_after_every_segment(tiny_model: Path, tmp_path: Path) -> None:
-    told: list[Progress] = []
+    told: list[FilmProgress] = []
     prepared = prepared_film(tiny_model, tmp_path / "a.mp4")
     partial_frames: list[int] = []
 
-    def on_progress(progress: Progress) -> None:
+    def on_progress(progress: FilmProgress) -> None:
         told.append(progress)
         partial_frames.append(probe(prepared.paths.partial).num_frames)
 
@@ -154,7 +154,7 @@ def test_progress_is_told_after_every_segment(tiny_model: Path, tmp_path: Path) 
 def test_what_was_made_before_an_interruption_stays(tiny_model: Path, tmp_path: Path) -> None:
     prepared = prepared_film(tiny_model, tmp_path / "a.mp4")
 
-    def interrupt(progress: Progress) -> None:
+    def interrupt(progress: FilmProgress) -> None:
         if progress.done == 2:
             raise KeyboardInterrupt
 

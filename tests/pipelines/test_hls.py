@@ -17,7 +17,7 @@ from pipelines.cli import app
 from pipelines.deliver import hls
 from pipelines.deliver.hls import HlsFolder
 from pipelines.runs.edit import begin_change, change_run, with_shot_changed, with_shots_added
-from pipelines.runs.generate import FilmResult, Progress, generate
+from pipelines.runs.generate import FilmProgress, FilmResult, generate
 from pipelines.runs.prepare import Prepared, prepare
 from pipelines.runs.resume import Run, continue_run, open_run
 from tests.arlon.data.clips import CRF, frame_numbers, make_clip
@@ -140,7 +140,7 @@ def test_film_is_streamed_while_it_grows_and_after_every_change(tiny_model: Path
     prepared = streamed_film(tiny_model, tmp_path / "film.mp4")
     folder, seen = tmp_path / "film.hls", []
 
-    def look(progress: Progress) -> None:
+    def look(progress: FilmProgress) -> None:
         playlist = Playlist(folder / "film.m3u8")
         assert len(played(folder)) == round(sum(playlist.seconds) * FPS)
         seen.append((len(playlist.seconds), playlist.is_ended))

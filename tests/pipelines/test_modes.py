@@ -25,7 +25,7 @@ from arlon.film.storyboard import Storyboard, StoryboardError, UsageError, parse
 from arlon.film.workers import DecodeWorker, RefineWorker
 from arlon.models.video_vae import VideoVAE
 from pipelines.cli import app
-from pipelines.runs.generate import Progress, generate
+from pipelines.runs.generate import FilmProgress, generate
 from pipelines.runs.picture import is_picture, make_picture, prepare_picture
 from pipelines.runs.prepare import prepare
 from pipelines.runs.resume import continue_run, open_run
@@ -162,7 +162,7 @@ def test_a_film_of_a_named_size_is_what_it_says(base_model: Path, tmp_path: Path
     assert (film.height, film.width, film.resolution) == (124, 290, None)
     again = prepare(film, model=str(base_model), output=tmp_path / "b.mp4", settings={"num_threads": 1})
 
-    def stop(progress: Progress) -> None:
+    def stop(progress: FilmProgress) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

@@ -18,7 +18,7 @@ from arlon.film.workers import RefineWorker, TextWorker
 from arlon.models.ar import CodeTransformer
 from pipelines.executors.local import run_local
 from pipelines.runs.edit import begin_change, change_run, with_shot_changed
-from pipelines.runs.generate import FilmResult, Progress, generate
+from pipelines.runs.generate import FilmProgress, FilmResult, generate
 from pipelines.runs.resume import continue_run, open_run
 from pipelines.runs.verify import replay_segment
 from pipelines.store.run_folder import RunFolder
@@ -164,7 +164,7 @@ def test_an_interrupted_blend_goes_on_to_the_same_film(tiny_model: Path, tmp_pat
     shots = ({"prompt": FIRST, "duration": "51f"}, {"prompt": SECOND, "duration": "68f", "blend": 5})
     whole = generate(prepared_film(tiny_model, tmp_path / "whole.mp4", *shots))
 
-    def stop(_: Progress) -> None:
+    def stop(_: FilmProgress) -> None:
         raise KeyboardInterrupt
 
     prepared = prepared_film(tiny_model, tmp_path / "again.mp4", *shots)

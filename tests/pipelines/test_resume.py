@@ -15,7 +15,7 @@ import torch
 
 from arlon.files import CRASH_VARIABLE, hash_plain
 from arlon.film.storyboard import UsageError
-from pipelines.runs.generate import FilmResult, Progress, generate
+from pipelines.runs.generate import FilmProgress, FilmResult, generate
 from pipelines.runs.resume import continue_run, open_run
 from pipelines.runs.run_record import changed_libraries
 from pipelines.runs.verify import replay_segment, verify_run
@@ -40,7 +40,7 @@ def resume(run_dir: Path, **options: Any) -> FilmResult:
 def stopped_after(num_segments: int, model: Path, output: Path, **options: Any) -> Path:
     """The run folder of a film that was interrupted."""
 
-    def stop(progress: Progress) -> None:
+    def stop(progress: FilmProgress) -> None:
         if progress.done == num_segments:
             raise KeyboardInterrupt
 

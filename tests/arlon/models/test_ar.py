@@ -156,7 +156,7 @@ def test_cached_decoding_equals_the_full_forward(num_known):
 
 
 def test_laid_out_for_steps_it_is_the_same_model():
-    model, other = make_ar(), make_ar().lay_out_for_steps()
+    model, other = make_ar(), make_ar().store_column_major()
     codes, text, mask = make_inputs()
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True))
     assert all(block.mlp.down.weight.t().is_contiguous() for block in other.blocks)
