@@ -88,7 +88,7 @@ latent = film.latents[0]
 vae = VideoVAE.from_pretrained(folder.component("vae"))
 with torch.inference_mode():
     coarse = vqvae.decode(codes, latent.shape[2])
-    video = vae.decode(coarse, len(film.frames), blend_frames=3)[0]
+    video = vae.decode(coarse, len(film.frames), blend_frames=film.settings.vae_blend_frames)[0]
 coarse_frames = ((video.permute(1, 2, 3, 0).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).numpy()
 without = pipe(PROMPTS, seconds=5, seed=2, use_codes=False, progress=False)
 difference = (coarse - latent).square().mean().sqrt() / latent.square().mean().sqrt()

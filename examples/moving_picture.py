@@ -1,7 +1,8 @@
 """Make the moving picture of README.md, an animated WebP: a film of four shots beside what its codes alone look like.
 
-python examples/moving_picture.py                  # outputs/moving_picture.webp, about 20 s on one CPU core
-python examples/moving_picture.py docs/demo.webp    # the one that is in the repository
+python examples/moving_picture.py                      # outputs/moving_picture.webp, about 20 s on one CPU core
+python examples/moving_picture.py docs/demo.webp       # the one that is in the repository
+python examples/moving_picture.py my.webp runs/model   # with another model
 """
 
 from __future__ import annotations
@@ -45,7 +46,9 @@ def codes_alone(film: Film, model: str) -> np.ndarray:
     for take, codes, latent in zip(film.plan.takes, film.codes, film.latents, strict=True):
         num_frames = sum(segment.num_frames for segment in film.plan.segments if segment.take == take.index)
         with torch.inference_mode():
-            video = vae.decode(vqvae.decode(codes, latent.shape[2]), num_frames, blend_frames=3)[0]
+            video = vae.decode(
+                vqvae.decode(codes, latent.shape[2]), num_frames, blend_frames=film.settings.vae_blend_frames
+            )[0]
         frames.append(((video.permute(1, 2, 3, 0).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).numpy())
     return np.concatenate(frames)
 
@@ -86,4 +89,4 @@ def main(path: Path, model: str = "shapes") -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else "outputs/moving_picture.webp"))
+    main(Path(sys.argv[1] if len(sys.argv) > 1 else "outputs/moving_picture.webp"), *sys.argv[2:3])
