@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from arlon.checkpoint import write_model_index
 from arlon.data.video_io import read_video
+from arlon.diffusion import conditioning
 from arlon.film.container import read_film_record
 from arlon.film.make import KeptWorkers
 from arlon.film.messages import RefineResult
@@ -227,10 +228,19 @@ def test_a_picture_is_one_decoded_latent_frame(tiny_model: Path, tmp_path: Path)
 
 def test_times_of_a_picture_are_those_of_one_frame(tiny_model: Path, tmp_path: Path) -> None:
     prepared = prepare_picture(picture_board(), model=str(tiny_model), output=tmp_path / "a.png")
-    worker = RefineWorker(prepared.job)
-    request = next(iter(film_requests(prepared.job))).refine
-    film = next(iter(film_requests(prepare(board(), model=str(tiny_model), output=tmp_path / "b.mp4").job))).refine
-    assert worker._times(request)[1] < worker._times(film)[1], "fewer frames, less shift towards noise"
+    film = prepare(board(), model=str(tiny_model), output=tmp_path / "b.mp4")
+    steps: list[list[float]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        integrate = conditioning.integrate
+
+        def seen(velocity: Any, x: Any, times: torch.Tensor, **options: Any) -> Any:
+            steps.append(times.tolist())
+            return integrate(velocity, x, times, **options)
+
+        patch.setattr(conditioning, "integrate", seen)
+        make_picture(prepared)
+        generate(film)
+    assert steps[0][1] < steps[1][1], "fewer frames, less shift towards noise"
 
 
 def test_a_picture_says_what_it_was_made_from(tiny_model: Path, tmp_path: Path) -> None:

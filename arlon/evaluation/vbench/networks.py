@@ -163,6 +163,7 @@ class RaftBackbone(Backbone):
     """Optical flow of torchvision's RAFT: dynamic degree, of the film as a whole as in VBench, cuts included."""
 
     def __init__(self, source: Path, device: str) -> None:
+        file = weight_file(source)  # a wrong folder is told first, whatever is installed
         try:
             from torchvision.models.optical_flow import raft_large
         except (ImportError, RuntimeError) as error:  # one made for another torch fails in its own way
@@ -170,7 +171,6 @@ class RaftBackbone(Backbone):
                 f"RAFT's architecture comes from torchvision, which cannot be imported ({one_line(error)}): install "
                 "the extra 'vbench', in the version that fits this torch"
             ) from error
-        file = weight_file(source)
         tensors = read_tensors(file)
         self._model = raft_large(weights=None, progress=False)
         try:

@@ -226,6 +226,7 @@ def test_files_that_are_no_weights_of_raft_are_refused(tmp_path):
 
 
 def test_raft_without_torchvision_says_what_to_install(tmp_path, monkeypatch):
+    safetensors.torch.save_file({"a": torch.zeros(1)}, tmp_path / "raft.safetensors")
     monkeypatch.setitem(sys.modules, "torchvision", None)
     with pytest.raises(ValueError, match=r"comes from torchvision, which cannot be imported .* extra 'vbench'"):
         backbones.load_backbone("dynamic_degree", str(tmp_path))
