@@ -1,4 +1,4 @@
-"""What a network takes at a size: parameters, floating-point operations and working memory. No weights are needed.
+"""Parameters, floating-point operations and working memory of a network at a given size. No weights are needed.
 
 A network is built and run once on the meta device, where tensors have shapes and no data, while a meter counts. So the
 figures belong to the code that will run, not to a formula beside it. Deep networks are run with one and with two
@@ -47,7 +47,7 @@ MAX_KEPT = 128
 
 @dataclass(frozen=True)
 class Measured:
-    """What a meter counted."""
+    """Totals that a meter counted."""
 
     flops: int
     working_bytes: int

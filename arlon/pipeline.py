@@ -235,6 +235,7 @@ class ArlonPipeline:
         job, segments = self._start(script, seconds, seed, transition, options)
         record = film_record(job.plan, self._identity, job.settings)
         made: list[FilmSegment] = []
+        # A segment may take minutes at full size, so the bar moves by segments.
         with _progress_bar(job.plan) if progress else nullcontext(lambda: None) as advance:
             for segment in segments:
                 made.append(segment)

@@ -76,7 +76,7 @@ class Registry(Generic[T]):
         return self._entries[name]
 
     def __contains__(self, name: object) -> bool:
-        """Whether a name is known, plugins not yet imported left aside."""
+        """Whether a name is registered; plugins that were not imported yet do not count."""
         return name in self._entries
 
     def __iter__(self) -> Iterator[str]:
@@ -97,7 +97,7 @@ def load_plugins() -> None:
     named = {name.strip(): PLUGINS_VARIABLE for name in os.environ.get(PLUGINS_VARIABLE, "").split(",") if name.strip()}
     for point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
         named.setdefault(point.module, f"entry point {point.name!r}")
-    for module, origin in named.items():
+    for module, origin in named.items():  # each registers its entries while it is imported
         if module in _loaded:
             continue
         try:

@@ -80,7 +80,7 @@ class Backbone(Protocol):
 
     @property
     def spec(self) -> BackboneSpec:
-        """Its sizes."""
+        """Latent and conditioning sizes of the backbone."""
         ...
 
     def null_text(self, length: int) -> Tensor:

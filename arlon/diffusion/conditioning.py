@@ -201,6 +201,7 @@ def sample_with_edits(
         return torch.where(flow.over_frames(joining), noisy, x)
 
     def held(x: Tensor, t: Tensor) -> Tensor:
+        # Velocity 0 keeps a frame under any solver, and through a leap as well.
         velocity = velocity_fn(x, t, is_made)
         return torch.where(flow.over_frames(is_made), velocity, torch.zeros_like(velocity))
 

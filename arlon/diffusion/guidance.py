@@ -114,7 +114,7 @@ def _both_masks(text_mask: Tensor | None, null_mask: Tensor | None, text: Tensor
 
 
 def _null_half(name: str, value: Tensor, shape: torch.Size) -> Tensor:
-    """What the null half is given, for one sample or for each, as one for each: `shape`, (B, ...)."""
+    """Expand an unconditional input, given once or for each sample, to one per sample: `shape`, (B, ...)."""
     if value.shape not in {shape, shape[1:], (1, *shape[1:])}:
         rest = tuple(shape[1:])
         expected = f"{rest}, {(1, *rest)} or {tuple(shape)}"

@@ -186,13 +186,13 @@ class GivenSpan:
     latents: int
 
     def describe(self, num_frames: int) -> str:
-        """What is used of a video of `num_frames` frames, in words."""
+        """Say which of the `num_frames` frames of a video are used."""
         used = "all" if self.frames == num_frames else f"the last {self.frames} of"
         return f"goes on from {used} {num_frames} frames"
 
 
 def given_span(num_frames: int, grid: SegmentGrid) -> GivenSpan:
-    """How much of the end of a video can stand at the head of a segment.
+    """Find the last frames of a video that a segment can begin with.
 
     As many latent frames as segments carry over, or as the video fills: the span starts at a chunk border of the
     segment and ends with the last frame of the video, so that its latent frames cover the video frames they will
@@ -276,7 +276,7 @@ def _checked_image(image: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class SegmentCondition:
-    """What a segment is given.
+    """Conditioning of a segment by given latent frames.
 
     Attributes:
         latent: Clean latent, (B, C, T, H, W); zeros on frames that are to be made.

@@ -1,4 +1,4 @@
-"""From noise to data and back: schedules as data, one loop over their steps, randomness by address.
+"""Samplers for rectified flow: the schedule, the loop over its steps, and reproducible noise.
 
 `sample` runs a schedule down from noise to data, `invert` the same schedule up from data to noise. A `Solver`
 (`arlon.diffusion.solvers`) says how a step is made, a `StepPolicy` (`arlon.diffusion.steps`) which steps are made.
@@ -119,6 +119,7 @@ def integrate(
     x = x if x.dtype == torch.float64 else x.float()
     times = check_schedule(times).to(x.device, x.dtype)
     num_steps, lengths = len(times) - 1, times.diff().tolist()
+    # Samples that a policy has sent to the end; they stay as they are while the others go on step by step.
     has_leapt = torch.zeros(x.shape[0], dtype=torch.bool, device=x.device)
     if policy is not None:
         policy.begin(times, x.shape[0])
@@ -126,7 +127,7 @@ def integrate(
         if before_step is not None and (changed := before_step(index, t, x)) is not x:
             solver.reset()  # earlier velocities belong to another state
             x = changed
-        if lengths[index]:
+        if lengths[index]:  # a discrete schedule has steps of length zero if it rounds; they cost no evaluation
             velocity = solver.start_velocity(velocity_fn, x, t)
             if policy is None:
                 x = solver.step(velocity_fn, x, t, t_next, velocity)

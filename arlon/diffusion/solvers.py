@@ -120,6 +120,7 @@ class AdamsBashforth2(Solver):
         h, slope = t_next - t, velocity
         if self.before is not None:
             old_velocity, old_h = self.before
+            # Steps may differ in length, so the slope is extrapolated by half of h, measured in old steps.
             slope = velocity + h / (2 * old_h) * (velocity - old_velocity)
         self.before = velocity, h
         return x + h * slope
@@ -139,6 +140,7 @@ class FireFlow(Solver):
 
     def start_velocity(self, velocity_fn: VelocityFn, x: Tensor, t: Tensor) -> Tensor:
         """Midpoint velocity of the step before; v(x, t) in the first step."""
+        # The midpoint velocity changes slowly, so that of the step before is a good stand-in for v(x, t).
         return velocity_at(velocity_fn, x, t) if self.middle is None else self.middle
 
     def step(self, velocity_fn: VelocityFn, x: Tensor, t: Tensor, t_next: Tensor, velocity: Tensor) -> Tensor:
@@ -153,7 +155,7 @@ class FireFlow(Solver):
 
     @classmethod
     def evaluations(cls, num_steps: int) -> int:
-        """One a step, and one more at the start."""
+        """Number of model evaluations: one per step, plus one at the start."""
         return num_steps + 1 if num_steps else 0
 
 

@@ -26,7 +26,7 @@ class StepPolicy(ABC):
 
     @abstractmethod
     def leaps(self, index: int, velocity: Tensor) -> Tensor:
-        """Which samples cover the rest of the schedule at once.
+        """Choose the samples that cover the rest of the schedule in one move, at this step.
 
         Args:
             index: Step, from 0.

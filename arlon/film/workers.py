@@ -132,7 +132,7 @@ class TextWorker:
 
 
 def should_unload_text_encoder(weight_bytes: int, num_prompts: int) -> bool:
-    """Whether a text encoder encodes the prompts of a film ahead and is let go before other networks work."""
+    """Whether all prompts of a film are encoded first and the text encoder is then unloaded."""
     return weight_bytes > LARGE_ENCODER_BYTES and num_prompts <= MAX_KNOWN_PROMPTS
 
 
@@ -236,9 +236,10 @@ class RefineWorker:
         assert request.codes is not None
         segment, device = request.segment, self.settings.device
         codes = request.codes.codes[:, : segment.num_code_frames]
-        carried = _carried_latent(request)
+        carried = _carried_latent(request)  # comes with the request: the worker itself remembers nothing
         rows, columns = self.geometry.latent_size(request.height, request.width)
         shape = (1, self.backbone.spec.channels, segment.num_latents, rows, columns)
+        # Noise by address: the same in every process and order, so that a segment can be made again alone.
         noise = samplers.draw_noise(shape, request.seed, "dit", segment.index)
         given = condition_segment(
             shape, head=request.head if carried is None else carried, tail=request.tail, placed=request.placed

@@ -38,6 +38,7 @@ def run_block(
     pieces = plan_pieces(x, temporal=block.temporal) if _runs_alone(block) else []
     if len(pieces) <= 1:
         return block(x, time, text, rotation=rotation, inject=inject, keep=keep)
+    # Keys of the text and the modulation are the same for all pieces, so they are computed once.
     keys = text if isinstance(text, TextKeys) else block.read_text(text)
     modulation = block.modulation(time, keep)
 

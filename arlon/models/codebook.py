@@ -81,7 +81,7 @@ class CodebookState(nn.Module):
             start = nn.init.kaiming_uniform_(torch.empty(size))
             start = F.normalize(start, dim=-1, eps=SMALLEST_NORM) if config.use_cosine_sim else start
         self.register_buffer("initted", torch.tensor(not config.kmeans_init))
-        """Whether the codes are more than zeros that wait for k-means."""
+        """Whether k-means has set the codes; before that they are zeros."""
         self.register_buffer("cluster_size", torch.ones(size[:2]))
         """Moving average of the uses of each code in a batch, (1, K)."""
         self.register_buffer("embed_avg", start.clone())

@@ -166,7 +166,7 @@ class Modulations:
             )
         gate, scale, shift = values.chunk(3, dim=-1)
         batches = y.unflatten(0, (-1, values.shape[0]))  # (k, B, N, D)
-        view = torch.addcmul(shift, layer_norm(batches), 1 + scale)
+        view = torch.addcmul(shift, layer_norm(batches), 1 + scale)  # LN(y) (1 + scale) + shift
         return torch.addcmul(batches, gate, view).flatten(0, 1).to(y.dtype)
 
 
@@ -191,7 +191,7 @@ class AdaptiveNorm(InjectionDesign, nn.ModuleList):
 
 @dataclass(frozen=True)
 class Residuals:
-    """What is added in some temporal blocks: call it as (i, y) -> y.
+    """Residuals of one segment, an `Inject`: (i, y) -> y plus the residual of temporal block i.
 
     Attributes:
         values: One tensor (B, N, D) a block.

@@ -165,6 +165,7 @@ class SelfAttention(AttentionLayer):
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)  # (B, nT, S, A, d) each
         q = normalise_and_rotate(q, self.q_norm, rotation).to(v.dtype)
         k = normalise_and_rotate(k, self.k_norm, rotation).to(v.dtype)
+        # One sample needs no fold: places become rows, heads stay heads.
         if self.temporal and x.shape[0] == 1 and not torch.is_grad_enabled():
             q, k, v = (one[0].permute(1, 2, 0, 3) for one in (q, k, v))  # (S, A, nT, d)
             return self.proj(self.kernel(q, k, v, None).permute(2, 0, 1, 3).reshape(x.shape))
@@ -187,6 +188,7 @@ def normalise_and_rotate(x: Tensor, norm: nn.RMSNorm | None, rotation: Tensor | 
     """
     if x.dtype == torch.float32 and not torch.is_grad_enabled():
         if norm is not None:
+            # Squares through the norm: one pass, and no tensor of squares in memory.
             mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1])
             x.mul_(mean_square.add_(NORM_EPS).rsqrt_())
             # One multiplication of rows A d long is faster than one of rows d long.

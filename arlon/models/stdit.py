@@ -94,7 +94,7 @@ class PreparedText:
         return self.projected.tokens.shape[0]
 
     def of_block(self, i: int) -> tuple[TextTokens | TextKeys, TextTokens | TextKeys]:
-        """What spatial and temporal block i are given."""
+        """Text inputs of spatial and temporal block i."""
         return self.keys[i] if self.keys else (self.projected, self.projected)
 
 
@@ -291,10 +291,11 @@ class STDiT3(Component):
         x = self.x_embedder(latent.to(dtype))  # (B, nT, S, D)
         position = spatial_position(height, width, grid[1:], x.shape[-1], self.config.input_sq_size)
         x = x + position.to(dtype).unsqueeze(1)
+        # Clean frames are modulated by flow time 0, noisy ones by t, so both can stand in one video.
         time, clean_time, six = self._embed_time(t, fps, frame_mask)
         if isinstance(text, Tensor):
             text = PreparedText(TextTokens(self._embed_text(text.to(dtype), generator), text_mask))
-        rotation = self.rope(x.shape[1])
+        rotation = self.rope(x.shape[1])  # latent frames count from 0 in every segment, as in training
         if isinstance(inject, Injection):
             inject = inject.begin(BlockInputs(x, six, text.projected, rotation))
         for i, (spatial, temporal) in enumerate(self.blocks()):
@@ -304,6 +305,7 @@ class STDiT3(Component):
             keep = self._draw_keep(i, x, generator)
             x = self._run(temporal, x, six, temporal_text, rotation=rotation, inject=hook, keep=keep)
         patches = self.final_layer(x, time, clean_time, frame_mask)
+        # The released weights predict clean - noise; here the velocity is noise - clean.
         return -self._unpatchify(patches, grid, latent.shape[2:]).float()
 
     def _embed_time(self, t: Tensor, fps: Tensor, frame_mask: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
