@@ -31,6 +31,7 @@ def test_kernels_are_seen_as_matrices() -> None:
     assert torch.equal(kernel.flatten(1), matrix)
 
 
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon to compare with")
 def test_matrices_equal_torch_muon() -> None:
     start = torch.randn(24, 10, generator=torch.Generator().manual_seed(3))
     ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
