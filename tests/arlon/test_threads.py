@@ -34,11 +34,13 @@ def seconds_of_others(first: str, **variables: str) -> float:
     return float(done.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="needs OpenMP of GNU")
 def test_threads_sleep_soon() -> None:
     assert seconds_of_others("assert limit_spinning()") < seconds_of_others("") / 3
 
 
+@pytest.mark.slow
 def test_a_choice_of_the_user_stands() -> None:
     seconds_of_others(
         "assert not limit_spinning(); assert 'GOMP_SPINCOUNT' not in os.environ", OMP_WAIT_POLICY="PASSIVE"

@@ -107,6 +107,7 @@ def test_a_step_policy_ends_a_schedule(plugin: Callable[[str], None]) -> None:
     assert calls == pytest.approx([1.0, 0.9, 0.8, 0.7, 0.6, 0.5])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("example", ["use_kernel", "use_maps"])
 def test_kernels_and_attention_maps_of_the_small_model(
     example: str, plugin: Callable[[str], None], monkeypatch: pytest.MonkeyPatch

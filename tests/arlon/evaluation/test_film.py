@@ -181,6 +181,7 @@ def test_seams_are_told_from_prompt_switches_and_cuts():
     assert figures["seam_strength_switch"] == pytest.approx(10)
 
 
+@pytest.mark.slow
 def test_every_prompt_switch_has_its_own_seam(switch):
     frames = np.concatenate([switch, switch])
     shots = outline(RED_LEFT, BLUE_LEFT, RED_LEFT, BLUE_LEFT)

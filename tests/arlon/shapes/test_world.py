@@ -70,6 +70,7 @@ def test_training_never_sees_held_out_pairs_or_phrasings() -> None:
             assert not held_out_words.search(caption(shot, rng))
 
 
+@pytest.mark.slow
 def test_more_colours_are_drawn_with_every_shape_and_leave_held_out_pairs_out() -> None:
     plain = ShapesTakesConfig(num_takes=400, num_frames=17)
     wide = ShapesTakes(replace(plain, more_colours=True))
